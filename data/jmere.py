@@ -1,0 +1,232 @@
+"""JMERE: posts with a picture, and all the (head, head type, tail, tail type, relation) quintuples in each.
+
+The dataset's folder holds train.json, val.json and test.json (or some of them), each one JSON list of posts:
+    {"token": […], "img_id": "….jpg", "label_list": [[{"beg_ent": ENTITY, "sec_ent": ENTITY, "relation": "peer"}], …]}
+with ENTITY = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. The text can be had without the pictures;
+they are looked for in the places of PICTURE_PLACES. `python -m data.jmere --check FOLDER` prints tables of counts.
+"""
+import argparse
+import json
+import logging
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from data.pictures import check_picture, grey_picture, one_line, open_picture
+from rewards.jmere import Quintuple, answer_text, parse, spoken
+
+SPLITS = ("train", "val", "test")
+MISSING_IMAGES = ("stop", "drop", "blank")
+TYPES = {"loc": "place", "misc": "anything else with a name", "org": "organisation", "per": "person"}
+PICTURE_PLACES = ("images", "images/{split}", "img_org/{split}", ".")  # the first that holds the file
+log = logging.getLogger(__name__)
+
+
+class Post(NamedTuple):
+    """What the file says of one post."""
+    text: str
+    picture: str  # the file's name
+    quintuples: tuple[Quintuple, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One post; image is None where a grey picture stands in for a missing one."""
+    id: str  # "train/0": the split and the post's place in its file, from 0
+    image: Path | None
+    text: str
+    quintuples: tuple[Quintuple, ...]
+    relations: tuple[str, ...]  # all that occur in the folder's splits, as the data spells them (`alumi`)
+    types: tuple[str, ...]
+
+
+def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
+    """Reads and checks a whole split, and the other splits' labels for the list of relations.
+
+    missing_images: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such posts out
+    and warns; "blank" keeps them with image None. Anything else that is wrong is a ValueError of one line that
+    names file and item.
+    """
+    if missing_images not in MISSING_IMAGES:
+        raise ValueError(f"missing_images is {missing_images!r}; expected one of {', '.join(MISSING_IMAGES)}")
+    folder = Path(folder)
+    splits = read_splits(folder)
+    if split not in splits:
+        raise FileNotFoundError(f"{folder / f'{split}.json'} is missing; the folder has {', '.join(splits)}")
+    relations = tuple(sorted({pair[-1] for posts in splits.values() for post in posts for pair in post.quintuples}))
+    samples = [Sample(f"{split}/{i}", find_picture(folder, split, post.picture), post.text, post.quintuples,
+                      relations, tuple(TYPES)) for i, post in enumerate(splits[split])]
+    missing = [post.picture for post, sample in zip(splits[split], samples) if sample.image is None]
+    if missing:
+        places = ", ".join(place.format(split=split) for place in PICTURE_PLACES)
+        report = (f"{folder / f'{split}.json'}: {len(missing)} of {len(samples)} posts have no picture in {places}: "
+                  f"{', '.join(list(dict.fromkeys(missing))[:3])}")
+        if missing_images == "stop":
+            raise FileNotFoundError(f"{report} (missing_images can be drop or blank)")
+        if missing_images == "drop":
+            samples = [sample for sample in samples if sample.image is not None]
+            if not samples:
+                raise ValueError(f"{report}; none is left")
+        log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey picture stands in")
+    for sample in samples:
+        if sample.image is not None:
+            check_picture(sample.image, sample.id)
+    return samples
+
+
+def read_splits(folder: Path) -> dict[str, list[Post]]:
+    """The posts of every split that is there."""
+    files = {split: folder / f"{split}.json" for split in SPLITS}
+    splits = {split: read_posts(file) for split, file in files.items() if file.is_file()}
+    if not splits:
+        raise FileNotFoundError(f"{folder}: JMERE's layout has {', '.join(file.name for file in files.values())}")
+    return splits
+
+
+def read_posts(file: Path) -> list[Post]:
+    """One split's posts; raises a one-line ValueError naming the file and the item, counted from 0."""
+    try:
+        items = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{file}: not JSON, perhaps cut off ({one_line(problem)[:200]})") from None
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{file}: found {str(items)[:40]!r}; a list of posts expected")
+    return [_read_post(item, f"{file}, item {i}") for i, item in enumerate(items)]
+
+
+def _read_post(item, where: str) -> Post:
+    tokens = _field(item, "token", list, where)
+    if not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{where}: 'token' is {str(tokens)[:60]}; a list of words expected")
+    picture = _field(item, "img_id", str, where)
+    if picture != Path(picture).name:
+        raise ValueError(f"{where}: 'img_id' is {picture!r}; the bare name of a file expected")
+    labels = _field(item, "label_list", list, where)
+    if not all(isinstance(entry, list) and entry for entry in labels):
+        raise ValueError(f"{where}: 'label_list' is {str(labels)[:60]}; a list of one-element lists expected")
+    quintuples = tuple(_read_pair(pair, tokens, where) for entry in labels for pair in entry)
+    return Post(" ".join(tokens[_leading_rt(tokens):]), picture, quintuples)
+
+
+def _field(record, key: str, kind: type, where: str):
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or not value:
+        found = "is missing" if value is None else f"is {str(value)[:60]!r}"
+        raise ValueError(f"{where}: {key!r} {found}; a {kind.__name__} that is not empty expected")
+    return value
+
+
+def _read_pair(pair, tokens: list[str], where: str) -> Quintuple:
+    head, tail = (_read_entity(_field(pair, key, dict, where), tokens, where) for key in ("beg_ent", "sec_ent"))
+    relation = _field(pair, "relation", str, where)
+    if not relation.replace("_", "").isalnum():  # a comma or bracket in it and no answer could be read
+        raise ValueError(f"{where}: relation {relation!r} is not made of letters and underscores")
+    return (*head, *tail, relation)
+
+
+def _read_entity(entity: dict, tokens: list[str], where: str) -> tuple[str, str]:
+    name, kind = _field(entity, "name", str, where), _field(entity, "tags", str, where)
+    span = _field(entity, "pos", list, where)
+    if kind not in TYPES:
+        raise ValueError(f"{where}: {name!r} has type {kind!r}; one of {', '.join(TYPES)} expected")
+    if [type(end) for end in span] != [int, int] or not 0 <= span[0] < span[1] <= len(tokens):
+        raise ValueError(f"{where}: {name!r} has span {span}; [start, end) within {len(tokens)} words expected")
+    start, end = span
+    words = " ".join(tokens[start:end])
+    if words != name:  # an error, not a warning: it never happens in the 10,254 mentions of train and val
+        raise ValueError(f"{where}: span {span} of the text reads {words!r}, but the entity's name is {name!r}")
+    # The text loses its leading RT, so a mention does too. One mention is RT and nothing else: it keeps it.
+    return " ".join(tokens[max(start, _leading_rt(tokens)):end]) or name, kind
+
+
+def _leading_rt(tokens: list[str]) -> int:
+    """How many words at the beginning are left out: one where it is the mark of a retweet."""
+    return int(tokens[0] == "RT")
+
+
+def find_picture(folder: Path, split: str, name: str) -> Path | None:
+    """The first of PICTURE_PLACES that holds the picture."""
+    candidates = (folder / place.format(split=split) / name for place in PICTURE_PLACES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list[Image.Image], str]:
+    """The picture and what is asked; reasoning=False leaves out the instruction to think (zero-shot, label only)."""
+    form = ("Write the answer between <answer> and </answer>: one line for every related pair, in the form\n"
+            "[head, head type, tail, tail type, relation]\n"
+            "Copy head and tail from the text exactly as they are written there; "
+            "types and relation must come from the lists.")
+    think = ("Before the answer, reason between <think> and </think>: describe the image, say how image and text "
+             "belong together, then derive the related pairs step by step.")
+    text = "\n".join([
+        "The image and the text are one post on social media. Find all pairs of named entities in the text "
+        "that stand in one of the relations below. The image can help to tell who or what is meant.",
+        f"Text: {sample.text}",
+        "Entity types: " + ", ".join(f"{kind} ({TYPES.get(kind, kind)})" for kind in sample.types),
+        "Relations: " + ", ".join(map(spoken, sample.relations)),
+        *([think] if reasoning else []),
+        form])
+    return [open_picture(sample.image) if sample.image else grey_picture()], text
+
+
+def target(sample: Sample) -> str:
+    """The gold answer without reasoning, for label-only training."""
+    return f"<answer>\n{answer_text(sample.quintuples)}\n</answer>"
+
+
+def stratum(sample: Sample) -> str:
+    """What a stratified draw keeps the shares of: the first quintuple's relation."""
+    return sample.quintuples[0][-1]
+
+
+def is_none(sample: Sample) -> bool:
+    """Every post of this dataset holds a quintuple."""
+    return False
+
+
+def check(folder) -> None:
+    """Prints what a dataset folder holds, a column per split; raises what `load` raises."""
+    folder = Path(folder)
+    splits = {split: load(folder, split, missing_images="blank") for split in read_splits(folder)}
+    for title, count in (("", _overview),
+                         ("posts by number of quintuples", lambda sample: [len(sample.quintuples)]),
+                         ("entities by type", lambda sample: [t for q in sample.quintuples for t in (q[1], q[3])]),
+                         ("quintuples by relation", lambda sample: [
+                             f"{relation} ({head_type}, {tail_type})"
+                             for _, head_type, _, tail_type, relation in sample.quintuples])):
+        _print_table(title, {split: Counter(row for sample in samples for row in count(sample))
+                             for split, samples in splits.items()})
+
+
+def _overview(sample: Sample) -> list[str]:
+    return ["posts", *["quintuples"] * len(sample.quintuples),
+            *["posts without picture"] * (sample.image is None),
+            *["answers that do not read back"] * (parse(target(sample), sample) is None)]
+
+
+def _print_table(title: str, columns: dict[str, Counter]) -> None:
+    rows = sorted(set().union(*columns.values()))
+    width = max(len(str(row)) for row in [title, *rows])
+    print(f"{title:<{width}}", *(f"{split:>7}" for split in columns))
+    for row in rows:
+        print(f"{row!s:<{width}}", *(f"{counter[row]:>7,}" for counter in columns.values()))
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.jmere", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False)
+    parser.add_argument("--check", metavar="FOLDER", required=True, help="the dataset's folder, with train.json")
+    try:
+        check(parser.parse_args().check)
+    except (OSError, ValueError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

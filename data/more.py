@@ -1,0 +1,241 @@
+"""The MORE dataset as it lies on disk: samples, their prompt, and a check of the whole folder.
+
+    rel2id.json                      {label: id}, with "none"
+    txt/{train,valid,test}.txt       one sample a line, a Python or a JSON dictionary
+    ent_{train,valid,test}_dict.pth  {picture: {object: box}}, asked only for lines that hold no box
+    img_org/{split}/                 the pictures
+
+A line's `h` is the entity in the text and its `t` the object in the picture; a label such as /per/org/member_of names
+the object's type first. Boxes are (cx, cy, w, h) in fractions of the picture; some spill over its edge.
+`python -m data.more --check DIR` counts what is there and names what is wrong.
+"""
+import argparse
+import ast
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.pictures import check_box, check_picture, crop_box, grey_picture, one_line, open_picture
+
+SPLITS = ("train", "valid", "test")
+MISSING_IMAGES = ("stop", "drop", "blank")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One object, one entity, one relation."""
+    id: str  # "train/0": the split and the line's number from 0
+    image: Path | None  # None: not at hand, a grey picture stands in
+    box: tuple[float, float, float, float]  # of the object: cx, cy, w, h in fractions of the picture
+    text: str
+    entity: str
+    label: str
+    labels: tuple[str, ...]  # the candidates, in the order of their ids
+
+
+def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
+    """Read and validate a whole split, pictures' headers and boxes included.
+
+    `missing_images`: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such samples out
+    and warns; "blank" keeps them with `image` None. Anything else that is wrong is a ValueError of one line that names
+    file and line.
+    """
+    if missing_images not in MISSING_IMAGES:
+        raise ValueError(f"missing_images is {missing_images!r}; one of {', '.join(MISSING_IMAGES)} expected")
+    reader, samples, missing = SplitReader(folder, split), [], []
+    for where, line in reader.lines():
+        sample = reader.sample(line, where)
+        if not sample.image.is_file():
+            missing.append(sample)
+            sample = replace(sample, image=None)
+        reader.check_object(sample, where)
+        samples.append(sample)
+    if missing:
+        named = ", ".join(str(sample.image) for sample in missing[:3])
+        report = f"{reader.file}: {len(missing)} of {len(samples)} samples have no picture: {named}"
+        if missing_images == "stop":
+            raise FileNotFoundError(f"{report} (missing_images can be drop or blank)")
+        log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey picture stands in")
+    if missing_images == "drop":
+        samples = [sample for sample in samples if sample.image is not None]
+    if not samples:
+        raise ValueError(f"{reader.file}: no samples in it; one dictionary a line expected")
+    return samples
+
+
+def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
+    """([picture, its crop to the object] in RGB, the question): MORE-R1's equation 1 and basic task description."""
+    if sample.image is None:
+        pictures = [grey_picture(), grey_picture()]
+    else:
+        picture = open_picture(sample.image)
+        pictures = [picture, crop_box(picture, sample.box)]
+    return pictures, "\n".join([
+        "The second picture is an object cut out of the first. How is this object related to the entity in the text?",
+        f"Text: {sample.text}",
+        f"Entity: {sample.entity}",
+        f"Labels: {' '.join(sample.labels)}",
+        "A label names the object's type, the entity's type and the relation, or is none. "
+        "Types: per (person), org (organization), loc (location), misc (anything else).",
+        "Reason in <think></think> from Step 1: to Step 6:, then give one label in <answer></answer>."
+        if reasoning else "Give one label in <answer></answer>.",
+    ])
+
+
+def target(sample: Sample) -> str:
+    """The gold answer without reasoning: what label-only SFT learns."""
+    return f"<answer>{sample.label}</answer>"
+
+
+def stratum(sample: Sample) -> str:
+    """What the cold-start draw is stratified by: the relation."""
+    return sample.label
+
+
+def is_none(sample: Sample) -> bool:
+    """Whether object and entity are unrelated."""
+    return sample.label == "none"
+
+
+def normalise_response(response: str, sample: Sample) -> str:
+    """An expert's response with the slash back that experts like to leave off their label."""
+    head, opening, rest = response.strip().partition("<answer>")
+    label, closing, tail = rest.partition("</answer>")
+    if f"/{label.strip()}" in sample.labels:
+        label = f"/{label.strip()}"
+    return head + opening + label + closing + tail
+
+
+class SplitReader:
+    """Reads one split line by line; keeps the labels, the box dictionary and the sizes of pictures already seen."""
+
+    def __init__(self, folder, split: str):
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; one of {', '.join(SPLITS)} expected")
+        self.folder, self.split = Path(folder), split
+        self.file = self.folder / "txt" / f"{split}.txt"
+        self.labels = read_labels(self.folder)
+        self.boxes: dict | None = None
+        self.sizes: dict[Path, tuple[int, int]] = {}
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """("file:line", the line) for every line; empty ones only at the file's end are no lines."""
+        if not self.file.is_file():
+            raise FileNotFoundError(f"{self.file} is missing; MORE's layout has txt/{{train,valid,test}}.txt")
+        held_back = []
+        with open(self.file, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                held_back.append((f"{self.file}:{number}", line.strip()))
+                if line.strip():
+                    yield from held_back
+                    held_back.clear()
+
+    def sample(self, line: str, where: str) -> Sample:
+        """The line as a sample, with its picture's path; the picture itself is not looked at."""
+        fields = _dictionary(line, where)
+        tokens = _field(fields, ("token",), list, where)
+        if not tokens or not all(isinstance(token, str) for token in tokens):
+            raise ValueError(f"{where}: 'token' is {str(tokens)[:60]}; a list of words expected")
+        image = _field(fields, ("img_id",), str, where)
+        if image != Path(image).name:
+            raise ValueError(f"{where}: 'img_id' is {image!r}; the bare name of a file in img_org/{self.split} expected")
+        label = _field(fields, ("relation",), str, where)
+        if label not in self.labels:
+            raise ValueError(f"{where}: label {label!r} is not in {self.folder / 'rel2id.json'}")
+        return Sample(
+            id=f"{self.split}/{int(where.rpartition(':')[2]) - 1}",
+            image=self.folder / "img_org" / self.split / image,
+            box=self._box(fields, image, where),
+            text=" ".join(tokens),
+            entity=_field(fields, ("h", "name"), str, where),
+            label=label,
+            labels=self.labels,
+        )
+
+    def check_object(self, sample: Sample, where: str) -> None:
+        """Refuse a picture that cannot be read and a box that cuts nothing out of it."""
+        if sample.image is not None and sample.image not in self.sizes:
+            self.sizes[sample.image] = check_picture(sample.image, where)
+        check_box(sample.box, self.sizes.get(sample.image), where)
+
+    def _box(self, fields: dict, image: str, where: str) -> tuple[float, float, float, float]:
+        box = _field(fields, ("t",), dict, where).get("pos")
+        if box is None:
+            name = _field(fields, ("t", "name"), str, where)
+            box = self._box_dictionary(where).get(image, {}).get(name)
+            if box is None:
+                raise ValueError(f"{where}: no box in 't', and none for {name!r} of {image} in {self._box_file.name}")
+        try:
+            cx, cy, w, h = (float(value) for value in box)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: box is {str(box)[:60]}; four numbers (cx, cy, w, h) expected") from None
+        return cx, cy, w, h
+
+    @property
+    def _box_file(self) -> Path:
+        return self.folder / f"ent_{self.split}_dict.pth"
+
+    def _box_dictionary(self, where: str) -> dict:
+        if self.boxes is None:
+            if not self._box_file.is_file():
+                raise FileNotFoundError(f"{where}: no box in 't', and {self._box_file} is missing")
+            import torch  # the one file of this dataset that needs it
+            try:
+                self.boxes = torch.load(self._box_file, weights_only=True)  # True: a pickle must not run code
+            except Exception as problem:
+                raise ValueError(f"{self._box_file} cannot be read ({one_line(problem)[:200]})") from None
+            if not isinstance(self.boxes, dict):
+                raise ValueError(f"{self._box_file} holds a {type(self.boxes).__name__}; a dictionary expected")
+        return self.boxes
+
+
+def read_labels(folder) -> tuple[str, ...]:
+    """The candidate labels in the order of their ids, from rel2id.json."""
+    file = Path(folder) / "rel2id.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; a dictionary from label to id expected")
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{file}: not JSON ({one_line(problem)})") from None
+    if not isinstance(ids, dict) or not all(type(value) is int for value in ids.values()):
+        raise ValueError(f"{file}: a dictionary from label to whole number expected")
+    if len(set(ids.values())) != len(ids):
+        raise ValueError(f"{file}: two labels share an id")
+    if "none" not in ids:
+        raise ValueError(f"{file}: no label 'none' in it, found {', '.join(list(ids)[:3]) or 'no label at all'}")
+    return tuple(sorted(ids, key=ids.get))
+
+
+def _dictionary(line: str, where: str) -> dict:
+    # JSON first: every line that is both means the same in both, and JSON's own escapes are no Python.
+    for read in (json.loads, ast.literal_eval):
+        try:
+            fields = read(line)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(fields, dict):
+            return fields
+    found = f"{line[:40]!r}… ends in {line[-20:]!r}" if line else "an empty line"
+    raise ValueError(f"{where}: {found}; one complete Python or JSON dictionary expected")
+
+
+def _field(fields: dict, names: tuple[str, ...], kind: type, where: str):
+    value = fields
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, kind) or value == "":
+        path = ".".join(names)
+        found = "is missing" if value is None else f"is {str(value)[:60]!r}"
+        raise ValueError(f"{where}: {path!r} {found}; a {kind.__name__} expected")
+    return value
+
+
+if __name__ == "__main__":
+    from data.more_check import main
+    sys.exit(main())

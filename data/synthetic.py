@@ -1,0 +1,442 @@
+"""A MORE-like world in which the picture decides: scenes, captions, boxes, labels and a scripted expert.
+
+Five kinds of scene, each with its captions and its labels (object type first, as in MORE):
+
+| kind  | caption and entity               | the boxed object is related when …                                    |
+|-------|----------------------------------|-----------------------------------------------------------------------|
+| match | two teams, one is the entity     | it is a person in the entity's shirt: member_of, crowned leader_of;   |
+|       |                                  | in the other team's shirt: opposed_to                                 |
+| award | a gold or a silver cup           | it is a person who holds that very cup: awarded                       |
+| site  | a team and a city, the entity    | it is that team's logo and hangs on a building: locate_at             |
+| home  | a person and a city, the entity  | it is a person in a doorway: place_of_residence                       |
+| pair  | two people, one is the entity    | it is a person hand in hand with somebody: couple; or somebody else   |
+|       |                                  | wears the same shirt: peer                                            |
+
+Everything else is `none`. The label is a function of the picture, the box, the text and the entity, and the
+text alone never decides it. Files go out in MORE's own layout, so nothing downstream knows that it is a toy.
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SIDE = 112  # pixels of a picture's side
+
+LABELS = ("none", "/per/org/opposed_to", "/per/org/leader_of", "/per/org/member_of", "/per/misc/awarded",
+          "/org/loc/locate_at", "/per/per/peer", "/per/per/couple", "/per/loc/place_of_residence")
+
+# colour: (red, green, blue, its team, how often it is drawn). The last four are rare, and some are alike.
+COLOURS = {
+    "red": (214, 40, 40, "Falcons", 10), "blue": (45, 70, 205, "Sharks", 10), "green": (35, 140, 60, "Vipers", 10),
+    "yellow": (240, 215, 50, "Hornets", 10), "purple": (125, 45, 160, "Ravens", 7), "white": (250, 250, 250, "Wolves", 7),
+    "orange": (240, 130, 30, "Tigers", 4), "pink": (245, 140, 185, "Foxes", 4), "cyan": (70, 200, 215, "Whales", 4),
+    "brown": (120, 70, 35, "Bears", 4),
+}
+TEAMS = {values[3]: colour for colour, values in COLOURS.items()}
+NEUTRAL = "grey"
+RGB = {colour: values[:3] for colour, values in COLOURS.items()} | {
+    NEUTRAL: (128, 128, 128), "gold": (225, 175, 20), "silver": (192, 200, 210), "door": (60, 38, 30),
+    "skin": (238, 190, 150), "trousers": (35, 35, 50), "ball": (20, 20, 20),
+}
+WALLS = ((176, 92, 74), (150, 132, 112), (168, 150, 96))
+SKIES = ((176, 214, 240), (200, 226, 200), (226, 220, 204), (206, 200, 226))
+PEOPLE = ("Mia", "Leo", "Ada", "Tom", "Eva", "Max", "Zoe", "Ben")
+CITIES = ("Paris", "Oslo", "Rome", "Lima", "Cairo", "Delhi")
+
+SHORT_CAPTIONS = {
+    "match": ("{a} beat {b}", "{a} meet {b}", "{a} and {b} draw"),
+    "award": ("{p} wins the {m} cup", "{m} cup goes to {p}"),
+    "site": ("{a} open in {c}", "{a} move to {c}"),
+    "home": ("{p} comes home to {c}", "{p} on holiday in {c}"),
+    "pair": ("{p} and {q} at the gala", "{p} with {q}"),
+}
+LONG_CAPTIONS = {
+    "match": ("late goal lifts {a} past {b} in the final", "fans sing as {a} play {b} in the rain"),
+    "award": ("what a night for {p} and the {m} cup", "fans sing as the {m} cup is given to {p}"),
+    "site": ("what a day as {a} show a new hall in {c}", "fans sing as {a} come to {c} in the rain"),
+    "home": ("what a day as {p} is back in {c}", "late night for {p} in the rain of {c}"),
+    "pair": ("what a night for {p} and {q} at the final", "{p} is seen with {q} in the rain"),
+}
+KINDS = {"match": 50, "pair": 15, "award": 14, "site": 12, "home": 9}
+
+
+@dataclass
+class Thing:
+    """Something in the picture; `x`, `y` is its centre and `size` its height, in pixels."""
+    what: str  # person, logo, building, ball or cup
+    x: float
+    y: float
+    size: float
+    colour: str = NEUTRAL
+    crown: bool = False
+    holds: str = ""  # gold cup, silver cup, ball or nothing
+    place: str = ""  # person: doorway; logo: wall
+
+    @property
+    def width(self):
+        return self.size * {"person": 0.72, "building": 1.1}.get(self.what, 1.0)
+
+
+@dataclass
+class Scene:
+    """All facts of a sample: what is drawn, which thing is boxed (`things[0]`), the caption and its entity."""
+    kind: str
+    things: list
+    text: str
+    entity: str
+    hand_in_hand: bool = False
+    hard: bool = False
+    sky: tuple = SKIES[0]
+    decoys: list = field(default_factory=list)  # clutter: (x, y, size, colour)
+
+    @property
+    def object(self):
+        return self.things[0]
+
+
+def teams_in(scene):
+    """The teams that the caption names, in its order."""
+    return [word for word in scene.text.split() if word in TEAMS]
+
+
+def relation(scene):
+    """The label: the rules of the table above."""
+    thing, others = scene.object, scene.things[1:]
+    if scene.kind == "site":
+        own = thing.what == "logo" and COLOURS[thing.colour][3] in teams_in(scene)
+        return "/org/loc/locate_at" if own and thing.place == "wall" else "none"
+    if thing.what != "person":
+        return "none"
+    if scene.kind == "match":
+        if thing.colour == NEUTRAL or COLOURS[thing.colour][3] not in teams_in(scene):
+            return "none"
+        if COLOURS[thing.colour][3] != scene.entity:
+            return "/per/org/opposed_to"
+        return "/per/org/leader_of" if thing.crown else "/per/org/member_of"
+    if scene.kind == "award":
+        return "/per/misc/awarded" if thing.holds == scene.entity else "none"
+    if scene.kind == "home":
+        return "/per/loc/place_of_residence" if thing.place == "doorway" else "none"
+    if scene.hand_in_hand:
+        return "/per/per/couple"
+    return "/per/per/peer" if any(other.colour == thing.colour for other in others) else "none"
+
+
+# ---- drawing lots ----
+
+def pick_colour(rng, without=()):
+    names = [name for name in COLOURS if name not in without]
+    return rng.choices(names, [COLOURS[name][4] for name in names])[0]
+
+
+def make_scene(rng):
+    """A random scene of a random kind; about a third are hard: small, off-centre, cluttered, long captions."""
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    hard = rng.random() < 0.35
+    scene = Scene(kind, [], "", "", hard=hard, sky=rng.choice(SKIES))
+    names = {"p": rng.choice(PEOPLE), "c": rng.choice(CITIES), "m": rng.choice(("gold", "silver"))}
+    names["q"] = rng.choice([name for name in PEOPLE if name != names["p"]])
+    first = pick_colour(rng)
+    second = pick_colour(rng, without=(first,))
+    names["a"], names["b"] = COLOURS[first][3], COLOURS[second][3]
+    scene.text = rng.choice((LONG_CAPTIONS if hard else SHORT_CAPTIONS)[kind]).format(**names)
+    scene.entity = {"match": names[rng.choice("ab")], "award": names["m"] + " cup", "site": names["c"],
+                    "home": names["c"], "pair": names[rng.choice("pq")]}[kind]
+    own, other = (first, second) if scene.entity == names["a"] else (second, first)
+    make_object(scene, rng, own, other)
+    make_company(scene, rng, own, other)
+    if hard:
+        scene.decoys = [(rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), rng.uniform(3, 6), pick_colour(rng))
+                        for _ in range(rng.randint(2, 5))]
+    return scene
+
+
+def make_object(scene, rng, own, other):
+    """Puts the boxed thing into the scene; `own` is the entity's colour and `other` the other team's."""
+    kind = scene.kind
+    size = rng.uniform(28, 38) if scene.hard else rng.uniform(42, 56)
+    thing = Thing("person", 0, 0, size)
+    if rng.random() < 0.12:  # a bystander of another type, whatever the caption says
+        thing.what = rng.choice(("ball", "cup", "building"))
+        thing.colour = "ball" if thing.what == "ball" else rng.choice(("gold", "silver"))
+        thing.size = size * (1.0 if thing.what == "building" else 0.5)
+    elif kind == "site":
+        # The first team that the text names opens the hall: its colour is `other` here (the entity is the city).
+        thing.what, thing.size = "logo", 0.6 * size
+        team = TEAMS[teams_in(scene)[0]]
+        thing.colour = team if rng.random() < 0.6 else pick_colour(rng, without=(team,))
+        thing.place = "wall" if rng.random() < 0.6 else ""
+    else:
+        thing.colour = pick_colour(rng) if rng.random() < 0.85 else NEUTRAL
+        thing.crown = rng.random() < 0.25
+        thing.holds = rng.choices(("", "gold cup", "silver cup", "ball"), (70, 10, 10, 10))[0]
+        if kind == "match":
+            third = pick_colour(rng, without=(own, other))
+            thing.colour = rng.choices((own, other, third, NEUTRAL), (33, 17, 38, 12))[0]
+        elif kind == "award":
+            wrong = "silver cup" if scene.entity == "gold cup" else "gold cup"
+            thing.holds = rng.choices((scene.entity, wrong, "ball", ""), (34, 26, 20, 20))[0]
+        elif kind == "home":
+            thing.place = "doorway" if rng.random() < 0.33 else ""
+    thing.x, thing.y = SIDE / 2, SIDE / 2
+    scene.things.append(thing)
+
+
+def make_company(scene, rng, own, other):
+    """Adds the other things and puts everything in its place, side by side without touching."""
+    first = scene.object
+    if scene.kind == "pair" and first.what == "person":
+        scene.hand_in_hand = rng.random() < 0.22
+        same = rng.random() < 0.33
+        colour = first.colour if same else pick_colour(rng, without=(first.colour,))
+        first.holds = ""
+        scene.things.append(Thing("person", 0, 0, first.size, colour, crown=rng.random() < 0.2))
+    else:
+        for _ in range(rng.randint(1, 2)):
+            others = [own, other, pick_colour(rng)] if scene.kind == "match" else [pick_colour(rng)]
+            what = "logo" if scene.kind == "site" and rng.random() < 0.7 else "person"
+            size = first.size if first.what == "person" else rng.uniform(30, 45)
+            scene.things.append(Thing(what, 0, 0, size * (0.6 if what == "logo" else 1), rng.choice(others),
+                                      crown=what == "person" and rng.random() < 0.25))
+    arrange(scene, rng)
+
+
+def arrange(scene, rng):
+    """Gives each thing a column of the picture in random order, as wide as the thing needs plus random gaps."""
+    order = scene.things[:]
+    rng.shuffle(order)
+    total = sum(thing.width for thing in order)
+    scale = min(1.0, (SIDE - 4) / total)
+    for thing in order:
+        thing.size *= scale
+    free = SIDE - total * scale
+    gaps = [rng.random() + 0.05 for _ in range(len(order) + 1)]
+    if scene.kind == "pair":  # people in a pair stand close
+        gaps[1:-1] = [0.05] * (len(order) - 1)
+    left = 0.0
+    level = rng.uniform(0.35, 0.65) if not scene.hard else rng.uniform(0.0, 1.0)
+    for gap, thing in zip(gaps, order):
+        left += free * gap / sum(gaps)
+        thing.x = left + thing.width / 2
+        thing.y = thing.size / 2 + (SIDE - thing.size) * min(1.0, max(0.0, level + rng.uniform(-0.1, 0.1)))
+        left += thing.width
+    if scene.kind == "pair":
+        for thing in order:
+            thing.y = order[0].y
+
+
+# ---- painting ----
+
+def box_of(thing):
+    """(cx, cy, w, h) of a thing as shares of the picture's side."""
+    return tuple(round(value / SIDE, 4) for value in (thing.x, thing.y, thing.width, thing.size))
+
+
+def paint(scene, rng):
+    """The scene as a 112×112 RGB picture; every colour is jittered, hard scenes more."""
+    shade = 16 if scene.hard else 8
+    colour = lambda name: tuple(  # noqa: E731
+        min(255, max(0, value + rng.randint(-shade, shade))) for value in (RGB[name] if name in RGB else name))
+    picture = Image.new("RGB", (SIDE, SIDE), colour(scene.sky))
+    draw = ImageDraw.Draw(picture)
+    for x, y, size, name in scene.decoys:
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=colour(name))
+    for thing in scene.things:
+        if thing.place:
+            paint_wall(draw, thing, colour, rng)
+    if scene.hand_in_hand:
+        one, two = scene.things[:2]
+        hand = one.y + 0.1 * one.size
+        draw.line((one.x, hand, two.x, hand), fill=colour("skin"), width=max(2, round(one.size / 14)))
+    for thing in scene.things:
+        PAINTERS[thing.what](draw, thing, colour, rng)
+    return picture
+
+
+def paint_wall(draw, thing, colour, rng):
+    """The building behind a logo or around a doorway."""
+    wall = colour(rng.choice(WALLS))
+    wide, high = 0.8 * thing.width, 0.7 * thing.size
+    draw.rectangle((thing.x - wide, thing.y - high, thing.x + wide, thing.y + high), fill=wall)
+    if thing.place == "doorway":
+        draw.rectangle((thing.x - thing.width / 2, thing.y - thing.size / 2, thing.x + thing.width / 2,
+                        thing.y + high), fill=colour("door"))
+
+
+def paint_person(draw, thing, colour, rng):
+    x, y, s = thing.x, thing.y, thing.size
+    if thing.crown:
+        gold, top = colour("gold"), y - 0.5 * s
+        draw.polygon([(x - 0.15 * s, top), (x - 0.07 * s, top + 0.08 * s), (x, top), (x + 0.07 * s, top + 0.08 * s),
+                      (x + 0.15 * s, top), (x + 0.13 * s, top + 0.17 * s), (x - 0.13 * s, top + 0.17 * s)], fill=gold)
+    draw.ellipse((x - 0.12 * s, y - 0.36 * s, x + 0.12 * s, y - 0.12 * s), fill=colour("skin"))
+    draw.rectangle((x - 0.14 * s, y + 0.18 * s, x + 0.14 * s, y + 0.5 * s), fill=colour("trousers"))
+    draw.rectangle((x - 0.2 * s, y - 0.12 * s, x + 0.2 * s, y + 0.2 * s), fill=colour(thing.colour))
+    if thing.holds:
+        side = rng.choice((-1, 1))
+        name = "ball" if thing.holds == "ball" else thing.holds.split()[0]
+        paint_held(draw, thing.holds, x + side * 0.28 * s, y - 0.02 * s, 0.2 * s, colour(name))
+
+
+def paint_held(draw, what, x, y, size, fill):
+    half = size / 2
+    if what == "ball":
+        draw.ellipse((x - half, y - half, x + half, y + half), fill=fill)
+        return
+    draw.polygon([(x - half, y - half), (x + half, y - half), (x + half / 4, y + half / 3),
+                  (x - half / 4, y + half / 3)], fill=fill)
+    draw.rectangle((x - half / 5, y, x + half / 5, y + half), fill=fill)
+    draw.rectangle((x - half / 1.5, y + half * 0.8, x + half / 1.5, y + half), fill=fill)
+
+
+def paint_logo(draw, thing, colour, rng):
+    x, y, r = thing.x, thing.y, 0.4 * thing.size
+    draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=colour(thing.colour))
+
+
+def paint_building(draw, thing, colour, rng):
+    x, y, w, s = thing.x, thing.y, thing.width / 2, thing.size / 2
+    draw.rectangle((x - w, y - 0.5 * s, x + w, y + s), fill=colour(rng.choice(WALLS)))
+    draw.polygon([(x - w, y - 0.5 * s), (x, y - s), (x + w, y - 0.5 * s)], fill=colour("door"))
+    for side in (-0.5, 0.5):
+        draw.rectangle((x + side * w - 0.15 * w, y, x + side * w + 0.15 * w, y + 0.3 * s), fill=colour(SKIES[0]))
+
+
+def paint_ball(draw, thing, colour, rng):
+    paint_held(draw, "ball", thing.x, thing.y, thing.size, colour("ball"))
+
+
+def paint_cup(draw, thing, colour, rng):
+    paint_held(draw, "cup", thing.x, thing.y, thing.size, colour(thing.colour))
+
+
+PAINTERS = {"person": paint_person, "logo": paint_logo, "building": paint_building, "ball": paint_ball,
+            "cup": paint_cup}
+
+
+# ---- the scripted expert ----
+
+ARTICLE = {"ball": "a ball", "cup": "a cup", "building": "a building"}
+
+
+def seen(scene):
+    """What the expert sees of the object: only what matters for this kind of scene."""
+    thing = scene.object
+    if thing.what in ARTICLE:
+        return ARTICLE[thing.what]
+    if thing.what == "logo":
+        return f"a {thing.colour} logo {'on a wall' if thing.place else 'in the air'}"
+    detail = {
+        "match": "with a crown" if thing.crown else "without crown",
+        "award": f"with a {thing.holds}" if thing.holds else "with nothing",
+        "home": "in a doorway" if thing.place else "outside",
+        "pair": "hand in hand" if scene.hand_in_hand else "alone",
+    }.get(scene.kind, "outside")
+    return f"a person in {thing.colour} {detail}"
+
+
+def matched(scene):
+    """Step 3: which thing of the text the object is."""
+    thing = scene.object
+    if thing.what in ARTICLE:
+        return "not in the text"
+    if scene.kind == "award":
+        return f"the text has {scene.entity}"
+    if scene.kind == "home":
+        return f"the place is {scene.entity}"
+    if scene.kind == "pair":
+        other = scene.things[1]
+        return f"next to {other.colour}"
+    team = "no team" if thing.colour == NEUTRAL else COLOURS[thing.colour][3]
+    if team == scene.entity:
+        where = "the entity"
+    elif team in teams_in(scene):
+        where = "the rival" if scene.kind == "match" else "in the text"
+    else:
+        where = "not in the text"
+    return f"{thing.colour} is {team}, {where}"
+
+
+TYPES = {"person": "per", "logo": "org", "building": "loc", "ball": "misc", "cup": "misc"}
+ENTITY_TYPES = {"match": "org", "award": "misc", "site": "loc", "home": "loc", "pair": "per"}
+
+
+def topic(scene):
+    """Step 2: what the text is about, naming its teams again."""
+    if scene.kind == "match":
+        return "a match of " + " and ".join(teams_in(scene))
+    if scene.kind == "site":
+        return "a hall of " + teams_in(scene)[0]
+    return {"award": "a prize", "home": "a home", "pair": "two people"}[scene.kind]
+
+
+def steps(scene, label):
+    """The six steps that lead to `label`, as a list of texts."""
+    types = (TYPES[scene.object.what], ENTITY_TYPES[scene.kind])
+    candidates = [name for name in LABELS[1:] if name.startswith("/{}/{}/".format(*types))] + ["none"]
+    return [seen(scene), topic(scene), matched(scene), " and ".join(types), ", ".join(candidates), f"so {label}"]
+
+
+def expert_response(scene, rng):
+    """The scripted expert's answer; about one in ten is wrong or broken, in five ways, so the filter has work."""
+    label = relation(scene)
+    flaw = rng.choice(("label", "missing", "order", "slash", "after")) if rng.random() < 0.1 else ""
+    if flaw == "label":
+        label = rng.choice([name for name in LABELS if name != label])
+    numbered = [f"Step {number}: {text}." for number, text in enumerate(steps(scene, label), start=1)]
+    if flaw == "missing":
+        del numbered[rng.randrange(6)]
+    if flaw == "order":
+        place = rng.randrange(5)
+        numbered[place], numbered[place + 1] = numbered[place + 1], numbered[place]
+    answer = label.lstrip("/") if flaw == "slash" else label
+    after = " That is my answer." if flaw == "after" else ""
+    return f"<think> {' '.join(numbered)} </think> <answer>{answer}</answer>{after}"
+
+
+# ---- writing ----
+
+def line_of(scene, name):
+    """One line of MORE's annotation files."""
+    tokens = scene.text.split()
+    words = scene.entity.split()
+    start = next(place for place in range(len(tokens)) if tokens[place:place + len(words)] == words)
+    return {"token": tokens, "h": {"name": scene.entity, "pos": [start, start + len(words)]},
+            "t": {"name": "[OBJ0]", "pos": list(box_of(scene.object))}, "img_id": name,
+            "relation": relation(scene)}
+
+
+def make_sample(seed, split, index):
+    """(scene, picture, expert's response) of one sample; a function of its three arguments alone."""
+    rng = random.Random(f"{seed}/{split}/{index}")
+    scene = make_scene(rng)
+    picture = paint(scene, rng)
+    return scene, picture, expert_response(scene, rng)
+
+
+def write_world(folder, seed=0, train=2400, valid=200, test=800):
+    """Writes `folder`/MORE in the dataset's layout and `folder`/expert.jsonl; returns the expert's lines."""
+    folder = Path(folder)
+    more = folder / "MORE"
+    (more / "txt").mkdir(parents=True, exist_ok=True)
+    (more / "rel2id.json").write_text(json.dumps({name: place for place, name in enumerate(LABELS)}),
+                                      encoding="utf-8")
+    expert = []
+    for split, count in (("train", train), ("valid", valid), ("test", test)):
+        pictures = more / "img_org" / split
+        pictures.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for index in range(count):
+            scene, picture, response = make_sample(seed, split, index)
+            name = f"{split}-{index:05d}.png"
+            picture.save(pictures / name, compress_level=1)
+            lines.append(repr(line_of(scene, name)))
+            if split == "train":
+                expert.append({"id": f"train/{index}", "response": response})
+        (more / "txt" / f"{split}.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    (folder / "expert.jsonl").write_text("".join(json.dumps(line) + "\n" for line in expert), encoding="utf-8")
+    return expert

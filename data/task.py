@@ -1,0 +1,59 @@
+"""A task by its name: the module with its samples and prompts, and the module with its rewards and metrics.
+
+`--task more` means data/more.py and rewards/more.py. `--task my.task` means one module of your own that offers both
+halves; `--task my.samples,my.rewards` means two. Nothing is registered anywhere: a name that can be imported is enough.
+"""
+import difflib
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+# What the programs call. A task may also offer, for data.annotate:
+#   data half: expert_prompt(sample) -> str, normalise_response(response, sample) -> str
+#   rewards half: fault(completion, sample) -> str | None, what breaks the structure
+DATA_NAMES = ("load", "build_prompt", "target", "stratum", "is_none")
+REWARD_NAMES = ("WEIGHTS", "reward", "correct", "metrics", "parse")
+
+
+class Task(NamedTuple):
+    """The two halves of a task, as modules."""
+    data: ModuleType
+    rewards: ModuleType
+
+
+def resolve_task(name: str) -> Task:
+    """Import the task's two halves. Raises a one-line ValueError for an unknown name or a half that lacks a function."""
+    data_name, comma, rewards_name = (part.strip() for part in name.partition(","))
+    if not comma:
+        plain = "." not in name
+        data_name, rewards_name = (f"data.{name}", f"rewards.{name}") if plain else (name, name)
+    task = Task(_import(data_name, name), _import(rewards_name, name))
+    _require(task.data, DATA_NAMES)
+    _require(task.rewards, REWARD_NAMES)
+    return task
+
+
+def _import(module: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as problem:
+        # Only "this module is not there" is about the name; a task that itself misses a library must say so.
+        if problem.name is None or not f"{module}.".startswith(f"{problem.name}."):
+            raise
+    except ValueError:  # an empty part in a dotted name
+        pass
+    raise ValueError(f"unknown task {name!r}: no module {module}; {_nearest(name)}")
+
+
+def _nearest(name: str) -> str:
+    root = Path(__file__).parent.parent
+    known = sorted(path.stem for path in (root / "rewards").glob("[!_]*.py") if (root / "data" / path.name).exists())
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}, or name a module of your own"
+
+
+def _require(module: ModuleType, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise ValueError(f"task module {module.__name__} does not offer {', '.join(missing)} (see data/task.py)")

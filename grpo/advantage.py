@@ -1,0 +1,135 @@
+"""From rewards to advantages: how much better a completion is than the others of its group.
+
+Rewards are a tensor of shape (groups, G): a row is one prompt, a column one of its G completions; so are the
+advantages.  Rewards have whatever unit the task gives them, advantages have none (scaled) or the same (not scaled).
+
+A function that compares groups with each other (`scale="batch"`, `scale="centred-batch"`) must see the rewards
+of every process; they are a few floats, so gather them first.  All other functions may see any part.
+"""
+
+import torch
+from torch import Tensor
+
+SCALES = ("group", "batch", "centred-batch", "leave-one-out", "none")
+COMBINATIONS = ("sum", "normalised")
+
+
+def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: float = 1e-4) -> Tensor:
+    """A_i = (r_i − mean(r)) / (std(r) + eps), the mean always over the group.  (groups, G) -> (groups, G)
+
+    `scale` says what the centred rewards are divided by:
+      "group"          the group's std.             GRPO, arXiv 2402.03300 §4.1.2; MORE-R1 eq. 2; JMERE-R1 eq. 6
+      "batch"          the std of all rewards.      Lite PPO, arXiv 2508.08221
+      "centred-batch"  the std of all r − mean(r).  REINFORCE++ with baseline, arXiv 2501.03262
+      "leave-one-out"  (G − 1) / G.                 RLOO, arXiv 2402.14740: the same as r_i − mean of the *others*
+      "none"           nothing.                     Dr. GRPO, arXiv 2503.20783 §3.2
+
+    `ddof` 1 divides the sum of squares by n − 1 (torch, TRL), 0 by n (numpy, the papers' plain "std"): at G = 4
+    the advantages differ by 15 %.  `eps` keeps a nearly flat group from exploding; it is added to the std.
+
+    A group whose rewards are all equal, and so every group of one, gives exact zeros: nothing can be learnt from
+    it, and float noise (mean([0.1] * 3) != 0.1) divided by eps would pretend otherwise.
+
+    Raises ValueError on NaN or infinite rewards (naming group and completion), another shape, an unknown option.
+    """
+    check_choice("scale", scale, SCALES)
+    rewards = check_rewards("rewards", rewards, ("groups", "G"))
+    centred = centre(rewards)
+    if scale == "none":
+        return centred
+    if scale == "leave-one-out":
+        G = rewards.shape[1]
+        return centred * G / max(G - 1, 1)
+    if scale == "group":
+        std = spread(rewards, ddof, dim=1)
+    else:
+        std = spread(rewards if scale == "batch" else centred, ddof)
+    return (centred / (std + eps)).masked_fill(centred == 0, 0.0)  # 0 / 0 where eps = 0
+
+
+def flat_groups(rewards: Tensor) -> Tensor:
+    """True where all rewards of a group are equal.  (groups, G) -> bool (groups,)
+
+    max == min and not std == 0: the std of equal floats is rarely an exact zero.  These are the groups that
+    DAPO's dynamic sampling draws again (arXiv 2503.14476, the constraint of eq. 11).
+    """
+    return rewards.amax(dim=1) == rewards.amin(dim=1)
+
+
+def centre(rewards: Tensor) -> Tensor:
+    """r_i − mean(r) within each group; exact zeros in a flat one.  (groups, G) -> (groups, G)"""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred.masked_fill(flat_groups(rewards).unsqueeze(1), 0.0)
+
+
+def spread(values: Tensor, ddof: int, dim: int | None = None) -> Tensor:
+    """sqrt(Σ (x − mean)² / (n − ddof)), over everything or along `dim` (kept as size 1); 0 where n <= ddof."""
+    check_choice("ddof", ddof, (0, 1))
+    n = values.numel() if dim is None else values.shape[dim]
+    if n <= ddof:
+        return torch.zeros((), dtype=values.dtype, device=values.device)
+    return torch.std(values, dim=dim, correction=ddof, keepdim=dim is not None)
+
+
+def combine_rewards(parts: Tensor, weights: Tensor, how: str = "sum", ddof: int = 1, eps: float = 1e-4) -> Tensor:
+    """K reward parts to the one number that `group_advantages` takes.  (groups, G, K), (K,) -> (groups, G)
+
+    "sum"         Σ_k w_k r_k.  The papers' way (MORE-R1 eq. 5, JMERE-R1 eq. 5): z-score the sum afterwards.
+    "normalised"  Σ_k w_k z_k, z_k the z-score of part k within its group: every part weighs the same however
+                  small its spread.  GDPO, arXiv 2601.05242: pass the result on with `scale="none"`, or with
+                  `scale="centred-batch"` for that paper's normalisation over the batch.
+
+    Equal parts give bitwise equal sums, so a flat group stays flat.  Raises ValueError as `group_advantages`.
+    """
+    check_choice("how", how, COMBINATIONS)
+    parts = check_rewards("parts", parts, ("groups", "G", "K"))
+    weights = torch.as_tensor(weights, dtype=parts.dtype, device=parts.device)
+    if weights.shape != parts.shape[2:]:
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; {parts.shape[2]} reward parts take one weight each")
+    if how == "normalised":
+        parts = torch.stack([group_advantages(part, "group", ddof, eps) for part in parts.unbind(2)], dim=2)
+    return (parts * weights).sum(dim=2)
+
+
+def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
+    """DAPO's soft overlong punishment, to be added to the reward; any shape, lengths in tokens.
+
+    0 up to limit − cache tokens, falling linearly to −1 at `limit` (L_max), −1 beyond.
+    arXiv 2503.14476 eq. 13, L_cache = `cache`.
+    """
+    if not 0 < cache <= limit:
+        raise ValueError(f"cache is {cache}; it takes a number of tokens from 1 to the limit, {limit}")
+    return (((limit - cache) - lengths) / cache).clamp(-1.0, 0.0)
+
+
+def kl_penalised_rewards(rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """R_i = r_i − β log(π(o_i) / π_ref(o_i)): the KL in the reward, not in the loss.  (groups, G) -> (groups, G)
+
+    RLOO's reward (arXiv 2402.14740).  `logp`, `ref_logp` and `mask` are (groups · G, L), the policy's that drew
+    the completions; they enter as numbers, without gradient.  Not the same as k1 in the loss, whose gradient
+    is zero on average (docs/mathematics.md).
+    """
+    log_ratio = (logp - ref_logp).detach().masked_fill(~mask.bool(), 0.0)
+    if log_ratio.dim() != 2 or log_ratio.shape[0] != rewards.numel():
+        raise ValueError(f"logp has shape {tuple(logp.shape)}; {rewards.numel()} rewards take ({rewards.numel()}, L)")
+    return rewards - beta * log_ratio.sum(dim=1).reshape(rewards.shape).to(rewards.dtype)
+
+
+def check_rewards(name: str, rewards: Tensor, axes: tuple[str, ...]) -> Tensor:
+    """`rewards` as floats, or a ValueError: wrong number of axes, no elements, NaN or infinite (and where)."""
+    if rewards.dim() != len(axes) or rewards.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(rewards.shape)}; it takes ({', '.join(axes)}), none of them 0")
+    bad = torch.nonzero(~torch.isfinite(rewards))
+    if len(bad):
+        place = bad[0].tolist()
+        raise ValueError(
+            f"{name}{place} is {rewards[tuple(place)].item()} (group {place[0]}, completion {place[1]} of it; "
+            f"{len(bad)} such in all); every reward must be a finite number"
+        )
+    return rewards if rewards.is_floating_point() else rewards.float()
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    """ValueError unless `value` is one of `choices`: which argument, what it got, what it takes."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,71 @@
+"""Weights in and out: a folder in the Hub's own layout, which stock transformers loads.
+
+Exports are written beside their place and renamed, so that a folder that is there is whole.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
+
+from grpo.encode import model_file
+from grpo.policy import Policy
+
+# What the encoder reads besides the weights: copied from the starting checkpoint, byte for byte. Not
+# generation_config.json: the Hub's sets a temperature, top-p and a repetition penalty of its own.
+ENCODER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
+)
+
+
+def load_policy(model: str, dtype: torch.dtype = torch.float32) -> Policy:
+    """Folder or hub name → policy with weights of `dtype` (masters are float32 whatever the file holds)."""
+    config = json.loads(model_file(model, "config.json").read_text())
+    if config.get("model_type") != "qwen2_5_vl":
+        raise ValueError(f"{model}: config.json has model_type {config.get('model_type')!r}; expected 'qwen2_5_vl'")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return Policy(Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype))
+    except OSError as error:
+        raise ValueError(f"{model}: the weights cannot be loaded: {str(error).splitlines()[0]}") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """`new` becomes `place`; what stood there is moved aside first and removed last."""
+    old = place.with_name(place.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(new, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def export(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str, place: Path) -> None:
+    """Write `weights` (whole, on CPU) as a checkpoint at `place`, with the encoder's files of `source`."""
+    new = place.with_name(place.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    model.save_pretrained(new, state_dict=weights)
+    if shown:
+        logging.enable_progress_bar()
+    for name in ENCODER_FILES:
+        if Path(source).is_dir():
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, new / name)
+            continue
+        try:
+            shutil.copyfile(model_file(source, name), new / name)
+        except ValueError:
+            continue  # not every checkpoint has every one of them
+    replace_folder(new, place)

@@ -1,0 +1,83 @@
+"""A group is one prompt and G continuations: the three shapes that everything else passes around.
+
+Rows stay ragged: a completion is its own 1-D tensor of token ids, end token included, until the
+mathematics asks for a rectangle, which `pad_rows` makes together with its mask.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prompt:
+    """One encoded sample.
+
+    tokens     (P,) token ids, each picture already as long a run of image tokens as it has features
+    positions  (3, P) rope positions: time, height, width
+    pixels     (patches, patch values) of all its pictures, or None
+    grids      (pictures, 3) patches per picture: time, height, width, or None
+    features   (image tokens, hidden) once the frozen vision encoder has seen the pixels, else None
+    sample     the task's own sample; `id` names it in errors and seeds its noise
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    pixels: Tensor | None = None
+    grids: Tensor | None = None
+    features: Tensor | None = None
+    sample: object = None
+    id: str = ""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class Group:
+    """A prompt and its G continuations.
+
+    completions  G tensors (C_i,) of token ids
+    logps        G tensors (C_i,): the sampler's own log-probabilities (empty where nobody sampled, as in SFT)
+    finished     G flags: True where the completion ended by itself, False where the limit cut it
+    """
+
+    prompt: Prompt
+    completions: list[Tensor]
+    logps: list[Tensor] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(completion) for completion in self.completions]
+
+    @property
+    def packed_tokens(self) -> int:
+        """What one pass over the group costs: P + ΣC_i, where padding and repeating would cost G·(P + max C)."""
+        return len(self.prompt) + sum(self.lengths)
+
+
+def pad_rows(flat: Tensor, lengths: list[int], value: float = 0.0) -> Tensor:
+    """(T,) end to end → (N, L) left-aligned, `value` elsewhere; differentiable. N = len(lengths), L the longest."""
+    rows = torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True, padding_value=value)
+    return rows
+
+
+def row_mask(lengths: list[int], device=None) -> Tensor:
+    """(N, L) bool: True on a completion's tokens, its end token included. Made from positions alone, so that
+    a pad token that is also the end token (Qwen's is not, many others' are) cannot hide the end from training."""
+    lengths_ = torch.tensor(lengths, device=device)
+    return torch.arange(max(lengths), device=device) < lengths_[:, None]
+
+
+def packs(groups: list[Group], token_budget: int) -> list[list[Group]]:
+    """Consecutive groups joined while they fit the budget of packed tokens; a group that alone exceeds it stands alone."""
+    result, room = [], 0
+    for group in groups:
+        if not result or group.packed_tokens > room:
+            result.append([])
+            room = token_budget
+        result[-1].append(group)
+        room -= group.packed_tokens
+    return result

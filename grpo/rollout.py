@@ -1,0 +1,269 @@
+"""`sample`: prompts → groups. One prefill a prompt, G continuations that share its keys and values.
+
+Rows that end leave at once and waiting ones take their places, so that a rollout does not run at the pace
+of its slowest row. Live rows and live groups are always the first ones of their caches: whoever leaves is
+overwritten by the last one, and every product runs on a plain slice.
+"""
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from grpo.attention import Decode, KeysValues, Packed
+from grpo.group import Group, Prompt
+from grpo.head import token_logits
+from grpo.policy import Policy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue a prompt.
+
+    temperature 0 is greedy. `seed` and the prompt's id make each completion's own noise, so that it depends
+    neither on who else is in the batch nor on the number of processes. `rows` live at once (memory, not result).
+    top_p and top_k are for evaluation: in training rollouts they are refused (see `check_training`).
+    """
+
+    max_tokens: int
+    end_tokens: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rows: int = 64
+    seed: str = "0"
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"max completion tokens is {self.max_tokens}; a completion needs at least 1 token")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
+        if self.rows < 1:
+            raise ValueError(f"rollout rows is {self.rows}; it must be at least 1")
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"top_p is {self.top_p}, top_k is {self.top_k}; expected 0 < top_p <= 1 and top_k >= 0")
+
+    def check_training(self) -> "Sampling":
+        """A token outside the reference's nucleus has k3 = ∞, one outside the policy's a ratio of 0."""
+        if self.top_p < 1 or self.top_k or self.temperature == 0:
+            raise ValueError("training rollouts are drawn from the full softmax: temperature > 0, top_p 1, top_k 0")
+        return self
+
+
+@dataclass
+class Row:
+    """One continuation being written."""
+
+    prompt: int  # index of its prompt
+    index: int  # which of the G
+    noise: list[float]  # one uniform number a token
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Slot:
+    """One prompt whose keys and values are cached; `left` counts its rows that have not ended."""
+
+    prompt: int
+    left: int
+    last_hidden: Tensor  # (hidden,): what predicts every row's first token
+
+
+def noise(seed: str, prompt_id: str, index: int, count: int) -> list[float]:
+    """`count` uniform numbers in [0, 1) that belong to this completion alone."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{index}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+
+
+def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits outside the k most likely tokens, or outside the smallest set that holds top_p, become −∞."""
+    order = logits.argsort(-1, descending=True)
+    ranked = logits.gather(-1, order)
+    outside = torch.zeros_like(ranked, dtype=torch.bool)
+    if top_k:
+        outside[:, top_k:] = True
+    if top_p < 1:
+        probabilities = ranked.softmax(-1)
+        outside |= probabilities.cumsum(-1) - probabilities >= top_p  # mass before it already suffices
+    return logits.scatter(-1, order, ranked.masked_fill(outside, float("-inf")))
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax.
+
+    Inverse of the cumulative distribution: one number a token, so a completion's noise is a plain list.
+    """
+    logps = logits.log_softmax(-1)
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        kept = logits
+        if sampling.top_k or sampling.top_p < 1:
+            kept = keep_top(logits, sampling.top_k, sampling.top_p)
+        # float64: a float32 running sum over 152k tokens would lose the improbable ones
+        cumulative = kept.softmax(-1).double().cumsum(-1)
+        # right=True: the first place that *exceeds* the number, never one of probability 0
+        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
+
+
+class Rollout:
+    """The state of one call of `sample`: caches, live rows, live groups."""
+
+    def __init__(self, policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling):
+        self.policy, self.prompts, self.sampling = policy, prompts, sampling
+        self.group_size = group_size
+        self.waiting = deque((p, i) for p in range(len(prompts)) for i in range(group_size))
+        self.rows: list[Row] = []
+        self.slots: list[Slot] = []
+        row_slots = min(sampling.rows, len(self.waiting))
+        self.max_rows = row_slots
+        # one more than the rows: a group may have no live row while its others wait
+        self.caches = self._allocate(min(row_slots + 1, len(prompts)), row_slots)
+        self.hidden: Tensor | None = None  # (live rows, hidden): what predicts each row's next token
+        self.decode: Decode | None = None
+        self.done: list[list[Row | None]] = [[None] * group_size for _ in prompts]
+
+    def _allocate(self, groups: int, rows: int) -> list[KeysValues]:
+        text, weight = self.policy.config.text_config, self.policy.model.lm_head.weight
+        heads, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+        longest = max(map(len, self.prompts))
+        # zeros, not empty: a weight of exactly 0 times uninitialised memory may still be NaN
+        new = lambda slots, length: torch.zeros(slots, heads, length, size, dtype=weight.dtype, device=weight.device)
+        return [
+            KeysValues(new(groups, longest), new(groups, longest), new(rows, self.sampling.max_tokens),
+                       new(rows, self.sampling.max_tokens))
+            for _ in range(text.num_hidden_layers)
+        ]
+
+    def prefill(self, indices: list[int]) -> None:
+        """One packed pass over prompts that enter; their keys and values are written into new group slots."""
+        prompts = [self.prompts[index] for index in indices]
+        cache: list[list[tuple[Tensor, Tensor]]] = []
+        embedded = torch.cat(self.policy.embed(prompts))[None]
+        positions = torch.cat([prompt.positions for prompt in prompts], 1)[:, None].to(self.policy.device)
+        layout = Packed([(len(prompt), []) for prompt in prompts], prompt_cache=cache)
+        hidden = self.policy.trunk(embedded, positions, layout)[0]
+        for layer, keys_values in zip(self.caches, cache):
+            for offset, (key, value) in enumerate(keys_values):
+                layer.prompt_key[len(self.slots) + offset, :, : key.shape[1]] = key
+                layer.prompt_value[len(self.slots) + offset, :, : value.shape[1]] = value
+        ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+        self.slots += [Slot(index, self.group_size, hidden[end]) for index, end in zip(indices, ends.tolist())]
+
+    def admit(self) -> None:
+        """Waiting rows into free places. Not for every single one: a prefill of several prompts costs less than several."""
+        free = self.max_rows - len(self.rows)
+        if not self.waiting or (self.rows and free < max(1, self.max_rows // 8)):
+            return
+        entering = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        cached = {slot.prompt for slot in self.slots}
+        if new := [p for p in dict.fromkeys(p for p, _ in entering) if p not in cached]:
+            self.prefill(new)
+        hidden_of = {slot.prompt: slot.last_hidden for slot in self.slots}
+        for p, i in entering:
+            self.rows.append(Row(p, i, noise(self.sampling.seed, self.prompts[p].id, i, self.sampling.max_tokens)))
+        entered = torch.stack([hidden_of[p] for p, _ in entering])
+        self.hidden = entered if self.hidden is None else torch.cat([self.hidden, entered])
+        self.decode = None
+
+    def write(self) -> int:
+        """Draw every live row's next token; rows that end leave. Returns the number of tokens written."""
+        weight, sampling = self.policy.model.lm_head.weight, self.sampling
+        logits = token_logits(self.hidden, weight, sampling.temperature or 1.0, self.policy.banned)
+        uniform = torch.tensor([row.noise[len(row.tokens)] for row in self.rows], dtype=torch.float64)
+        tokens, logps = draw(logits, uniform.to(logits.device), sampling)
+        for row, token, logp in zip(self.rows, tokens.tolist(), logps.tolist()):
+            row.tokens.append(token)
+            row.logps.append(logp)
+        written = len(self.rows)
+        for place in reversed(range(written)):
+            row = self.rows[place]
+            if row.tokens[-1] in sampling.end_tokens or len(row.tokens) == sampling.max_tokens:
+                self.leave(place)
+        return written
+
+    def leave(self, place: int) -> None:
+        """A row has ended: the last live row takes its place, and likewise for its group if it was the last."""
+        row, last = self.rows[place], len(self.rows) - 1
+        self.done[row.prompt][row.index] = row
+        for cache in self.caches if place != last else ():
+            cache.own_key[place] = cache.own_key[last]
+            cache.own_value[place] = cache.own_value[last]
+        self.rows[place] = self.rows[last]
+        self.rows.pop()
+        self.decode = None
+        at = next(i for i, slot in enumerate(self.slots) if slot.prompt == row.prompt)
+        self.slots[at].left -= 1
+        if self.slots[at].left == 0:
+            last = len(self.slots) - 1
+            for cache in self.caches if at != last else ():
+                cache.prompt_key[at] = cache.prompt_key[last]
+                cache.prompt_value[at] = cache.prompt_value[last]
+            self.slots[at] = self.slots[last]
+            self.slots.pop()
+
+    def arrange(self) -> Decode:
+        """The layout of a decode step for the rows that live now; kept until one comes or goes."""
+        device = self.policy.device
+        lengths = torch.tensor([len(self.prompts[slot.prompt]) for slot in self.slots], device=device)
+        longest = self.caches[0].prompt_key.shape[2]
+        mask = torch.arange(longest, device=device) < lengths[:, None]
+        slot_of = {slot.prompt: at for at, slot in enumerate(self.slots)}
+        group_of_row = torch.tensor([slot_of[row.prompt] for row in self.rows], device=device)
+        own_length = torch.tensor([len(row.tokens) - 1 for row in self.rows], device=device)
+        return Decode(self.caches, mask, own_length, group_of_row)
+
+    def read(self) -> None:
+        """Feed every live row's last token; the new hidden states predict the next ones."""
+        if self.decode is None:
+            self.decode = self.arrange()
+            first = [int(self.prompts[row.prompt].positions.max()) + 1 for row in self.rows]
+            self.first_position = torch.tensor(first, device=self.policy.device)
+        tokens = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.policy.device)
+        embedded = self.policy.model.get_input_embeddings()(tokens)
+        positions = (self.first_position + self.decode.own_length)[None, :, None].expand(3, -1, -1)
+        self.hidden = self.policy.trunk(embedded, positions, self.decode)[:, 0]
+        self.decode.advance()
+
+    def groups(self) -> list[Group]:
+        ended = self.sampling.end_tokens
+        return [
+            Group(
+                prompt,
+                [torch.tensor(row.tokens) for row in rows],
+                [torch.tensor(row.logps) for row in rows],
+                [row.tokens[-1] in ended for row in rows],
+            )
+            for prompt, rows in zip(self.prompts, self.done)
+        ]
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling,
+    on_tokens: Callable[[int, int], None] | None = None,
+) -> list[Group]:
+    """Continue every prompt `group_size` times. `on_tokens(tokens written, rows ended)` is called every step.
+
+    Sharded weights must be whole meanwhile: `sharding.sample_whole` sees to it.
+    """
+    if not prompts:
+        return []
+    rollout = Rollout(policy, prompts, group_size, sampling)
+    while rollout.waiting or rollout.rows:
+        rollout.admit()
+        live = len(rollout.rows)
+        written = rollout.write()
+        if on_tokens:
+            on_tokens(written, live - len(rollout.rows))
+        if rollout.rows:
+            rollout.read()
+        else:
+            rollout.hidden = None
+    return rollout.groups()

@@ -1,0 +1,1 @@
+"""What is rewarded and measured: a file per task, plain Python."""

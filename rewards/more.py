@@ -1,0 +1,111 @@
+"""MORE-R1's reward: format + length + answer, each 0 or 1, and the four figures MORE is measured by.
+
+The template (MORE-R1, section 3.3.1) is `<think> Step 1: … Step 6: … </think> <answer>LABEL</answer>`. Whitespace
+around its parts is free, nothing else is. Every function reads a completion a fixed number of times from left to
+right, with no pattern that can backtrack, so that a hostile completion costs no more than its length.
+"""
+import re
+
+WEIGHTS = {"format": 1.0, "length": 1.0, "answer": 1.0}  # the paper's equation 5: a plain sum, 0 to 3
+STEPS = ["1", "2", "3", "4", "5", "6"]
+STEP_MARKER = re.compile(r"Step ([0-9]+):")
+
+
+def parse(completion: str, sample) -> str | None:
+    """The label between the one `<answer>` and the `</answer>` behind it, or None.
+
+    None where there is no such pair, where `<answer>` stands more than once, or where what it holds is not one of
+    `sample.labels` letter by letter. The rest of the template is not looked at: a right answer counts without it.
+    """
+    _, *after = completion.split("<answer>")
+    if len(after) != 1:
+        return None
+    label, closing, _ = after[0].partition("</answer>")
+    label = label.strip()
+    return label if closing and label in sample.labels else None
+
+
+def fault(completion: str, sample) -> str | None:
+    """The first thing that breaks the template, in words, or None where nothing does."""
+    text = completion.strip()
+    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
+        if text.count(tag) != 1:
+            return f"{tag} missing" if tag not in text else f"{tag} more than once"
+    before, _, rest = text.partition("<think>")
+    reasoning, closed, rest = rest.partition("</think>")
+    between, opened, rest = rest.partition("<answer>")
+    _, answered, after = rest.partition("</answer>")
+    if not (closed and opened and answered):
+        return "tags out of order"
+    if before or between.strip() or after:
+        return "text outside the tags"
+    steps = STEP_MARKER.findall(reasoning)
+    # Any other marker, a step told twice or a seventh, leaves the template too: `Step k:` is kept for the six.
+    if steps != STEPS or not reasoning.lstrip().startswith("Step 1:"):
+        return "not Step 1: to Step 6:, each once and in order"
+    return None if parse(completion, sample) is not None else "answer is not one of the labels"
+
+
+def reward(completion: str, sample, *, min_length: int = 1024) -> dict[str, float]:
+    """The three parts, unweighted, each 0 or 1 (MORE-R1, section 3.3.1).
+
+    format: the whole template, with one of `sample.labels`; length: more than `min_length` characters, tags included;
+    answer: the label is the sample's, whatever else is wrong with the format.
+    """
+    return {
+        "format": float(fault(completion, sample) is None),
+        "length": float(len(completion) > min_length),
+        "answer": float(correct(completion, sample)),
+    }
+
+
+def correct(completion: str, sample) -> bool:
+    """Whether the answer is the sample's label: what divides the easy samples from the hard ones."""
+    return parse(completion, sample) == sample.label
+
+
+def metrics(completions: list[str], samples: list) -> dict[str, float]:
+    """Accuracy over all samples; precision, recall and F1 micro over the labels other than none; shares in 0 to 1.
+
+    As MORE's own evaluation counts: a predicted relation is in precision's denominator, a gold one in recall's. An
+    answer that cannot be parsed predicts nothing: it is in no precision denominator. Its share is `unparsable`.
+    A share of nothing is 0. Raises ValueError if the two lists are not equally long.
+    """
+    answers, golds = _answers(completions, samples), [sample.label for sample in samples]
+    right = sum(answer == gold != "none" for answer, gold in zip(answers, golds))
+    predicted = sum(answer not in (None, "none") for answer in answers)
+    gold = sum(label != "none" for label in golds)
+    return {
+        "accuracy": _share(sum(answer == gold for answer, gold in zip(answers, golds)), len(golds)),
+        **_scores(right, predicted, gold),
+        "unparsable": _share(answers.count(None), len(answers)),
+    }
+
+
+def per_label(completions: list[str], samples: list) -> dict[str, dict[str, float]]:
+    """For every candidate label: precision, recall, f1, and the counts gold, predicted and right behind them.
+
+    `none` has its row here too, although the micro figures leave it out.
+    """
+    answers, golds = _answers(completions, samples), [sample.label for sample in samples]
+    table = {}
+    for label in dict.fromkeys(label for sample in samples for label in sample.labels):
+        right = sum(answer == gold == label for answer, gold in zip(answers, golds))
+        predicted, gold = answers.count(label), golds.count(label)
+        table[label] = {**_scores(right, predicted, gold), "gold": gold, "predicted": predicted, "right": right}
+    return table
+
+
+def _answers(completions: list[str], samples: list) -> list[str | None]:
+    if len(completions) != len(samples):
+        raise ValueError(f"{len(completions)} completions for {len(samples)} samples; one each expected")
+    return [parse(completion, sample) for completion, sample in zip(completions, samples)]
+
+
+def _scores(right: int, predicted: int, gold: int) -> dict[str, float]:
+    precision, recall = _share(right, predicted), _share(right, gold)
+    return {"precision": precision, "recall": recall, "f1": _share(2 * precision * recall, precision + recall)}
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
