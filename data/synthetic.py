@@ -440,3 +440,55 @@ def write_world(folder, seed=0, train=2400, valid=200, test=800):
         (more / "txt" / f"{split}.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     (folder / "expert.jsonl").write_text("".join(json.dumps(line) + "\n" for line in expert), encoding="utf-8")
     return expert
+
+
+@dataclass
+class Settings:
+    """Write the embedded example: OUTPUT/MORE, OUTPUT/expert.jsonl and the tiny model OUTPUT/model."""
+    output: str = field(metadata={"help": "folder to write into; it is made where it is missing"})
+    seed: int = field(default=0, metadata={"help": "seed of the scenes and of the model's weights"})
+    train: int = field(default=2400, metadata={"help": "number of training samples"})
+    valid: int = field(default=200, metadata={"help": "number of validation samples"})
+    test: int = field(default=800, metadata={"help": "number of test samples"})
+
+    def check(self):
+        for name in ("train", "valid", "test"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; at least 1 expected")
+
+
+def prompts(folder, count=600):
+    """The texts of the first prompts, with and without reasoning: what the tokenizer is learned from."""
+    from data import more
+
+    samples = more.load(Path(folder) / "MORE", "train")[:count]
+    return [more.build_prompt(sample, reasoning=reasoning)[1] for sample in samples for reasoning in (True, False)]
+
+
+def write_example(settings):
+    """Dataset, expert's responses and model; returns the model's parameter count."""
+    from data.tiny_model import write_tiny_model
+
+    settings.check()
+    expert = write_world(settings.output, settings.seed, settings.train, settings.valid, settings.test)
+    texts = prompts(settings.output) + [line["response"] for line in expert]
+    return write_tiny_model(Path(settings.output) / "model", texts, settings.seed)
+
+
+def main(arguments=None):
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(Settings, prog="python -m data.synthetic", allow_abbrev=False)
+    try:
+        settings, = parser.parse_args_into_dataclasses(arguments)
+        count = write_example(settings)
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    print(f"{settings.output}: MORE/ ({settings.train} + {settings.valid} + {settings.test} samples), expert.jsonl, "
+          f"model/ ({count:,} parameters)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

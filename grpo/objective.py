@@ -1,0 +1,238 @@
+"""The objective: log-probabilities and advantages to one loss, GRPO's and its variants', a formula a function.
+
+Shapes: N completions, padded to L tokens.  `logp`, `old_logp`, `ref_logp` (N, L) are log-probabilities of the
+tokens that were drawn, in nats, under π_θ (trained), π_old (drew them) and π_ref (anchor); `advantages` (N,);
+`mask` (N, L) is True, or 1, at the completion's tokens, its end token included.  Masks come from positions:
+where the mask is 0 a tensor may hold anything, NaN included, and its gradient there is exactly 0.
+
+A loss is to be minimised: the papers' objectives with the sign turned.
+"""
+
+import torch
+from torch import Tensor
+
+from grpo.advantage import check_choice
+
+SURROGATES = ("ppo", "cispo")
+LEVELS = ("token", "sequence")
+KL_KINDS = ("k1", "k2", "k3")
+AGGREGATES = ("sequence", "token", "constant")
+TRUNCATED = ("kept", "masked")
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    beta: float = 0.0,
+    kl: str = "k3",
+    level: str = "token",
+    aggregate: str = "sequence",
+    denominator: float | Tensor | None = None,
+    surrogate: str = "ppo",
+    kl_weighted: bool = False,
+    length: int | None = None,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = −mean of [ surrogate(r, A) − β D_KL(π_θ ‖ π_ref) ].  The defaults are GRPO, arXiv 2402.03300 eq. 3.
+
+    old_logp      None: the policy that drew is the policy that is trained, old_logp = logp.detach().
+    ref_logp      may be None where beta is 0; given all the same, its KL is in the statistics.
+    clip_low/high the ratio is clipped to [1 − clip_low, 1 + clip_high]; None: that side is not clipped.
+    beta, kl      weight and estimator of the KL, "k1", "k2" or "k3" (`kl_estimate`).
+    kl_weighted   multiply the KL by the ratio, as TRL does by default: right off-policy, another gradient.
+    level         "token": one ratio a token; "sequence": one a completion (`probability_ratio`).
+    surrogate     "ppo" (`ppo_surrogate`) or "cispo" (`cispo_surrogate`).
+    aggregate     "sequence", "token" or "constant" (`aggregate_loss`); "constant" needs `length` in tokens.
+    denominator   the global count where this call sees a part: `count_terms` of all parts.  Then the losses, the
+                  gradients and the statistics of the parts add up to the whole's, whatever the cut.
+    entropy       (N, L) in nats, for the statistics only.
+
+    Returns the loss, 0-dim, and the statistics as 0-dim sums without gradient, with the counts to divide by:
+    add them up over micro-batches and processes, then `mean_statistics`.
+
+    Raises ValueError: shapes that do not fit, a mask that is empty (with `denominator`, an empty part is allowed
+    and its loss is 0) or not 0/1, beta without ref_logp, an unknown option.
+    """
+    check_choice("surrogate", surrogate, SURROGATES)
+    mask = check_inputs(logp, advantages, mask, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy)
+    if denominator is None and not mask.any():
+        raise ValueError("mask is empty; it takes at least one token (or a denominator, if other parts have some)")
+    if beta and ref_logp is None:
+        raise ValueError(f"ref_logp is None; beta = {beta} takes the reference's log-probabilities")
+    # The padding is overwritten before anything is computed: 0 · NaN is NaN, in values and in gradients.
+    logp = logp.masked_fill(~mask, 0.0)
+    old_logp, ref_logp, entropy = (
+        None if x is None else x.detach().masked_fill(~mask, 0.0)
+        for x in (logp if old_logp is None else old_logp, ref_logp, entropy)
+    )
+    A = advantages.unsqueeze(1)  # (N, 1): an outcome reward gives every token the same advantage
+    r = probability_ratio(logp, old_logp, mask, level)  # (N, L)
+    if surrogate == "ppo":
+        gain = ppo_surrogate(r, A, clip_low, clip_high)
+    else:
+        gain = cispo_surrogate(r, A, logp, clip_low, clip_high)
+    divergence = None if ref_logp is None else kl_estimate(logp, ref_logp, kl)
+    per_token = -gain
+    if beta:
+        per_token = per_token + beta * (r * divergence if kl_weighted else divergence)
+    loss = aggregate_loss(per_token, mask, aggregate, denominator, length)
+    return loss, sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entropy)
+
+
+def probability_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str) -> Tensor:
+    """r = π_θ / π_old of each token, or of its whole completion.  (N, L) x 3 -> (N, L)
+
+    "token"     r_it = π_θ(o_it) / π_old(o_it).                        arXiv 2402.03300 eq. 3; PPO, 1707.06347
+    "sequence"  s_i = (π_θ(o_i) / π_old(o_i))^(1/|o_i|), the geometric mean of the r_it.  GSPO, 2507.18071 eq. 7
+    """
+    check_choice("level", level, LEVELS)
+    log_ratio = logp - old_logp
+    if level == "sequence":
+        log_ratio = sequence_mean(log_ratio, mask).unsqueeze(1).expand_as(logp)
+    return log_ratio.exp()
+
+
+def clip_ratio(r: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
+    """clip(r, 1 − ε_low, 1 + ε_high); None leaves a side open.  DAPO's clip-higher: arXiv 2503.14476 eq. 10"""
+    low = float("-inf") if clip_low is None else 1 - clip_low
+    high = float("inf") if clip_high is None else 1 + clip_high
+    return r.clamp(low, high)
+
+
+def ppo_surrogate(r: Tensor, A: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
+    """min(r A, clip(r, 1 − ε_low, 1 + ε_high) A).  PPO, arXiv 1707.06347 eq. 7; MORE-R1 eq. 3
+
+    The min makes it pessimistic: a clip may take a gain away, never a loss (r = 1.5, A = −1 stays −1.5).
+    Without clipping it is r A: JMERE-R1 eq. 7.
+    """
+    return torch.minimum(r * A, clip_ratio(r, clip_low, clip_high) * A)
+
+
+def cispo_surrogate(r: Tensor, A: Tensor, logp: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
+    """sg(clip(r)) A log π_θ: the clip bounds a token's weight and no token loses its gradient.
+
+    CISPO, arXiv 2506.13585 eq. 4 and 5, sg = stop-gradient.
+    """
+    return clip_ratio(r, clip_low, clip_high).detach() * A * logp
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    """One-sample estimates of D_KL(π ‖ π_ref) for tokens drawn from π.  Any shape, nats.
+
+    With d = log π_ref − log π:
+      "k1"  −d               unbiased, negative half of the time; its *gradient* is zero on average
+      "k2"  d² / 2           biased; its gradient is the KL's, on-policy
+      "k3"  exp(d) − d − 1   unbiased, never negative.  arXiv 2402.03300 eq. 4; MORE-R1 eq. 4
+    J. Schulman, "Approximating KL Divergence", 2020: http://joschu.net/blog/kl-approx.html
+    """
+    check_choice("kl", kind, KL_KINDS)
+    d = ref_logp - logp
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return d.square() / 2
+    return d.expm1() - d  # expm1: exp(d) − 1 loses all digits where the policies agree
+
+
+def aggregate_loss(
+    x: Tensor, mask: Tensor, how: str, denominator: float | Tensor | None = None, length: int | None = None
+) -> Tensor:
+    """A loss per token to one number.  (N, L) -> ()
+
+    "sequence"  1/N Σ_i 1/|o_i| Σ_t x_it.   GRPO, arXiv 2402.03300 eq. 3; JMERE-R1 eq. 7
+    "token"     1/(Σ_i |o_i|) Σ_i Σ_t x_it. DAPO, arXiv 2503.14476 eq. 12: every token of the batch weighs the same
+    "constant"  1/(N · length) Σ_i Σ_t x_it. Dr. GRPO, arXiv 2503.20783 §3.2: `length` is a constant, usually the
+                most tokens a completion may have; length = 1 is the plain sum, REINFORCE's
+
+    N counts all rows: a completion that is masked altogether adds 0 and does not raise the others' weight.
+    """
+    if how == "sequence":
+        total = sequence_mean(x, mask).sum()
+    else:
+        total = x.masked_fill(~mask, 0.0).sum()
+    if how == "constant":
+        if length is None or length <= 0:
+            raise ValueError(f'length is {length}; aggregate="constant" takes a positive number of tokens')
+        total = total / length
+    denominator = count_terms(mask, how) if denominator is None else denominator
+    if not denominator > 0:
+        raise ValueError(f"denominator is {denominator}; it takes a positive count of sequences or tokens")
+    return total / denominator
+
+
+def count_terms(mask: Tensor, how: str) -> int:
+    """What `aggregate_loss` divides by: tokens, or completions.  Sum it over all parts to get `denominator`."""
+    check_choice("aggregate", how, AGGREGATES)
+    return int(mask.sum()) if how == "token" else mask.shape[0]
+
+
+def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """1/|o_i| Σ_t x_it over a completion's tokens, 0 where it has none.  (N, L) -> (N,)"""
+    return x.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def truncation_mask(mask: Tensor, truncated: Tensor, how: str = "kept") -> Tensor:
+    """The mask with the completions that ran into the length limit "kept" or "masked".  (N, L), bool (N,) -> (N, L)
+
+    Masked, they still are in the group's mean and std, only their tokens are not trained: DAPO's overlong
+    filtering, arXiv 2503.14476 §3.4.
+    """
+    check_choice("truncated", how, TRUNCATED)
+    return mask if how == "kept" else mask * ~truncated.bool().unsqueeze(1)
+
+
+@torch.no_grad()
+def sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entropy) -> dict[str, Tensor]:
+    """Sums over the tokens and the two counts, each a 0-dim tensor: they may be added up over parts.
+
+    A token counts as clipped where the clip changes its term: for "ppo" below with A < 0 or above with A > 0, for
+    "cispo" wherever the weight is cut.  The KL is the bare estimate, weighted neither by beta nor by the ratio.
+    """
+    clipped = clip_ratio(r, clip_low, clip_high)
+    below, above = r < clipped, r > clipped
+    if surrogate == "ppo":
+        below, above = below & (A < 0), above & (A > 0)
+    per_token = {"ratio": r, "clipped_low": below, "clipped_high": above}
+    if divergence is not None:
+        per_token["kl"] = divergence
+    if entropy is not None:
+        per_token["entropy"] = entropy
+    sums = {name: x.to(r.dtype).masked_fill(~mask, 0.0).sum() for name, x in per_token.items()}
+    counts = {"tokens": mask.sum(), "sequences": mask.any(dim=1).sum()}
+    return {name: count.to(r.dtype) for name, count in counts.items()} | sums
+
+
+def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Added-up statistics of `grpo_loss` to means per token, under TRL's names.
+
+    ratio_mean, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (either side), kl in nats if there
+    was a reference, entropy in nats if it was given.  No tokens at all: NaN, for there is no mean.
+    """
+    totals = {name: float(total) for name, total in sums.items()}
+    totals["clipped"] = totals["clipped_low"] + totals["clipped_high"]
+    names = {
+        "ratio_mean": "ratio", "clip_ratio/low_mean": "clipped_low", "clip_ratio/high_mean": "clipped_high",
+        "clip_ratio/region_mean": "clipped", "kl": "kl", "entropy": "entropy",
+    }
+    tokens = totals["tokens"] or float("nan")
+    return {name: totals[total] / tokens for name, total in names.items() if total in totals}
+
+
+def check_inputs(logp: Tensor, advantages: Tensor, mask: Tensor, **others: Tensor | None) -> Tensor:
+    """The mask as bool, or a ValueError: which argument does not fit, what it got, what it takes."""
+    if logp.dim() != 2:
+        raise ValueError(f"logp has shape {tuple(logp.shape)}; it takes (completions, tokens)")
+    shapes = {"advantages": (advantages, logp.shape[:1]), "mask": (mask, logp.shape)}
+    shapes |= {name: (x, logp.shape) for name, x in others.items() if x is not None}
+    for name, (x, shape) in shapes.items():
+        if x.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it takes {tuple(shape)}, to fit logp")
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask holds other values than 0 and 1; it takes bool or 0/1")
+    return mask.bool()

@@ -1,0 +1,151 @@
+"""One dataclass a program: its fields are the command line, their help texts the manual.
+
+Unknown or ill-typed settings are refused in one line with the nearest right name. `--config FILE` reads settings
+from a JSON object first; the command line overrides it.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, TypeVar
+
+from transformers import HfArgumentParser
+
+T = TypeVar("T")
+
+
+def setting(default, help: str, **more):
+    """A dataclass field with a help text."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+def required(help: str):
+    """A field that must be given (dataclasses want a default once one field has one; `parse` checks it)."""
+    return field(default="", metadata={"help": help + " (required)", "required": True})
+
+
+@dataclass
+class CommonSettings:
+    """What every program that runs a model on a task asks for."""
+
+    model: str = required("checkpoint folder or hub name of Qwen2.5-VL weights")
+    data: str = required("folder of the task's dataset")
+    output: str = required("folder for everything this run writes")
+    task: str = setting("more", "a task here (more, jmere), a module of yours with both halves, or data_module,rewards_module")
+    missing_images: str = setting("stop", "pictures that are not there: stop, drop the samples, or blank (a grey one)",
+                                  choices=("stop", "drop", "blank"))
+    max_pixels: int = setting(1280 * 28 * 28, "largest area of a picture in pixels; 28 × 28 become one token")
+    max_completion_tokens: int = setting(1024, "longest completion, end token included")
+    rollout_rows: int = setting(64, "completions written at once on each process: memory, not result")
+    dtype: str = setting("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it",
+                         choices=("auto", "float32", "bfloat16"))
+    seed: int = setting(0, "of every draw: data order, curriculum, sampling noise")
+
+
+@dataclass
+class TrainingSettings(CommonSettings):
+    """What both trainers ask for besides."""
+
+    split: str = setting("train", "split to train on")
+    valid_split: str = setting("valid", "split for validation; empty for none, then the last weights are kept")
+    valid_samples: int = setting(0, "validate on this many, drawn by the seed; 0 for all")
+    valid_metric: str = setting("f1", "which of the task's metrics decides the best checkpoint")
+    train_vision: bool = setting(False, "train the vision encoder and its projector too; the papers keep them frozen")
+    tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward: memory, not result")
+    gradient_checkpointing: bool = setting(False, "recompute activations layer by layer: less memory, a third more time")
+    warmup: float = setting(0.05, "share of the updates in which the learning rate rises")
+    schedule: str = setting("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
+    weight_decay: float = setting(0.1, "AdamW's, on matrices only")
+    adam_beta1: float = setting(0.9, "AdamW β₁")
+    adam_beta2: float = setting(0.95, "AdamW β₂")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+
+    def check(self) -> None:
+        """Refuse what no training can be done with."""
+        positive = ("learning_rate", "epochs", "tokens_per_pass", "max_grad_norm", "rollout_rows", "max_completion_tokens")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup is {self.warmup}; it is a share between 0 and 1")
+
+
+class Parser(HfArgumentParser):
+    """argparse that raises its message instead of printing the usage of fifty settings over it."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def read_config(path: str, known: list[str]) -> list[str]:
+    """A recipe file's settings as command-line words."""
+    try:
+        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--config {path}: {error}; expected a JSON object of settings") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path}: found a {type(recipe).__name__}; expected a JSON object of settings")
+    for name in recipe:
+        if name not in known:
+            raise ValueError(f"--config {path}: no setting {name!r}{nearest(name, known)}")
+    return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+
+
+def parse(kind: type[T], words: list[str] | None = None) -> T:
+    """Command line → settings. Raises ValueError, in one line, for whatever does not fit."""
+    words = list(sys.argv[1:] if words is None else words)
+    known = [f.name for f in dataclasses.fields(kind)]
+    parser = Parser(kind, allow_abbrev=False, description=kind.__doc__)
+    if "--config" in words:
+        at = words.index("--config")
+        if at + 1 == len(words):
+            raise ValueError("--config: expected a file name")
+        words = read_config(words[at + 1], known) + words[:at] + words[at + 2 :]
+    settings, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if rest:
+        name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
+        raise ValueError(f"no setting {rest[0]}{nearest(name, known)}")
+    for f in dataclasses.fields(kind):
+        if f.metadata.get("required") and not getattr(settings, f.name):
+            raise ValueError(f"--{f.name} is missing: {f.metadata['help']}")
+    return settings
+
+
+def parse_options(text: str, name: str) -> dict[str, float]:
+    """"format=1,length=0.5" → {"format": 1.0, "length": 0.5}."""
+    options = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = item.partition("=")
+        try:
+            options[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            equals = ""
+        if not equals or not isinstance(options.get(key.strip()), (int, float)):
+            raise ValueError(f"--{name}: found {item!r}; expected name=number, separated by commas")
+    return options
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a program; what the user can mend ends in one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("GRPO_TRACEBACK"):
+            raise
+        process = int(os.environ.get("RANK", 0))
+        if process:
+            # All processes usually find the same fault and the first one says it; torchrun ends the others
+            # meanwhile. Whoever is still here after that has a fault of its own.
+            time.sleep(3)
+        print(f"error: {error}" if not process else f"error (process {process}): {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,72 @@
+"""One optimizer step over packs of groups, the same for SFT and GRPO: they differ only in the loss of a pack."""
+
+import math
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+from grpo.group import Group, Prompt
+from grpo.policy import Policy, Scores
+from grpo.sharding import clip_gradients, total, world_size
+
+
+def make_optimizer(policy: Policy, settings) -> torch.optim.AdamW:
+    """AdamW over what trains; decay on matrices, not on biases and norms."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
+    """Linear from peak/w to peak over the first w = warmup · steps updates, then constant or cosine to 0; step from 0."""
+    rising = max(1, round(warmup * steps)) if warmup else 0
+    if step < rising:
+        return peak * (step + 1) / rising
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def idle_pack(policy: Policy) -> list[Group]:
+    """The smallest possible pack: what a process computes when others still have work and it has none."""
+    tokens = torch.zeros(1, dtype=torch.long)
+    return [Group(Prompt(tokens, torch.zeros(3, 1, dtype=torch.long)), [tokens])]
+
+
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, packs: list[list[Group]],
+    loss_of_pack: Callable[[int, Scores], Tensor], temperature: float, max_grad_norm: float, rate: float,
+) -> float:
+    """Backward through every pack, then one step. Returns the gradient norm before clipping.
+
+    `loss_of_pack(index, scores)` must already be divided by *global* counts, so that packs and processes simply
+    add up. Every process does the same number of forwards, whatever it holds: each is a collective.
+    """
+    passes = int(total(torch.tensor(len(packs), device=policy.device), torch.distributed.ReduceOp.MAX))
+    for index in range(passes):
+        if index < len(packs):
+            loss = loss_of_pack(index, policy.score(packs[index], temperature))
+        else:
+            loss = 0.0 * policy.score(idle_pack(policy)).logp.sum()
+        (loss * world_size()).backward()  # sharding averages over processes; the losses are parts of one sum
+    norm = clip_gradients(policy, max_grad_norm)
+    if not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise ValueError(f"the gradient norm is {norm} at learning rate {rate:.3g}; lower --learning_rate or check the rewards")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def set_gradient_checkpointing(policy: Policy, on: bool) -> None:
+    """Layer by layer, in the language model and the vision encoder; generation keeps no activations anyway."""
+    model: nn.Module = policy.model
+    if on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # the flag counts in training mode only; there is no dropout in these models
