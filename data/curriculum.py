@@ -1,11 +1,11 @@
-"""Which samples are trained on when: the stratified cold-start draw and MORE-R1's Progressive Sample-Mixing Strategy.
+"""Which samples are trained on when: the cold-start draw and MORE-R1's Progressive Sample-Mixing Strategy.
 
-Everything here depends on (seed, epoch) and on nothing else: not on the number of processes, which share a batch out
-among themselves, nor on what was drawn before, so that a resumed run draws what the interrupted one would have drawn.
+Everything here depends on (seed, epoch), the lists and their order, and on nothing else: not on the number of
+processes, which share out a batch among themselves, nor on earlier draws, so that a resumed run draws what the
+interrupted one would have drawn.
 """
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,27 +17,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's mini-batches, in order, and what the journal writes down about them."""
-    batches: list[list]  # every batch holds prompts-per-rollout samples
+    """One epoch's mini-batches, in order, and the counts that the journal keeps of them."""
+    batches: list[list]
     record: dict
 
 
 def easy_ratio(epoch: int, decay: float) -> float:
-    """Easy samples per hard one, decay^epoch with epochs from 0 (MORE-R1, equation 6, counts t = 1, 2, … there).
+    """Easy samples per hard one: decay^epoch, epochs from 0 (MORE-R1, equation 6, where t counts from 1).
 
-    1 in the first epoch, except that decay 0 means hard samples only from the first epoch on; decay 1 is always 1.
+    1 in the first epoch, except that decay 0 means hard samples only, from the first epoch on.
     """
     if epoch < 0 or not 0 <= decay <= 1:
-        raise ValueError(f"epoch {epoch}, decay {decay}: an epoch from 0 and a decay between 0 and 1 expected")
+        raise ValueError(f"epoch {epoch}, decay {decay}: epochs from 0 and a decay from 0 to 1 expected")
     return float(decay) ** epoch if decay else 0.0
 
 
-def stratified_draw(samples: list, fraction: float, stratum: Callable[[object], Hashable], seed: int):
-    """(drawn, rest): `fraction` of each stratum at random, both lists in the samples' own order.
+def stratified_draw(samples: list, fraction: float, stratum: Callable[..., Hashable],
+                    seed: int) -> tuple[list, list]:
+    """(drawn, rest): `fraction` of each stratum at random, both lists in the order of `samples`.
 
-    A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: a label that the cold start
-    never shows is not learned there. The total is therefore the fraction of all only up to half a sample a stratum
-    (and one for each stratum under 1 / (2·fraction) samples).
+    A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: a label that the cold
+    start never shows is not learned there. So the total is `fraction` of all samples up to half a sample a
+    stratum, and a little more where strata are too small for one.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction {fraction}: a share between 0 and 1 expected")
@@ -45,42 +46,130 @@ def stratified_draw(samples: list, fraction: float, stratum: Callable[[object], 
     for index, sample in enumerate(samples):
         strata.setdefault(stratum(sample), []).append(index)
     drawn = set()
-    for name, indices in strata.items():
-        count = int(len(indices) * exact(fraction) + Fraction(1, 2))
-        count = max(count, 1) if fraction else 0
-        # Each stratum has its own generator: another stratum's size changes nothing here.
-        drawn.update(_generator(seed, "draw", name).sample(indices, count))
+    for name, members in strata.items():
+        count = max(_nearest(len(members) * _exact(fraction)), 1) if fraction else 0
+        # A generator per stratum: what is drawn from one does not hang on the size of another.
+        drawn.update(_generator(seed, "stratum", name).sample(members, count))
     return ([sample for index, sample in enumerate(samples) if index in drawn],
             [sample for index, sample in enumerate(samples) if index not in drawn])
 
 
-def none_share(samples: list, is_none: Callable[[object], bool]) -> float:
-    """The share of `none` in the original training set, which every easy draw keeps."""
+def none_share(samples: list, is_none: Callable[..., bool]) -> float:
+    """The share of `none` among all samples of the original training set: what every easy draw keeps."""
     return sum(map(is_none, samples)) / len(samples) if samples else 0.0
 
 
-def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, is_none: Callable[[object], bool],
-                  none_share: float, decay: float = 0.5, mixing: str = "progressive", last: str = "fill",
-                  seed: int = 0) -> Epoch:
-    """The epoch's mini-batches of `batch_size` samples (prompts per rollout over all processes).
+def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_share: float,
+                  is_none: Callable[..., bool], decay: float = 0.5, mixing: str = "progressive",
+                  last: str = "fill", seed: int = 0) -> Epoch:
+    """The epoch in mini-batches of `batch_size` samples, the prompts per rollout of all processes together.
 
-    progressive: all hard samples and `easy_ratio(epoch, decay)` times as many easy ones, drawn anew each epoch with
-    the original training set's `none_share`; after every batch the easy samples so far are the ratio's share of all
-    samples so far, rounded down. Where there are too few easy samples all of them are taken, the ratio is theirs, and
-    the log says so; with none at all training goes on with hard ones only.
-    raw: all of both in one shuffle (the ablation).
-    last: "drop" leaves the incomplete last batch out; "fill" completes it in the same ratio, with easy samples not
-    drawn yet while there are any, otherwise with the epoch's first ones once more.
+    "progressive" (MORE-R1, section 3.3.2): every hard sample, and `easy_ratio(epoch, decay)` times as many easy
+    ones, drawn anew each epoch. After every batch, the easy samples so far are the ratio's share of all so far,
+    rounded down: never off by a whole sample. Too few easy samples: all are taken and the ratio is what they
+    give, with a warning; none at all: hard ones only. No hard one is a ValueError: there is nothing to teach.
+    "raw" (the ablation): every sample of both, in one shuffle.
 
-    Raises a one-line ValueError where nothing can be trained on.
+    The last batch, where incomplete, is filled up in the same ratio ("fill": more easy samples are drawn, hard
+    ones come a second time), or dropped ("drop": a few hard samples are not seen in this epoch).
     """
-    _refuse(hard, easy, batch_size, mixing, last)
+    _refuse_senseless(hard, easy, batch_size, mixing, last)
+    ratio = _exact(easy_ratio(epoch, decay))
+    easy_total = len(easy) if mixing == "raw" else min(int(len(hard) * ratio), len(easy))
+    total = len(hard) + easy_total
+    size = total // batch_size * batch_size if last == "drop" else -(-total // batch_size) * batch_size
+    if not size:
+        raise ValueError(f"epoch {epoch}: {total} samples are fewer than a batch of {batch_size}, "
+                         "and an incomplete last batch is dropped; fill it, or make the batch smaller")
     if mixing == "raw":
-        wanted = Fraction(len(easy), len(hard)) if hard else None
-        drawn_hard, drawn_easy = _shuffled(hard, seed, epoch, "hard"), _shuffled(easy, seed, epoch, "easy")
-        spare = []
+        order = _raw_order(hard, easy, size, seed, epoch)
     else:
-        wanted = exact(easy_ratio(epoch, decay))
-        drawn_hard = _shuffled(hard, seed, epoch, "hard")
-        drawn_easy, spare = draw_easy(easy, int(len(hard) * wanted), is_none, none_share,
-                                      _generator(seed, epoch, "easy"))
+        if easy_total < int(len(hard) * ratio):
+            log.warning("epoch %d: %d easy samples wanted for %d hard ones, there are only %d",
+                        epoch, int(len(hard) * ratio), len(hard), len(easy))
+            ratio = Fraction(easy_total, len(hard))
+        share = ratio / (1 + ratio)
+        drawn = draw_easy(easy, min(int(size * share), len(easy)), none_share, is_none,
+                          _generator(seed, epoch, "easy"))
+        order = _mixed_order(_shuffled(hard, _generator(seed, epoch, "hard")), drawn, share, size)
+    batches = [order[start:start + batch_size] for start in range(0, size, batch_size)]
+    for number, batch in enumerate(batches):
+        # Hard and easy alternate; shuffled, no way of sharing out a batch gives one process all of a kind.
+        _generator(seed, epoch, "batch", number).shuffle(batch)
+    record = {"epoch": epoch, "mixing": mixing, "ratio": float(ratio) if mixing == "progressive" else None,
+              "batches": len(batches), **_counts(order, is_none), "filled": max(size - total, 0),
+              "left_out": max(total - size, 0)}
+    return Epoch([[sample for sample, _ in batch] for batch in batches], record)
+
+
+def draw_easy(easy: list, count: int, none_share: float, is_none: Callable[..., bool],
+              generator: random.Random) -> list:
+    """`count` easy samples in random order, `none_share` of them none (MORE-R1, section 4.1).
+
+    Where one of the two kinds runs out, the other fills its place and the log says so: the ratio of easy to hard
+    is the strategy itself, the proportion of none among the easy ones comes second.
+    """
+    pools = {True: [], False: []}
+    for sample in _shuffled(easy, generator):
+        pools[is_none(sample)].append(sample)
+    wanted = _nearest(count * _exact(none_share))
+    others = min(count - min(wanted, len(pools[True])), len(pools[False]))
+    if count - others != wanted:
+        log.warning("%d of %d easy samples should be none; there are %d none and %d others, so %d are",
+                    wanted, count, len(pools[True]), len(pools[False]), count - others)
+    return _shuffled(pools[True][:count - others] + pools[False][:others], generator)
+
+
+def _mixed_order(hard: list, easy: list, share: Fraction, size: int) -> list[tuple[object, bool]]:
+    """`size` pairs (sample, whether hard); after i of them floor(i·share) are easy. A list's end is its start."""
+    order, easy_so_far = [], 0
+    for position in range(1, size + 1):
+        if int(position * share) > easy_so_far:
+            order.append((easy[easy_so_far % len(easy)], False))
+            easy_so_far += 1
+        else:
+            order.append((hard[(position - 1 - easy_so_far) % len(hard)], True))
+    return order
+
+
+def _raw_order(hard: list, easy: list, size: int, seed: int, epoch: int) -> list[tuple[object, bool]]:
+    order = [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
+    order = _shuffled(order, _generator(seed, epoch, "raw"))
+    return [order[position % len(order)] for position in range(size)]
+
+
+def _counts(order: list[tuple[object, bool]], is_none: Callable[..., bool]) -> dict[str, int]:
+    easy = [sample for sample, is_hard in order if not is_hard]
+    return {"hard": len(order) - len(easy), "easy": len(easy), "easy_none": sum(map(is_none, easy))}
+
+
+def _refuse_senseless(hard: list, easy: list, batch_size: int, mixing: str, last: str) -> None:
+    if mixing not in MIXINGS or last not in LAST_BATCHES:
+        raise ValueError(f"mixing {mixing!r}, last {last!r}: one of {', '.join(MIXINGS)} "
+                         f"and one of {', '.join(LAST_BATCHES)} expected")
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: at least 1 expected")
+    if not hard and not easy:
+        raise ValueError("no hard and no easy samples: there is nothing to train on")
+    if not hard and mixing != "raw":
+        raise ValueError(f"no hard samples: the model already answers all {len(easy)}, so there is nothing for the "
+                         "curriculum to teach (mixing raw would train on the easy ones)")
+
+
+def _exact(number: float) -> Fraction:
+    """The fraction that was meant by a float: 0.7 as 7/10, so that a tenth of ten is one and not zero."""
+    return Fraction(number).limit_denominator(1_000_000)
+
+
+def _nearest(number: Fraction) -> int:
+    """Halves up; Python's round would take 0.5 and 2.5 down."""
+    return int(number + Fraction(1, 2))
+
+
+def _generator(*parts) -> random.Random:
+    # Seeding by text is the same in every process and Python version, whatever PYTHONHASHSEED.
+    return random.Random("/".join(map(str, parts)))
+
+
+def _shuffled(items: list, generator: random.Random) -> list:
+    return generator.sample(items, len(items))

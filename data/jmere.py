@@ -1,9 +1,11 @@
 """JMERE: posts with a picture, and all the (head, head type, tail, tail type, relation) quintuples in each.
 
-The dataset's folder holds train.json, val.json and test.json (or some of them), each one JSON list of posts:
-    {"token": […], "img_id": "….jpg", "label_list": [[{"beg_ent": ENTITY, "sec_ent": ENTITY, "relation": "peer"}], …]}
-with ENTITY = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. The text can be had without the pictures;
-they are looked for in the places of PICTURE_PLACES. `python -m data.jmere --check FOLDER` prints tables of counts.
+A folder holds train.json, val.json and test.json or some of them, each one JSON list of posts:
+
+    {"token": […], "img_id": "….jpg", "label_list": [[{"beg_ent": E, "sec_ent": E, "relation": "peer"}], …]}
+
+with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. PICTURE_PLACES says where pictures
+are looked for; the text can be used without them. `python -m data.jmere --check DIR` counts what is there.
 """
 import argparse
 import json
@@ -17,7 +19,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.pictures import check_picture, grey_picture, one_line, open_picture
-from rewards.jmere import Quintuple, answer_text, parse, spoken
+from rewards.jmere import Quintuple, answer_text, correct, spoken
 
 SPLITS = ("train", "val", "test")
 MISSING_IMAGES = ("stop", "drop", "blank")
@@ -47,24 +49,25 @@ class Sample:
 def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
     """Reads and checks a whole split, and the other splits' labels for the list of relations.
 
-    missing_images: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such posts out
-    and warns; "blank" keeps them with image None. Anything else that is wrong is a ValueError of one line that
-    names file and item.
+    missing_images: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such posts
+    out and warns; "blank" keeps them with image None. Anything else that is wrong is a ValueError of one line
+    that names file and item.
     """
     if missing_images not in MISSING_IMAGES:
-        raise ValueError(f"missing_images is {missing_images!r}; expected one of {', '.join(MISSING_IMAGES)}")
+        raise ValueError(f"missing_images is {missing_images!r}; one of {', '.join(MISSING_IMAGES)} expected")
     folder = Path(folder)
     splits = read_splits(folder)
     if split not in splits:
         raise FileNotFoundError(f"{folder / f'{split}.json'} is missing; the folder has {', '.join(splits)}")
-    relations = tuple(sorted({pair[-1] for posts in splits.values() for post in posts for pair in post.quintuples}))
+    relations = tuple(sorted({quintuple[-1] for posts in splits.values() for post in posts
+                              for quintuple in post.quintuples}))
     samples = [Sample(f"{split}/{i}", find_picture(folder, split, post.picture), post.text, post.quintuples,
                       relations, tuple(TYPES)) for i, post in enumerate(splits[split])]
     missing = [post.picture for post, sample in zip(splits[split], samples) if sample.image is None]
     if missing:
         places = ", ".join(place.format(split=split) for place in PICTURE_PLACES)
-        report = (f"{folder / f'{split}.json'}: {len(missing)} of {len(samples)} posts have no picture in {places}: "
-                  f"{', '.join(list(dict.fromkeys(missing))[:3])}")
+        report = (f"{folder / f'{split}.json'}: {len(missing)} of {len(samples)} posts have no picture "
+                  f"in {places}: {', '.join(list(dict.fromkeys(missing))[:3])}")
         if missing_images == "stop":
             raise FileNotFoundError(f"{report} (missing_images can be drop or blank)")
         if missing_images == "drop":
@@ -83,7 +86,8 @@ def read_splits(folder: Path) -> dict[str, list[Post]]:
     files = {split: folder / f"{split}.json" for split in SPLITS}
     splits = {split: read_posts(file) for split, file in files.items() if file.is_file()}
     if not splits:
-        raise FileNotFoundError(f"{folder}: JMERE's layout has {', '.join(file.name for file in files.values())}")
+        names = ", ".join(file.name for file in files.values())
+        raise FileNotFoundError(f"{folder}: no JMERE dataset, which has {names}")
     return splits
 
 
@@ -121,7 +125,8 @@ def _field(record, key: str, kind: type, where: str):
 
 
 def _read_pair(pair, tokens: list[str], where: str) -> Quintuple:
-    head, tail = (_read_entity(_field(pair, key, dict, where), tokens, where) for key in ("beg_ent", "sec_ent"))
+    head = _read_entity(_field(pair, "beg_ent", dict, where), tokens, where)
+    tail = _read_entity(_field(pair, "sec_ent", dict, where), tokens, where)
     relation = _field(pair, "relation", str, where)
     if not relation.replace("_", "").isalnum():  # a comma or bracket in it and no answer could be read
         raise ValueError(f"{where}: relation {relation!r} is not made of letters and underscores")
@@ -134,11 +139,11 @@ def _read_entity(entity: dict, tokens: list[str], where: str) -> tuple[str, str]
     if kind not in TYPES:
         raise ValueError(f"{where}: {name!r} has type {kind!r}; one of {', '.join(TYPES)} expected")
     if [type(end) for end in span] != [int, int] or not 0 <= span[0] < span[1] <= len(tokens):
-        raise ValueError(f"{where}: {name!r} has span {span}; [start, end) within {len(tokens)} words expected")
+        raise ValueError(f"{where}: {name!r} has span {span}; [start, end) in {len(tokens)} words expected")
     start, end = span
     words = " ".join(tokens[start:end])
     if words != name:  # an error, not a warning: it never happens in the 10,254 mentions of train and val
-        raise ValueError(f"{where}: span {span} of the text reads {words!r}, but the entity's name is {name!r}")
+        raise ValueError(f"{where}: span {span} reads {words!r}, but the entity's name is {name!r}")
     # The text loses its leading RT, so a mention does too. One mention is RT and nothing else: it keeps it.
     return " ".join(tokens[max(start, _leading_rt(tokens)):end]) or name, kind
 
@@ -155,22 +160,19 @@ def find_picture(folder: Path, split: str, name: str) -> Path | None:
 
 
 def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list[Image.Image], str]:
-    """The picture and what is asked; reasoning=False leaves out the instruction to think (zero-shot, label only)."""
-    form = ("Write the answer between <answer> and </answer>: one line for every related pair, in the form\n"
-            "[head, head type, tail, tail type, relation]\n"
-            "Copy head and tail from the text exactly as they are written there; "
-            "types and relation must come from the lists.")
-    think = ("Before the answer, reason between <think> and </think>: describe the image, say how image and text "
-             "belong together, then derive the related pairs step by step.")
-    text = "\n".join([
-        "The image and the text are one post on social media. Find all pairs of named entities in the text "
-        "that stand in one of the relations below. The image can help to tell who or what is meant.",
+    """([picture], the question); reasoning=False asks for the answer alone (zero-shot, label only)."""
+    picture = open_picture(sample.image) if sample.image else grey_picture()
+    think = ("First reason in <think></think>: describe the image, say how image and text belong together, "
+             "derive the quintuples step by step.")
+    return [picture], "\n".join([
+        "Image and text are one post on social media. Which entities named in the text are related, and how?",
         f"Text: {sample.text}",
-        "Entity types: " + ", ".join(f"{kind} ({TYPES.get(kind, kind)})" for kind in sample.types),
-        "Relations: " + ", ".join(map(spoken, sample.relations)),
+        f"Entity types: {', '.join(f'{kind} ({TYPES.get(kind, kind)})' for kind in sample.types)}",
+        f"Relations: {', '.join(map(spoken, sample.relations))}",
         *([think] if reasoning else []),
-        form])
-    return [open_picture(sample.image) if sample.image else grey_picture()], text
+        "Give all quintuples in <answer></answer>, one a line, entities spelled as in the text:",
+        "[head, head type, tail, tail type, relation]",
+    ])
 
 
 def target(sample: Sample) -> str:
@@ -192,20 +194,33 @@ def check(folder) -> None:
     """Prints what a dataset folder holds, a column per split; raises what `load` raises."""
     folder = Path(folder)
     splits = {split: load(folder, split, missing_images="blank") for split in read_splits(folder)}
-    for title, count in (("", _overview),
-                         ("posts by number of quintuples", lambda sample: [len(sample.quintuples)]),
-                         ("entities by type", lambda sample: [t for q in sample.quintuples for t in (q[1], q[3])]),
-                         ("quintuples by relation", lambda sample: [
-                             f"{relation} ({head_type}, {tail_type})"
-                             for _, head_type, _, tail_type, relation in sample.quintuples])):
-        _print_table(title, {split: Counter(row for sample in samples for row in count(sample))
-                             for split, samples in splits.items()})
+    for title, count in (("in all", _totals), ("posts by number of quintuples", _sizes),
+                         ("mentions by type", _types), ("quintuples by relation", _relations)):
+        columns = {split: Counter() for split in splits}
+        for split, samples in splits.items():
+            for sample in samples:
+                columns[split].update(count(sample))
+        _print_table(title, columns)
 
 
-def _overview(sample: Sample) -> list[str]:
-    return ["posts", *["quintuples"] * len(sample.quintuples),
-            *["posts without picture"] * (sample.image is None),
-            *["answers that do not read back"] * (parse(target(sample), sample) is None)]
+def _totals(sample: Sample) -> dict[str, int]:
+    return {"posts": 1,
+            "posts without picture": int(sample.image is None),
+            "quintuples": len(sample.quintuples),
+            "answers that do not read back": int(not correct(target(sample), sample))}
+
+
+def _sizes(sample: Sample) -> list[int]:
+    return [len(sample.quintuples)]
+
+
+def _types(sample: Sample) -> list[str]:
+    return [kind for _, head_type, _, tail_type, _ in sample.quintuples for kind in (head_type, tail_type)]
+
+
+def _relations(sample: Sample) -> list[str]:
+    return [f"{relation} ({head_type}, {tail_type})"
+            for _, head_type, _, tail_type, relation in sample.quintuples]
 
 
 def _print_table(title: str, columns: dict[str, Counter]) -> None:
@@ -220,7 +235,7 @@ def _print_table(title: str, columns: dict[str, Counter]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.jmere", description=__doc__.splitlines()[0],
                                      allow_abbrev=False)
-    parser.add_argument("--check", metavar="FOLDER", required=True, help="the dataset's folder, with train.json")
+    parser.add_argument("--check", metavar="DIR", required=True, help="the dataset's folder")
     try:
         check(parser.parse_args().check)
     except (OSError, ValueError) as problem:

@@ -5,16 +5,14 @@
     ent_{train,valid,test}_dict.pth  {picture: {object: box}}, asked only for lines that hold no box
     img_org/{split}/                 the pictures
 
-A line's `h` is the entity in the text and its `t` the object in the picture; a label such as /per/org/member_of names
-the object's type first. Boxes are (cx, cy, w, h) in fractions of the picture; some spill over its edge.
-`python -m data.more --check DIR` counts what is there and names what is wrong.
+A line's `h` is the entity in the text and its `t` the object in the picture; a label such as
+/per/org/member_of names the object's type first. Boxes are (cx, cy, w, h) in fractions of the picture; some spill over its edge.
+`python -m data.more --check DIR` counts what is there and names what is wrong (data/more_check.py).
 """
-import argparse
 import ast
 import json
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,9 +39,9 @@ class Sample:
 def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
     """Read and validate a whole split, pictures' headers and boxes included.
 
-    `missing_images`: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such samples out
-    and warns; "blank" keeps them with `image` None. Anything else that is wrong is a ValueError of one line that names
-    file and line.
+    `missing_images`: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such
+    samples out and warns; "blank" keeps them with `image` None. Anything else that is wrong is a ValueError of
+    one line that names file and line.
     """
     if missing_images not in MISSING_IMAGES:
         raise ValueError(f"missing_images is {missing_images!r}; one of {', '.join(MISSING_IMAGES)} expected")
@@ -53,7 +51,7 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
         if not sample.image.is_file():
             missing.append(sample)
             sample = replace(sample, image=None)
-        reader.check_object(sample, where)
+        check_box(sample.box, reader.picture_size(sample, where), where)
         samples.append(sample)
     if missing:
         named = ", ".join(str(sample.image) for sample in missing[:3])
@@ -69,14 +67,14 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
 
 
 def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
-    """([picture, its crop to the object] in RGB, the question): MORE-R1's equation 1 and basic task description."""
+    """([picture, its crop to the object] in RGB, the question): MORE-R1's equation 1."""
     if sample.image is None:
         pictures = [grey_picture(), grey_picture()]
     else:
         picture = open_picture(sample.image)
         pictures = [picture, crop_box(picture, sample.box)]
     return pictures, "\n".join([
-        "The second picture is an object cut out of the first. How is this object related to the entity in the text?",
+        "The second picture is an object cut out of the first. How is it related to the entity in the text?",
         f"Text: {sample.text}",
         f"Entity: {sample.entity}",
         f"Labels: {' '.join(sample.labels)}",
@@ -112,7 +110,7 @@ def normalise_response(response: str, sample: Sample) -> str:
 
 
 class SplitReader:
-    """Reads one split line by line; keeps the labels, the box dictionary and the sizes of pictures already seen."""
+    """Reads a split line by line; keeps the labels, the box dictionary and the sizes of pictures seen."""
 
     def __init__(self, folder, split: str):
         if split not in SPLITS:
@@ -143,7 +141,7 @@ class SplitReader:
             raise ValueError(f"{where}: 'token' is {str(tokens)[:60]}; a list of words expected")
         image = _field(fields, ("img_id",), str, where)
         if image != Path(image).name:
-            raise ValueError(f"{where}: 'img_id' is {image!r}; the bare name of a file in img_org/{self.split} expected")
+            raise ValueError(f"{where}: 'img_id' is {image!r}; the bare name of a picture expected")
         label = _field(fields, ("relation",), str, where)
         if label not in self.labels:
             raise ValueError(f"{where}: label {label!r} is not in {self.folder / 'rel2id.json'}")
@@ -157,11 +155,11 @@ class SplitReader:
             labels=self.labels,
         )
 
-    def check_object(self, sample: Sample, where: str) -> None:
-        """Refuse a picture that cannot be read and a box that cuts nothing out of it."""
+    def picture_size(self, sample: Sample, where: str) -> tuple[int, int] | None:
+        """(width, height) of the sample's picture, from its header; None where there is none."""
         if sample.image is not None and sample.image not in self.sizes:
             self.sizes[sample.image] = check_picture(sample.image, where)
-        check_box(sample.box, self.sizes.get(sample.image), where)
+        return self.sizes.get(sample.image)
 
     def _box(self, fields: dict, image: str, where: str) -> tuple[float, float, float, float]:
         box = _field(fields, ("t",), dict, where).get("pos")
@@ -169,11 +167,12 @@ class SplitReader:
             name = _field(fields, ("t", "name"), str, where)
             box = self._box_dictionary(where).get(image, {}).get(name)
             if box is None:
-                raise ValueError(f"{where}: no box in 't', and none for {name!r} of {image} in {self._box_file.name}")
+                raise ValueError(f"{where}: no box in 't', and {self._box_file.name} has none for "
+                                 f"{name!r} of {image}")
         try:
             cx, cy, w, h = (float(value) for value in box)
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: box is {str(box)[:60]}; four numbers (cx, cy, w, h) expected") from None
+            raise ValueError(f"{where}: box is {str(box)[:60]}; (cx, cy, w, h) expected") from None
         return cx, cy, w, h
 
     @property
@@ -190,7 +189,7 @@ class SplitReader:
             except Exception as problem:
                 raise ValueError(f"{self._box_file} cannot be read ({one_line(problem)[:200]})") from None
             if not isinstance(self.boxes, dict):
-                raise ValueError(f"{self._box_file} holds a {type(self.boxes).__name__}; a dictionary expected")
+                raise ValueError(f"{self._box_file}: found a {type(self.boxes).__name__}; a dict expected")
         return self.boxes
 
 
@@ -208,7 +207,7 @@ def read_labels(folder) -> tuple[str, ...]:
     if len(set(ids.values())) != len(ids):
         raise ValueError(f"{file}: two labels share an id")
     if "none" not in ids:
-        raise ValueError(f"{file}: no label 'none' in it, found {', '.join(list(ids)[:3]) or 'no label at all'}")
+        raise ValueError(f"{file}: no label 'none'; found {', '.join(list(ids)[:3]) or 'no label at all'}")
     return tuple(sorted(ids, key=ids.get))
 
 
@@ -237,5 +236,5 @@ def _field(fields: dict, names: tuple[str, ...], kind: type, where: str):
 
 
 if __name__ == "__main__":
-    from data.more_check import main
+    from data.more_check import main  # here, since it reads with what stands above
     sys.exit(main())

@@ -1,7 +1,7 @@
 """A picture on disk: checked by its header before training, opened as RGB, cropped to a box.
 
-Boxes are (cx, cy, w, h) in fractions of the picture, centre format, as MORE stores them. Pixels are taken as they
-are stored: an orientation note in a photograph's EXIF is not applied, since boxes were drawn on the stored pixels.
+Boxes are (cx, cy, w, h) in fractions of the picture, centre format, as MORE stores them. Pixels are taken as
+they are stored: an orientation note in a photograph's EXIF is not applied, for boxes refer to stored pixels.
 """
 import math
 from pathlib import Path
@@ -15,7 +15,8 @@ def check_picture(path, where: str) -> tuple[int, int]:
     """(width, height) in pixels, from the header alone: milliseconds for a picture of any size.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is no picture or too elongated;
-    `where` names the sample in the one-line message. A file cut off after its header is only found by decoding it.
+    `where` names the sample in the one-line message. That a file is cut off after its header is only found by
+    decoding it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{where}: picture {path} is missing")
@@ -25,12 +26,13 @@ def check_picture(path, where: str) -> tuple[int, int]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         raise ValueError(f"{where}: picture {path} cannot be read ({one_line(problem)})") from None
     if max(width, height) > LONGEST_RATIO * min(width, height):
-        raise ValueError(f"{where}: picture {path} is {width}x{height} pixels, more elongated than {LONGEST_RATIO}:1")
+        raise ValueError(f"{where}: picture {path} is {width}x{height} pixels; "
+                         f"sides of at most {LONGEST_RATIO}:1 expected")
     return width, height
 
 
 def open_picture(path) -> Image.Image:
-    """The decoded picture in RGB; what is transparent becomes white. Raises ValueError if it cannot be decoded."""
+    """The decoded picture in RGB, white where transparent. Raises ValueError if it cannot be decoded."""
     try:
         with Image.open(path) as picture:
             if not picture.has_transparency_data:
@@ -47,25 +49,26 @@ def open_picture(path) -> Image.Image:
 def check_box(box, size: tuple[int, int] | None, where: str) -> None:
     """Refuse a box that leaves nothing to look at: raises a one-line ValueError naming `where`.
 
-    `size` is (width, height) in pixels, or None where there is no picture: then the shape in pixels is not known
-    and only area and position are checked. A box that spills over the edge is fine, `crop_box` clamps it.
+    `size` is (width, height) in pixels, or None where there is no picture: then the shape in pixels is not
+    known and only area and position are checked. A box that spills over the edge is fine: it is clamped.
     """
     cx, cy, w, h = box
     if not all(math.isfinite(value) for value in box):
         raise ValueError(f"{where}: box {box} holds a value that is not a finite number")
     if w <= 0 or h <= 0:
-        raise ValueError(f"{where}: box {box} has no area (centre x, centre y, width, height as fractions expected)")
+        raise ValueError(f"{where}: box {box} has no area; (cx, cy, w, h) in fractions expected")
     if cx - w / 2 >= 1 or cy - h / 2 >= 1 or cx + w / 2 <= 0 or cy + h / 2 <= 0:
-        raise ValueError(f"{where}: box {box} lies outside the picture (fractions of its width and height expected)")
+        raise ValueError(f"{where}: box {box} lies outside the picture; (cx, cy, w, h) in fractions expected")
     if size is not None:
         left, top, right, bottom = pixel_box(box, size)
         width, height = right - left, bottom - top
         if max(width, height) > LONGEST_RATIO * min(width, height):
-            raise ValueError(f"{where}: box {box} cuts out {width}x{height} pixels, thinner than 1:{LONGEST_RATIO}")
+            raise ValueError(f"{where}: box {box} cuts out {width}x{height} pixels; "
+                             f"nothing thinner than 1:{LONGEST_RATIO} expected")
 
 
 def pixel_box(box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in pixels, clamped to a picture of `size` (width, height), at least 1 px a side."""
+    """(left, top, right, bottom) in pixels, clamped to `size` (width, height), at least 1 px a side."""
     cx, cy, w, h = box
     left, right = _span(cx, w, size[0])
     top, bottom = _span(cy, h, size[1])
@@ -84,7 +87,7 @@ def crop_box(picture: Image.Image, box) -> Image.Image:
 
 
 def grey_picture() -> Image.Image:
-    """Stands in for a picture that is not at hand: 56x56, the fewest image tokens that Qwen2.5-VL makes (4)."""
+    """Stands in for a picture that is not at hand: 56x56, Qwen2.5-VL's smallest, four image tokens."""
     return Image.new("RGB", (56, 56), (128, 128, 128))
 
 

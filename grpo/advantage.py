@@ -1,10 +1,10 @@
 """From rewards to advantages: how much better a completion is than the others of its group.
 
-Rewards are a tensor of shape (groups, G): a row is one prompt, a column one of its G completions; so are the
-advantages.  Rewards have whatever unit the task gives them, advantages have none (scaled) or the same (not scaled).
+Rewards are a tensor of shape (groups, G): a row is one prompt, a column one of its G completions; so are
+the advantages.  Rewards have the task's unit; advantages have the same, or none where they are scaled.
 
-A function that compares groups with each other (`scale="batch"`, `scale="centred-batch"`) must see the rewards
-of every process; they are a few floats, so gather them first.  All other functions may see any part.
+What compares groups with each other (`scale="batch"`, `scale="centred-batch"`) must see the rewards of
+every process; they are a few floats, so gather them first.  Everything else may see any part.
 """
 
 import torch
@@ -18,19 +18,19 @@ def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: 
     """A_i = (r_i − mean(r)) / (std(r) + eps), the mean always over the group.  (groups, G) -> (groups, G)
 
     `scale` says what the centred rewards are divided by:
-      "group"          the group's std.             GRPO, arXiv 2402.03300 §4.1.2; MORE-R1 eq. 2; JMERE-R1 eq. 6
-      "batch"          the std of all rewards.      Lite PPO, arXiv 2508.08221
+      "group"          the group's std.  GRPO, arXiv 2402.03300 §4.1.2; MORE-R1 eq. 2; JMERE-R1 eq. 6
+      "batch"          the std of all rewards.  Lite PPO, arXiv 2508.08221
       "centred-batch"  the std of all r − mean(r).  REINFORCE++ with baseline, arXiv 2501.03262
-      "leave-one-out"  (G − 1) / G.                 RLOO, arXiv 2402.14740: the same as r_i − mean of the *others*
-      "none"           nothing.                     Dr. GRPO, arXiv 2503.20783 §3.2
+      "leave-one-out"  (G − 1) / G, which is r_i − mean of the *others*.  RLOO, arXiv 2402.14740
+      "none"           nothing.  Dr. GRPO, arXiv 2503.20783 §3.2
 
-    `ddof` 1 divides the sum of squares by n − 1 (torch, TRL), 0 by n (numpy): at G = 4 the latter's std is 13 %
-    smaller.  `eps` keeps a nearly flat group from exploding; it is added to the std, in the rewards' unit.
+    `ddof` 1 divides the sum of squares by n − 1 (torch, TRL), 0 by n (numpy): at G = 4 the latter's std is
+    13 % smaller.  `eps` keeps a nearly flat group from exploding; it is added to the std, in its unit.
 
-    A group whose rewards are all equal, and so every group of one, gives exact zeros: nothing can be learnt from
-    it, and float noise (mean([0.1] * 3) != 0.1) divided by eps would pretend otherwise.
+    A group whose rewards are all equal, and so every group of one, gives exact zeros: nothing can be learnt
+    from it, and float noise (the std of seven 0.1 is 8e-9) divided by a small eps would pretend otherwise.
 
-    Raises ValueError on NaN or infinite rewards (naming group and completion), another shape, an unknown option.
+    Raises ValueError: NaN or infinite rewards (and where), another shape, an unknown option.
     """
     check_choice("scale", scale, SCALES)
     rewards = check_rewards("rewards", rewards, ("groups", "G"))
@@ -63,7 +63,7 @@ def centre(rewards: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, ddof: int, dim: int | None = None) -> Tensor:
-    """sqrt(Σ (x − mean)² / (n − ddof)), over everything or along `dim` (kept as size 1); 0 where n <= ddof."""
+    """sqrt(Σ (x − mean)² / (n − ddof)), over all or along `dim` (kept as size 1); 0 where n <= ddof."""
     check_choice("ddof", ddof, (0, 1))
     n = values.numel() if dim is None else values.shape[dim]
     if n <= ddof:
@@ -71,7 +71,9 @@ def spread(values: Tensor, ddof: int, dim: int | None = None) -> Tensor:
     return torch.std(values, dim=dim, correction=ddof, keepdim=dim is not None)
 
 
-def combine_rewards(parts: Tensor, weights: Tensor, how: str = "sum", ddof: int = 1, eps: float = 1e-4) -> Tensor:
+def combine_rewards(
+    parts: Tensor, weights: Tensor, how: str = "sum", ddof: int = 1, eps: float = 1e-4
+) -> Tensor:
     """K reward parts to the one number that `group_advantages` takes.  (groups, G, K), (K,) -> (groups, G)
 
     "sum"         Σ_k w_k r_k.  The papers' way (MORE-R1 eq. 5, JMERE-R1 eq. 5): z-score the sum afterwards.
@@ -85,7 +87,7 @@ def combine_rewards(parts: Tensor, weights: Tensor, how: str = "sum", ddof: int 
     parts = check_rewards("parts", parts, ("groups", "G", "K"))
     weights = torch.as_tensor(weights, dtype=parts.dtype, device=parts.device)
     if weights.shape != parts.shape[2:]:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; {parts.shape[2]} parts take one weight each")
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; it takes ({parts.shape[2]},): K")
     if how == "normalised":
         parts = torch.stack([group_advantages(part, "group", ddof, eps) for part in parts.unbind(2)], dim=2)
     return sum(weight * part for weight, part in zip(weights, parts.unbind(2)))  # one order of adding for all
@@ -102,29 +104,32 @@ def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
     return (((limit - cache) - lengths) / cache).clamp(-1.0, 0.0)
 
 
-def kl_penalised_rewards(rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """R_i = r_i − β log(π(o_i) / π_ref(o_i)): the KL in the reward, not in the loss.  (groups, G) -> (groups, G)
+def kl_penalised_rewards(
+    rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    """R_i = r_i − β log(π(o_i) / π_ref(o_i)): the KL in the reward.  (groups, G) -> (groups, G)
 
-    RLOO's reward (arXiv 2402.14740).  `logp`, `ref_logp` and `mask` are (groups · G, L), the policy's that drew
-    the completions; they enter as numbers, without gradient.  Not the same as k1 in the loss, whose gradient
-    is zero on average (docs/mathematics.md).
+    RLOO's reward (arXiv 2402.14740).  `logp`, `ref_logp` and `mask` are (groups · G, L), those of the policy
+    that drew the completions; they enter as numbers, without gradient.  Not the same as k1 in the loss,
+    whose gradient is zero on average (docs/mathematics.md).
     """
+    for name, x in {"logp": logp, "ref_logp": ref_logp, "mask": mask}.items():
+        if x.shape != (rewards.numel(), *logp.shape[1:2]):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it takes ({rewards.numel()}, tokens)")
     log_ratio = (logp - ref_logp).detach().masked_fill(~mask.bool(), 0.0)
-    if log_ratio.dim() != 2 or log_ratio.shape[0] != rewards.numel():
-        raise ValueError(f"logp has shape {tuple(logp.shape)}; {rewards.numel()} rewards take ({rewards.numel()}, L)")
     return rewards - beta * log_ratio.sum(dim=1).reshape(rewards.shape).to(rewards.dtype)
 
 
 def check_rewards(name: str, rewards: Tensor, axes: tuple[str, ...]) -> Tensor:
-    """`rewards` as floats, or a ValueError: wrong number of axes, no elements, NaN or infinite (and where)."""
+    """`rewards` as floats, or a ValueError: another number of axes, none at all, NaN or infinite (where)."""
     if rewards.dim() != len(axes) or rewards.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(rewards.shape)}; it takes ({', '.join(axes)}), none of them 0")
+        raise ValueError(f"{name} has shape {tuple(rewards.shape)}; it takes ({', '.join(axes)}), none 0")
     bad = torch.nonzero(~torch.isfinite(rewards))
     if len(bad):
         place = bad[0].tolist()
         raise ValueError(
-            f"{name}{place} is {rewards[tuple(place)].item()} (group {place[0]}, completion {place[1]} of it; "
-            f"{len(bad)} such in all); every reward must be a finite number"
+            f"{name}{place} is {rewards[tuple(place)].item()} (group {place[0]}, completion {place[1]}; "
+            f"{len(bad)} such in all); it takes finite numbers"
         )
     return rewards if rewards.is_floating_point() else rewards.float()
 

@@ -8,15 +8,31 @@ from grpo.rollout import Sampling
 from grpo.sharding import gather, sample_whole, see_whole, share, unshare
 
 
-def encode_sample(encoder: Encoder, task, sample, reasoning: bool = True) -> Prompt:
-    """A task's sample → prompt."""
-    pictures, text = task.data.build_prompt(sample, reasoning=reasoning)
-    return encoder.encode(pictures, text, sample, sample.id)
+class Prompts:
+    """Samples → prompts, each encoded once as long as the cache has room (a picture costs more than its text).
+
+    cache_bytes bounds the pixels that are kept; what came first stays.
+    """
+
+    def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0):
+        self.encoder, self.task, self.reasoning = encoder, task, reasoning
+        self.room, self.kept = cache_bytes, {}
+
+    def __call__(self, sample) -> Prompt:
+        if sample.id in self.kept:
+            return self.kept[sample.id]
+        pictures, text = self.task.data.build_prompt(sample, reasoning=self.reasoning)
+        prompt = self.encoder.encode(pictures, text, sample, sample.id)
+        size = 0 if prompt.pixels is None else prompt.pixels.nbytes
+        if size <= self.room:
+            self.kept[sample.id] = prompt
+            self.room -= size
+        return prompt
 
 
 def answer(
-    policy: Policy, encoder: Encoder, task, samples: list, sampling: Sampling, *,
-    reasoning: bool = True, group_size: int = 1, what: str = "evaluate",
+    policy: Policy, prompts_of: Prompts, samples: list, sampling: Sampling, *,
+    group_size: int = 1, what: str = "evaluate",
 ) -> list[list[str]]:
     """`group_size` completions' texts for every sample, in the samples' order, on every process.
 
@@ -27,13 +43,20 @@ def answer(
     stretch = max(1, 4 * sampling.rows // group_size)
     with progress(len(mine), what, "sample") as bar:
         for start in range(0, len(mine), stretch):
-            prompts = [encode_sample(encoder, task, sample, reasoning) for sample in mine[start : start + stretch]]
+            prompts = [prompts_of(sample) for sample in mine[start : start + stretch]]
             if policy.vision_is_frozen:
                 see_whole(policy, prompts)
             ended = Ended(bar, group_size)
             groups: list[Group] = sample_whole(policy, prompts, group_size, sampling, ended)
-            texts += [[encoder.decode(completion) for completion in group.completions] for group in groups]
+            forget_features(prompts)
+            texts += [[prompts_of.encoder.decode(completion) for completion in group.completions] for group in groups]
     return unshare(gather(texts))
+
+
+def forget_features(prompts: list[Prompt]) -> None:
+    """Image features live on the accelerator: kept prompts must not keep them there."""
+    for prompt in prompts:
+        prompt.features = None
 
 
 class Ended:

@@ -1,4 +1,4 @@
-"""The objective: log-probabilities and advantages to one loss, GRPO's and its variants', a formula a function.
+"""The objective: log-probabilities and advantages to one loss, GRPO's or a variant's, a formula a function.
 
 Shapes: N completions, padded to L tokens.  `logp`, `old_logp`, `ref_logp` (N, L) are log-probabilities of the
 tokens that were drawn, in nats, under π_θ (trained), π_old (drew them) and π_ref (anchor); `advantages` (N,);
@@ -49,20 +49,20 @@ def grpo_loss(
     level         "token": one ratio a token; "sequence": one a completion (`probability_ratio`).
     surrogate     "ppo" (`ppo_surrogate`) or "cispo" (`cispo_surrogate`).
     aggregate     "sequence", "token" or "constant" (`aggregate_loss`); "constant" needs `length` in tokens.
-    denominator   the global count where this call sees a part: `count_terms` of all parts.  Then the losses, the
-                  gradients and the statistics of the parts add up to the whole's, whatever the cut.
+    denominator   where this call sees a part, the whole's count: the sum of all parts' `count_terms`.  Then
+                  losses, gradients and statistics of the parts add up to the whole's, whatever the cut.
     entropy       (N, L) in nats, for the statistics only.
 
     Returns the loss, 0-dim, and the statistics as 0-dim sums without gradient, with the counts to divide by:
     add them up over micro-batches and processes, then `mean_statistics`.
 
-    Raises ValueError: shapes that do not fit, a mask that is empty (with `denominator`, an empty part is allowed
-    and its loss is 0) or not 0/1, beta without ref_logp, an unknown option.
+    Raises ValueError: shapes that do not fit, a mask that is not 0/1 or is empty (a *part* may be, its loss
+    is 0: hence not with `denominator`), beta without ref_logp, an unknown option.
     """
     check_choice("surrogate", surrogate, SURROGATES)
     mask = check_inputs(logp, advantages, mask, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy)
     if denominator is None and not mask.any():
-        raise ValueError("mask is empty; it takes at least one token (or a denominator, if other parts have some)")
+        raise ValueError("mask is empty; it takes at least one token (or a denominator, if this is a part)")
     if beta and ref_logp is None:
         raise ValueError(f"ref_logp is None; beta = {beta} takes the reference's log-probabilities")
     # The padding is overwritten before anything is computed: 0 · NaN is NaN, in values and in gradients.
@@ -88,8 +88,8 @@ def grpo_loss(
 def probability_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str) -> Tensor:
     """r = π_θ / π_old of each token, or of its whole completion.  (N, L) x 3 -> (N, L)
 
-    "token"     r_it = π_θ(o_it) / π_old(o_it).                        arXiv 2402.03300 eq. 3; PPO, 1707.06347
-    "sequence"  s_i = (π_θ(o_i) / π_old(o_i))^(1/|o_i|), the geometric mean of the r_it.  GSPO, 2507.18071 eq. 7
+    "token"     r_it = π_θ(o_it) / π_old(o_it).  arXiv 2402.03300 eq. 3
+    "sequence"  s_i = (π_θ(o_i) / π_old(o_i))^(1/|o_i|), their geometric mean.  GSPO, arXiv 2507.18071 eq. 7
     """
     check_choice("level", level, LEVELS)
     log_ratio = logp - old_logp
@@ -99,7 +99,7 @@ def probability_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str) 
 
 
 def clip_ratio(r: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
-    """clip(r, 1 − ε_low, 1 + ε_high); None leaves a side open.  DAPO's clip-higher: arXiv 2503.14476 eq. 10"""
+    """clip(r, 1 − ε_low, 1 + ε_high); None leaves a side open.  Two ε: DAPO, arXiv 2503.14476 eq. 10"""
     low = float("-inf") if clip_low is None else 1 - clip_low
     high = float("inf") if clip_high is None else 1 + clip_high
     return r.clamp(low, high)
@@ -114,7 +114,9 @@ def ppo_surrogate(r: Tensor, A: Tensor, clip_low: float | None, clip_high: float
     return torch.minimum(r * A, clip_ratio(r, clip_low, clip_high) * A)
 
 
-def cispo_surrogate(r: Tensor, A: Tensor, logp: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
+def cispo_surrogate(
+    r: Tensor, A: Tensor, logp: Tensor, clip_low: float | None, clip_high: float | None
+) -> Tensor:
     """sg(clip(r)) A log π_θ: the clip bounds a token's weight and no token loses its gradient.
 
     CISPO, arXiv 2506.13585 eq. 4 and 5, sg = stop-gradient.
@@ -126,9 +128,10 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     """One-sample estimates of D_KL(π ‖ π_ref) for tokens drawn from π.  Any shape, nats.
 
     With d = log π_ref − log π:
-      "k1"  −d               unbiased, negative half of the time; its *gradient* is zero on average
-      "k2"  d² / 2           biased; its gradient is the KL's, on-policy
-      "k3"  exp(d) − d − 1   unbiased, never negative.  arXiv 2402.03300 eq. 4; MORE-R1 eq. 4
+      "k1"  −d               unbiased, negative half of the time; in a loss its gradient is zero on average
+      "k2"  d² / 2           biased; in a loss its gradient is the KL's, on average and on-policy
+      "k3"  exp(d) − d − 1   unbiased, never negative; in a loss its gradient is D_KL(π_ref ‖ π)'s, the other
+                             direction's.  arXiv 2402.03300 eq. 4; MORE-R1 eq. 4
     J. Schulman, "Approximating KL Divergence", 2020: http://joschu.net/blog/kl-approx.html
     """
     check_choice("kl", kind, KL_KINDS)
@@ -145,10 +148,10 @@ def aggregate_loss(
 ) -> Tensor:
     """A loss per token to one number.  (N, L) -> ()
 
-    "sequence"  1/N Σ_i 1/|o_i| Σ_t x_it.   GRPO, arXiv 2402.03300 eq. 3; JMERE-R1 eq. 7
-    "token"     1/(Σ_i |o_i|) Σ_i Σ_t x_it. DAPO, arXiv 2503.14476 eq. 12: every token of the batch weighs the same
-    "constant"  1/(N · length) Σ_i Σ_t x_it. Dr. GRPO, arXiv 2503.20783 §3.2: `length` is a constant, usually the
-                most tokens a completion may have; length = 1 is the plain sum, REINFORCE's
+    "sequence"  1/N Σ_i 1/|o_i| Σ_t x_it.  GRPO, arXiv 2402.03300 eq. 3; JMERE-R1 eq. 7
+    "token"     1/(Σ_i |o_i|) Σ_i Σ_t x_it: all tokens weigh the same.  DAPO, arXiv 2503.14476 eq. 12
+    "constant"  1/(N · length) Σ_i Σ_t x_it.  Dr. GRPO, arXiv 2503.20783 §3.2: `length` usually is the most
+                tokens a completion may have; length = 1 is the plain sum, REINFORCE's
 
     N counts all rows: a completion that is masked altogether adds 0 and does not raise the others' weight.
     """
@@ -167,7 +170,7 @@ def aggregate_loss(
 
 
 def count_terms(mask: Tensor, how: str) -> int:
-    """What `aggregate_loss` divides by: tokens, or completions.  Sum it over all parts to get `denominator`."""
+    """What `aggregate_loss` divides by, tokens or completions; `denominator` is its sum over all parts."""
     check_choice("aggregate", how, AGGREGATES)
     return int(mask.sum()) if how == "token" else mask.shape[0]
 
@@ -178,7 +181,7 @@ def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def truncation_mask(mask: Tensor, truncated: Tensor, how: str = "kept") -> Tensor:
-    """The mask with the completions that ran into the length limit "kept" or "masked".  (N, L), bool (N,) -> (N, L)
+    """The mask with completions cut by the length limit "kept" or "masked".  (N, L), (N,) -> (N, L)
 
     Masked, they still are in the group's mean and std, only their tokens are not trained: DAPO's overlong
     filtering, arXiv 2503.14476 §3.4.
@@ -191,8 +194,8 @@ def truncation_mask(mask: Tensor, truncated: Tensor, how: str = "kept") -> Tenso
 def sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entropy) -> dict[str, Tensor]:
     """Sums over the tokens and the two counts, each a 0-dim tensor: they may be added up over parts.
 
-    A token counts as clipped where the clip changes its term: for "ppo" below with A < 0 or above with A > 0, for
-    "cispo" wherever the weight is cut.  The KL is the bare estimate, weighted neither by beta nor by the ratio.
+    A token counts as clipped where the clip changes its term: for "ppo" below with A < 0 or above with
+    A > 0, for "cispo" wherever the weight is cut.  The KL is the bare estimate, without beta or ratio.
     """
     clipped = clip_ratio(r, clip_low, clip_high)
     below, above = r < clipped, r > clipped
@@ -211,8 +214,8 @@ def sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entro
 def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
     """Added-up statistics of `grpo_loss` to means per token, under TRL's names.
 
-    ratio_mean, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (either side), kl in nats if there
-    was a reference, entropy in nats if it was given.  No tokens at all: NaN, for there is no mean.
+    ratio_mean, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (either side), kl in nats if
+    there was a reference, entropy in nats if it was given.  No tokens at all: NaN, there is no mean.
     """
     totals = {name: float(total) for name, total in sums.items()}
     totals["clipped"] = totals["clipped_low"] + totals["clipped_high"]

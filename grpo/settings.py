@@ -42,6 +42,7 @@ class CommonSettings:
     max_pixels: int = setting(1280 * 28 * 28, "largest area of a picture in pixels; 28 × 28 become one token")
     max_completion_tokens: int = setting(1024, "longest completion, end token included")
     rollout_rows: int = setting(64, "completions written at once on each process: memory, not result")
+    cache_gigabytes: float = setting(4.0, "memory for encoded pictures that are kept between epochs, on each process")
     dtype: str = setting("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it",
                          choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, "of every draw: data order, curriculum, sampling noise")

@@ -1,14 +1,16 @@
-"""The character edit distance of two strings, a whole column of the table at once in Python's long integers.
+"""The character edit distance of two strings, a column of the table at a time in Python's long integers.
 
-Source: Myers, "A fast bit-vector algorithm for approximate string matching", 1999, in Hyyrö's form (2001) for
-the distance of two whole strings. Neighbours in the table differ by -1, 0 or +1, so a column is two bit sets.
+Neighbours in the table differ by -1, 0 or 1, so a column is two sets of bits and the next column a few
+operations on them. Source: Myers 1999, "A fast bit-vector algorithm for approximate string matching based on
+dynamic programming", in the form that Hyyrö gave it in 2001 for the distance of two whole strings.
 """
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Insertions, deletions and substitutions that turn a into b; len(shorter) steps on len(longer)-bit numbers.
+    """How many insertions, deletions and substitutions turn a into b.
 
-    1,300 against 100,000 characters take about 50 ms on one core, 45 against 100,000 about 10 ms.
+    len(shorter) steps on numbers of len(longer) bits: 100,000 characters against a gold answer's 45 take
+    11 ms on one core, against 1,300 (21 quintuples) 29 ms.
     """
     if len(a) < len(b):
         a, b = b, a  # few steps on long numbers cost less than many steps on short ones
@@ -18,7 +20,7 @@ def edit_distance(a: str, b: str) -> int:
     for character in b:
         match, up, down = occurs[character], vertical_up, vertical_down
         diagonal_zero = ((((match & up) + up) ^ up) | match | down) & full
-        horizontal_up = (down | (full ^ (diagonal_zero | up))) << 1 | 1  # the 1: the table's first row rises too
+        horizontal_up = (down | (full ^ (diagonal_zero | up))) << 1 | 1  # the 1: row 0 rises
         horizontal_down = (diagonal_zero & up) << 1
         vertical_up = (horizontal_down | (full ^ (diagonal_zero | horizontal_up))) & full
         vertical_down = diagonal_zero & horizontal_up

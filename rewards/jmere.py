@@ -42,8 +42,8 @@ def quintuple_reward(predicted: list[Quintuple], gold: list[Quintuple]) -> float
 def partial_reward(predicted: list[Quintuple], gold: list[Quintuple], text: str) -> float:
     """Equation 3: r_p = w / (5n) + 1 - ED(Ŷ, Y) / max(|Ŷ|, |Y|), with text = Ŷ as the model wrote it.
 
-    The paper does not say which gold quintuple a predicted one is compared with; here w is the most that a
-    one-to-one pairing can give. Y is the answer, without reasoning. With nothing predicted the first term is 0.
+    The paper does not say which gold quintuple a predicted one is compared with: w is the most that a
+    one-to-one pairing can give. Y is the answer without the reasoning. Nothing predicted: the first term is 0.
     """
     w = heaviest_pairing([[_equal_parts(g, p) for p in predicted] for g in gold])
     gold_text = answer_text(gold)
@@ -63,7 +63,7 @@ def well_tagged(completion: str) -> bool:
 
 
 def parse(completion: str, sample) -> list[Quintuple] | None:
-    """The distinct quintuples of the only `<answer>`, in order; None where there is none or one is malformed.
+    """The distinct quintuples of the one `<answer>`, in order; None where it or one of them is malformed.
 
     The reasoning before it is not looked at, so that answers of label-only and zero-shot models are read too.
     """
@@ -88,10 +88,10 @@ def _between_answer_tags(completion: str) -> str | None:
 
 
 def parse_line(line: str, types, relations: dict[str, str]) -> Quintuple | None:
-    """One `[head, head type, tail, tail type, relation]`, or None; relations: spoken name → the dataset's name.
+    """One `[head, head type, tail, tail type, relation]`, or None; relations: spoken → the dataset's name.
 
-    Mentions may hold commas (`Nelson Mandela,1996`): the line is cut at the last two parts and at the one part
-    before them that is a type. Where two parts could be the head's type, nobody knows which was meant: None.
+    Mentions may hold commas (`Nelson Mandela,1996`): the line is cut before its last two parts and at the one
+    part in front of them that is a type. Where two could be the head's type nobody knows what was meant: None.
     """
     if not (line.startswith("[") and line.endswith("]")):
         return None
@@ -126,9 +126,9 @@ def correct(completion: str, sample) -> bool:
 def metrics(completions: list[str], samples: list) -> dict[str, float]:
     """Shares between 0 and 1 over a whole split; an unreadable answer predicts nothing.
 
-    precision, recall, f1: micro, all five parts in their places; *_order_free: head and tail may be swapped, as
-    the dataset's reference implementation counts; mner_*: entities with their types; accuracy: exactly the gold
-    set; unparsable: unreadable answers.
+    precision, recall, f1: micro, all five parts in their places; *_order_free: head and tail may be swapped,
+    as the dataset's reference implementation counts; mner_*: entities with types; accuracy: the gold set and
+    nothing else; unparsable: unreadable answers.
     """
     answers = [parse(completion, sample) for completion, sample in zip(completions, samples, strict=True)]
     pairs = [(answer or [], sample.quintuples) for answer, sample in zip(answers, samples)]
@@ -153,7 +153,7 @@ def _entities(quintuples) -> set[tuple[str, str]]:
 
 
 def _micro(pairs: list, things, before: str = "", after: str = "") -> dict[str, float]:
-    """Precision, recall and F1 over all posts together; things: a post's quintuples → the set that is counted."""
+    """Precision, recall and F1 over all posts; things: a post's quintuples → the set that is counted."""
     counted = [(things(predicted), things(gold)) for predicted, gold in pairs]
     right = sum(len(predicted & gold) for predicted, gold in counted)
     predicted, gold = sum(len(p) for p, _ in counted), sum(len(g) for _, g in counted)

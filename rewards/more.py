@@ -1,8 +1,8 @@
 """MORE-R1's reward: format + length + answer, each 0 or 1, and the four figures MORE is measured by.
 
-The template (MORE-R1, section 3.3.1) is `<think> Step 1: … Step 6: … </think> <answer>LABEL</answer>`. Whitespace
-around its parts is free, nothing else is. Every function reads a completion a fixed number of times from left to
-right, with no pattern that can backtrack, so that a hostile completion costs no more than its length.
+The template (MORE-R1, section 3.3.1) is `<think> Step 1: … Step 6: … </think> <answer>LABEL</answer>`.
+Whitespace around its parts is free, nothing else is. A completion is read a fixed number of times from left to
+right, with no pattern that can backtrack, so that a hostile one costs no more than its length.
 """
 import re
 
@@ -14,8 +14,8 @@ STEP_MARKER = re.compile(r"Step ([0-9]+):")
 def parse(completion: str, sample) -> str | None:
     """The label between the one `<answer>` and the `</answer>` behind it, or None.
 
-    None where there is no such pair, where `<answer>` stands more than once, or where what it holds is not one of
-    `sample.labels` letter by letter. The rest of the template is not looked at: a right answer counts without it.
+    None where there is no such pair, where `<answer>` stands more than once, or where what it holds is not one
+    of `sample.labels` letter by letter. The rest is not looked at: a right answer counts outside the template.
     """
     _, *after = completion.split("<answer>")
     if len(after) != 1:
@@ -40,7 +40,7 @@ def fault(completion: str, sample) -> str | None:
     if before or between.strip() or after:
         return "text outside the tags"
     steps = STEP_MARKER.findall(reasoning)
-    # Any other marker, a step told twice or a seventh, leaves the template too: `Step k:` is kept for the six.
+    # A step told twice and a seventh leave the template too: `Step k:` belongs to the six.
     if steps != STEPS or not reasoning.lstrip().startswith("Step 1:"):
         return "not Step 1: to Step 6:, each once and in order"
     return None if parse(completion, sample) is not None else "answer is not one of the labels"
@@ -49,8 +49,8 @@ def fault(completion: str, sample) -> str | None:
 def reward(completion: str, sample, *, min_length: int = 1024) -> dict[str, float]:
     """The three parts, unweighted, each 0 or 1 (MORE-R1, section 3.3.1).
 
-    format: the whole template, with one of `sample.labels`; length: more than `min_length` characters, tags included;
-    answer: the label is the sample's, whatever else is wrong with the format.
+    format: the whole template, with one of `sample.labels`; length: more than `min_length` characters, tags
+    included; answer: the label is the sample's, whatever else is wrong with the format.
     """
     return {
         "format": float(fault(completion, sample) is None),
@@ -65,11 +65,11 @@ def correct(completion: str, sample) -> bool:
 
 
 def metrics(completions: list[str], samples: list) -> dict[str, float]:
-    """Accuracy over all samples; precision, recall and F1 micro over the labels other than none; shares in 0 to 1.
+    """Accuracy over all samples; precision, recall and F1 micro over the labels other than none; all 0 to 1.
 
-    As MORE's own evaluation counts: a predicted relation is in precision's denominator, a gold one in recall's. An
-    answer that cannot be parsed predicts nothing: it is in no precision denominator. Its share is `unparsable`.
-    A share of nothing is 0. Raises ValueError if the two lists are not equally long.
+    A predicted relation is in precision's denominator, a gold one in recall's, as MORE's own evaluation counts.
+    An answer that cannot be parsed predicts nothing, so it is in no precision denominator; `unparsable` is the
+    share of them. A share of nothing is 0. Raises ValueError if the two lists are not equally long.
     """
     answers, golds = _answers(completions, samples), [sample.label for sample in samples]
     right = sum(answer == gold != "none" for answer, gold in zip(answers, golds))
@@ -92,7 +92,8 @@ def per_label(completions: list[str], samples: list) -> dict[str, dict[str, floa
     for label in dict.fromkeys(label for sample in samples for label in sample.labels):
         right = sum(answer == gold == label for answer, gold in zip(answers, golds))
         predicted, gold = answers.count(label), golds.count(label)
-        table[label] = {**_scores(right, predicted, gold), "gold": gold, "predicted": predicted, "right": right}
+        counts = {"gold": gold, "predicted": predicted, "right": right}
+        table[label] = {**_scores(right, predicted, gold), **counts}
     return table
 
 
@@ -104,7 +105,8 @@ def _answers(completions: list[str], samples: list) -> list[str | None]:
 
 def _scores(right: int, predicted: int, gold: int) -> dict[str, float]:
     precision, recall = _share(right, predicted), _share(right, gold)
-    return {"precision": precision, "recall": recall, "f1": _share(2 * precision * recall, precision + recall)}
+    f1 = _share(2 * precision * recall, precision + recall)
+    return {"precision": precision, "recall": recall, "f1": f1}
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,0 +1,86 @@
+"""Answer every sample of a split and score the answers; the file of predictions is also the hard/easy split.
+
+    torchrun --nproc-per-node 8 -m grpo.evaluate --model runs/stage-1/model --data MORE --split test --output runs/test
+
+writes <output>/predictions.jsonl, one {id, completion, correct, reward parts} a sample, and <output>/metrics.json.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.task import resolve_task
+from grpo.answer import Prompts, answer
+from grpo.checkpoint import load_policy
+from grpo.encode import Encoder
+from grpo.journal import Stopwatch, say, table, write_json
+from grpo.rollout import Sampling
+from grpo.run import record_settings
+from grpo.settings import CommonSettings, parse, parse_options, run_program, setting
+from grpo.sharding import compute_dtype, finish, rank, shard, start
+
+
+@dataclass
+class Settings(CommonSettings):
+    """Evaluation. The defaults are MORE-R1's: greedy, one answer a sample."""
+
+    split: str = setting("test", "split to answer")
+    exclude: str = setting("", "JSON list of sample ids to leave out: the cold start's, for the hard/easy split")
+    limit: int = setting(0, "answer only the first so many samples; 0 for all")
+    temperature: float = setting(0.0, "0 is greedy")
+    top_p: float = setting(1.0, "keep the smallest set of tokens with this probability")
+    top_k: int = setting(0, "keep this many tokens; 0 for all")
+    reasoning: bool = setting(True, "ask for <think>…</think>; off for the zero-shot and label-only prompts")
+    reward_options: str = setting("", "options of the task's reward, name=number[,name=number]")
+
+    def sampling(self, encoder: Encoder) -> Sampling:
+        return Sampling(self.max_completion_tokens, encoder.end_tokens, self.temperature, self.top_p, self.top_k,
+                        self.rollout_rows, seed=f"{self.seed}/evaluate")
+
+
+def chosen_samples(settings: Settings, task) -> list:
+    samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
+    if settings.exclude:
+        excluded = set(json.loads(Path(settings.exclude).read_text(encoding="utf-8")))
+        samples = [sample for sample in samples if sample.id not in excluded]
+    samples = samples[: settings.limit] if settings.limit else samples
+    if not samples:
+        raise ValueError(f"{settings.data}: split {settings.split} has no sample left to answer")
+    return samples
+
+
+def write_predictions(path: Path, task, samples: list, texts: list[str], options: dict) -> None:
+    """One JSON line a sample, in the split's order; written beside and renamed."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        for sample, text in zip(samples, texts):
+            parts = task.rewards.reward(text, sample, **options)
+            line = {"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)), "reward": parts}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    new.replace(path)
+
+
+def main() -> None:
+    settings = parse(Settings)
+    task, output = resolve_task(settings.task), Path(settings.output)
+    options = parse_options(settings.reward_options, "reward_options")
+    samples = chosen_samples(settings, task)
+    encoder = Encoder(settings.model, settings.max_pixels)
+    sampling = settings.sampling(encoder)
+    device, watch = start(), Stopwatch()
+    policy = load_policy(settings.model).requires_grad_(False)
+    shard(policy, compute_dtype(settings.dtype, device), device)
+    texts = [text for text, in answer(policy, Prompts(encoder, task, settings.reasoning), samples, sampling)]
+    if rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        metrics = {**task.rewards.metrics(texts, samples), "samples": len(samples), "seconds": round(watch.total(), 1)}
+        write_predictions(output / "predictions.jsonl", task, samples, texts, options)
+        write_json(output / "metrics.json", metrics)
+        record_settings(settings, output)
+        say(table([["metric", settings.split], *([name, f"{value:.4g}"] for name, value in metrics.items())]))
+        say(f"wrote {output / 'predictions.jsonl'} and {output / 'metrics.json'}")
+    finish()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,97 @@
+"""What both trainers do around their loops: load, freeze, shard, validate, keep the best, name what was written."""
+
+import dataclasses
+import random
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from data.task import Task, resolve_task
+from grpo.answer import Prompts, answer
+from grpo.checkpoint import export, load_policy
+from grpo.encode import Encoder
+from grpo.journal import Journal, say, write_json
+from grpo.policy import Policy
+from grpo.rollout import Sampling
+from grpo.settings import TrainingSettings
+from grpo.sharding import compute_dtype, rank, shard, start, whole_weights
+from grpo.update import set_gradient_checkpointing
+
+
+def record_settings(settings, folder: Path) -> None:
+    """settings.json: what ran, with which versions, so that it can be run again."""
+    if rank() == 0:
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+        write_json(folder / "settings.json", {"settings": dataclasses.asdict(settings), "versions": versions})
+
+
+class Run:
+    """One training run: its policy, its data halves, its folder, its best checkpoint so far."""
+
+    def __init__(self, settings: TrainingSettings, reasoning: bool = True):
+        settings.check()
+        self.settings, self.output = settings, Path(settings.output)
+        self.task: Task = resolve_task(settings.task)
+        self.valid = self.load_valid()
+        self.encoder = Encoder(settings.model, settings.max_pixels)
+        self.device = start()
+        self.dtype = compute_dtype(settings.dtype, self.device)
+        self.policy = load_policy(settings.model)
+        if not settings.train_vision:
+            self.policy.freeze_vision()
+        set_gradient_checkpointing(self.policy, settings.gradient_checkpointing)
+        shard(self.policy, self.dtype, self.device)
+        self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30)
+        self.journal = Journal(settings.output)
+        record_settings(settings, self.output)
+        self.best = float("-inf")
+
+    def load(self, split: str) -> list:
+        return self.task.data.load(self.settings.data, split, missing_images=self.settings.missing_images)
+
+    def load_valid(self) -> list:
+        settings = self.settings
+        if not settings.valid_split:
+            return []
+        samples = self.load(settings.valid_split)
+        if settings.valid_samples and settings.valid_samples < len(samples):
+            samples = random.Random(settings.seed).sample(samples, settings.valid_samples)
+        return samples
+
+    def reference(self, model: str) -> Policy:
+        """A frozen copy, sharded alike."""
+        reference = load_policy(model).requires_grad_(False)
+        return shard(reference, self.dtype, self.device)
+
+    def validate(self, step: int) -> dict:
+        """Greedy metrics on the validation samples; a new best is exported to <output>/model."""
+        if not self.valid:
+            return {}
+        sampling = Sampling(self.settings.max_completion_tokens, self.encoder.end_tokens, temperature=0.0,
+                            rows=self.settings.rollout_rows)
+        texts = answer(self.policy, self.prompts, self.valid, sampling, what="validate")
+        metrics = self.task.rewards.metrics([text for text, in texts], self.valid)
+        if self.settings.valid_metric not in metrics:
+            raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(metrics)}")
+        score = metrics[self.settings.valid_metric]
+        if score > self.best:
+            self.best = score
+            self.save()
+            if rank() == 0:
+                write_json(self.output / "best.json", {"step": step, "valid": metrics})
+        say(f"step {step}: validation " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            + ("  (best so far, kept)" if score == self.best else ""))
+        return {f"valid/{name}": value for name, value in metrics.items()}
+
+    def save(self) -> None:
+        """<output>/model: a checkpoint that stock transformers loads."""
+        weights = whole_weights(self.policy)
+        if rank() == 0:
+            export(self.policy.model, weights, self.settings.model, self.output / "model")
+
+    def close(self) -> None:
+        if not self.valid:
+            self.save()
+        say(f"wrote {self.output / 'model'} and {self.journal.path}")

@@ -1,0 +1,365 @@
+"""Stage 2: Group Relative Policy Optimization. One rollout, one update, from top to bottom:
+
+    prompts → sample G completions each → rewards → advantages → reference log-probabilities → μ updates
+
+    torchrun --nproc-per-node 8 -m grpo.train --model runs/stage-1/model --data MORE \\
+        --predictions runs/split/predictions.jsonl --output runs/stage-2
+
+What is kept of GRPO: group-normalised advantages, the clipped ratio, the KL to the frozen starting policy. There is
+no critic, no learned reward, no replay: a rollout is used for μ updates and forgotten.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from data.curriculum import LAST_BATCHES, MIXINGS, Epoch, epoch_batches, none_share
+from grpo.advantage import combine_rewards, flat_groups, group_advantages, kl_penalised_rewards, overlong_penalty
+from grpo.answer import forget_features
+from grpo.group import Group, packs, pad_rows, row_mask
+from grpo.journal import Journal, Stopwatch, progress, say
+from grpo.objective import count_terms, mean_statistics, truncation_mask
+from grpo.policy import Policy
+from grpo.rollout import Sampling
+from grpo.run import Run
+from grpo.settings import TrainingSettings, parse, parse_options, run_program, setting
+from grpo.sharding import finish, gather, rank, sample_whole, see_whole, share, total, world_size
+from grpo.update import learning_rate, make_optimizer, update
+from grpo.variants import Preset, load_objective, loss_options, resolve
+
+OVERRIDES = ("group_size", "updates", "temperature", "beta", "kl", "clip_low", "clip_high", "scale", "ddof", "eps",
+             "level", "aggregate", "truncated", "flat_groups")
+
+
+def override(help: str):
+    """A setting whose default is the objective's own."""
+    return setting(None, help + " (default: the objective's)")
+
+
+@dataclass
+class Settings(TrainingSettings):
+    """Stage 2: GRPO. The defaults are MORE-R1's."""
+
+    predictions: str = setting("", "grpo.evaluate's predictions of the training split: right is easy, wrong is hard; "
+                                   "empty: train on the whole split in one shuffle")
+    objective: str = setting("more-r1", "a preset of grpo.variants, or a module of yours with a function `loss`")
+    epochs: int = setting(4, "epochs of the curriculum")
+    max_rollouts: int = setting(0, "stop after so many rollouts; 0 for all that the epochs hold")
+    prompts_per_rollout: int = setting(16, "prompts of one rollout, over all processes")
+    learning_rate: float = setting(1e-6, "peak of AdamW's learning rate")
+    max_prompt_tokens: int = setting(4096, "longer prompts are dropped and counted, never cut")
+    mixing: str = setting("progressive", "progressive: all hard samples and γ^(t−1) easy ones each; raw: all", choices=MIXINGS)
+    decay: float = setting(0.5, "γ of the progressive mixing; 1: always 1:1, 0: hard only")
+    last_batch: str = setting("fill", "an epoch's incomplete last rollout", choices=LAST_BATCHES)
+    reward_weights: str = setting("", "name=number[,name=number]; others keep the task's weight")
+    reward_options: str = setting("", "options of the task's reward, name=number[,name=number]")
+    validate_every: int = setting(0, "rollouts between validations; 0: at the end of every epoch")
+    resample_tries: int = setting(3, "for flat_groups=resampled: how often a flat group is drawn again before it is dropped")
+    group_size: Optional[int] = override("G, completions a prompt")
+    updates: Optional[int] = override("μ, updates a rollout")
+    temperature: Optional[float] = override("of the rollouts and of the scored distribution")
+    beta: Optional[float] = override("weight of the KL to the reference")
+    kl: Optional[str] = override("estimator of the KL: k1, k2, k3")
+    clip_low: Optional[float] = override("ε below 1")
+    clip_high: Optional[float] = override("ε above 1")
+    scale: Optional[str] = override("advantages are divided by: group, batch, centred-batch, leave-one-out, none")
+    ddof: Optional[int] = override("of the standard deviation: 0 or 1")
+    eps: Optional[float] = override("added to the standard deviation")
+    level: Optional[str] = override("ratio per token or sequence")
+    aggregate: Optional[str] = override("mean over sequence, token, constant")
+    truncated: Optional[str] = override("completions cut by the limit: kept or masked")
+    flat_groups: Optional[str] = override("groups of equal rewards: kept, dropped, resampled")
+
+    def preset(self) -> Preset:
+        """The objective with this run's overrides."""
+        given = {name: getattr(self, name) for name in OVERRIDES if getattr(self, name) is not None}
+        return resolve(self.objective, **given)
+
+    def check(self) -> None:
+        super().check()
+        preset = self.preset()
+        if preset.group_size < 2:
+            raise ValueError(f"--group_size is {preset.group_size}; a group of one has no advantage: at least 2 expected")
+        if preset.updates < 1:
+            raise ValueError(f"--updates is {preset.updates}; at least 1 expected")
+        if self.prompts_per_rollout < 1 or self.prompts_per_rollout % world_size():
+            raise ValueError(f"--prompts_per_rollout is {self.prompts_per_rollout}; "
+                             f"expected a multiple of the {world_size()} processes")
+
+
+# ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_predictions(path: str, samples: list) -> tuple[list, list]:
+    """(hard, easy): the samples that grpo.evaluate got wrong and right. Those it did not answer are in neither."""
+    known, hard, easy = {sample.id: sample for sample in samples}, [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            (easy if entry["correct"] else hard).append(known[entry["id"]])
+        except (json.JSONDecodeError, TypeError):
+            raise ValueError(f"{path}:{number}: found {line[:60]!r}; expected grpo.evaluate's JSON lines") from None
+        except KeyError as error:
+            raise ValueError(f"{path}:{number}: no {error}; expected id (of a sample of the split) and correct") from None
+    return hard, easy
+
+
+class Curriculum:
+    """Which samples each epoch's rollouts hold; see data/curriculum.py for how they are mixed."""
+
+    def __init__(self, settings: Settings, samples: list, is_none):
+        self.settings, self.is_none = settings, is_none
+        self.none_share = none_share(samples, is_none)
+        self.mixing = settings.mixing if settings.predictions else "raw"
+        self.hard, self.easy = read_predictions(settings.predictions, samples) if settings.predictions else (samples, [])
+        self.records = Journal(settings.output, "curriculum.jsonl")
+
+    def epoch(self, index: int) -> Epoch:
+        s = self.settings
+        return epoch_batches(
+            self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
+            none_share=self.none_share, decay=s.decay, mixing=self.mixing, last=s.last_batch, seed=s.seed)
+
+    def rollouts(self) -> int:
+        """Of all epochs together: the learning rate's schedule needs to know."""
+        everything = sum(len(self.epoch(index).batches) for index in range(self.settings.epochs))
+        return min(everything, self.settings.max_rollouts or everything)
+
+
+# ── one rollout ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Trainer:
+    """The state of Stage 2: policy and optimizer, reference, objective, rewards."""
+
+    def __init__(self, run: Run, settings: Settings):
+        self.run, self.settings = run, settings
+        self.preset = settings.preset()
+        self.loss = load_objective(settings.objective)
+        self.options = loss_options(self.preset, settings.max_completion_tokens)
+        self.optimizer = make_optimizer(run.policy, settings)
+        self.reference: Policy | None = run.reference(settings.model) if self.preset.beta else None
+        rewards = run.task.rewards
+        self.weights = {**rewards.WEIGHTS, **parse_options(settings.reward_weights, "reward_weights")}
+        if unknown := set(self.weights) - set(rewards.WEIGHTS):
+            raise ValueError(f"--reward_weights: no reward {sorted(unknown)[0]!r}; the task has {', '.join(rewards.WEIGHTS)}")
+        self.reward_options = parse_options(settings.reward_options, "reward_options")
+
+    def rollout(self, samples: list, step: int) -> list[Group]:
+        """This process's groups. Prompts over the limit are dropped: a cut one would split its picture's tokens."""
+        settings, preset = self.settings, self.preset
+        prompts = [prompt for prompt in map(self.run.prompts, samples) if len(prompt) <= settings.max_prompt_tokens]
+        if self.run.policy.vision_is_frozen:
+            see_whole(self.run.policy, prompts)
+        sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, preset.temperature,
+                            rows=settings.rollout_rows, seed=f"{settings.seed}/{step}").check_training()
+        with progress(len(prompts) * preset.group_size, f"rollout {step + 1}", "completion") as bar:
+            return sample_whole(self.run.policy, prompts, preset.group_size, sampling,
+                                lambda written, ended: bar.update(ended))
+
+    def rewards(self, groups: list[Group]) -> Tensor:
+        """(groups, G, K) unweighted parts. An error in a task's reward names its sample."""
+        parts = torch.zeros(len(groups), self.preset.group_size, len(self.weights), dtype=torch.float64)
+        for g, group in enumerate(groups):
+            for i, completion in enumerate(group.completions):
+                sample = group.prompt.sample
+                try:
+                    reward = self.run.task.rewards.reward(self.run.encoder.decode(completion), sample, **self.reward_options)
+                    parts[g, i] = torch.tensor([float(reward[name]) for name in self.weights], dtype=torch.float64)
+                except Exception as error:
+                    raise ValueError(f"{sample.id}: its reward raised {type(error).__name__}: {error}") from error
+                if not parts[g, i].isfinite().all():
+                    raise ValueError(f"{sample.id}: reward {reward}; every part must be a finite number")
+        return parts
+
+    def advantages(self, groups: list[Group], parts: Tensor, ref_logps: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Total rewards and advantages, (groups, G) each, of this process; scales over a batch see all processes."""
+        preset, limit = self.preset, self.settings.max_completion_tokens
+        rewards = combine_rewards(parts, torch.tensor(list(self.weights.values())), preset.combine) if groups else parts.sum(-1)
+        if preset.overlong_share:
+            lengths = torch.tensor([group.lengths for group in groups]).reshape(rewards.shape)
+            rewards = rewards + overlong_penalty(lengths, limit, max(1, round(preset.overlong_share * limit)))
+        if preset.kl_in_reward and groups:
+            lengths = [length for group in groups for length in group.lengths]
+            logp = pad_rows(torch.cat([row for group in groups for row in group.logps]), lengths)
+            ref = pad_rows(torch.cat(ref_logps).cpu(), lengths)
+            rewards = kl_penalised_rewards(rewards, logp, ref, row_mask(lengths), preset.beta)
+        counts = gather([len(groups)])
+        everyones = torch.tensor(gather(rewards.tolist()), dtype=torch.float64).reshape(-1, preset.group_size)
+        if not len(everyones):
+            return rewards, rewards
+        scaled = group_advantages(everyones, preset.scale, preset.ddof, preset.eps)
+        start = sum(counts[: rank()])
+        return rewards, scaled[start : start + len(groups)]
+
+    @torch.no_grad()
+    def reference_logps(self, parts: list[list[Group]]) -> list[Tensor] | None:
+        """(T,) a pack, under the frozen starting policy. Every process joins every collective forward."""
+        if self.reference is None:
+            return None
+        passes = int(total(torch.tensor(len(parts), device=self.run.device), torch.distributed.ReduceOp.MAX))
+        from grpo.update import idle_pack
+
+        logps = [self.reference.score(parts[i] if i < len(parts) else idle_pack(self.reference), self.preset.temperature).logp
+                 for i in range(passes)]
+        return logps[: len(parts)]
+
+    def learn(self, parts: list[list[Group]], advantages: Tensor, ref_logps: list[Tensor] | None, rates: list[float]) -> dict:
+        """μ updates on the packs of one rollout. The old log-probabilities are the first pass's own, detached."""
+        device, old_logps, sums = self.run.device, {}, {}
+        rows = [[i for i in range(start, start + len(part))] for start, part in zip(starts(parts), parts)]
+        masks = [self.mask(part).to(device) for part in parts]
+        aggregate = self.options["aggregate"]
+        denominator = float(total(torch.tensor(float(sum(count_terms(mask, aggregate) for mask in masks)), device=device)))
+        if not denominator:
+            return {}
+        losses = []
+
+        def loss_of_pack(index: int, scores) -> Tensor:
+            mask, lengths = masks[index], scores.lengths
+            logp = pad_rows(scores.logp, lengths)
+            old_logp = old_logps.setdefault(index, logp.detach())
+            ref_logp = None if ref_logps is None else pad_rows(ref_logps[index], lengths)
+            loss, statistics = self.loss(
+                logp, old_logp, ref_logp, advantages[rows[index]].flatten().to(device, logp.dtype), mask,
+                denominator=denominator, entropy=pad_rows(scores.entropy, lengths), **self.options)
+            for name, value in statistics.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+            losses.append(loss.detach())
+            return loss
+
+        norms = [update(self.run.policy, self.optimizer, parts, loss_of_pack, self.preset.temperature,
+                        self.settings.max_grad_norm, rate) for rate in rates]
+        names = sorted({name for names in gather([list(sums)]) for name in names})
+        summed = total(torch.tensor([float(sums.get(name, 0.0)) for name in names], dtype=torch.float64, device=device))
+        loss = total(torch.tensor(float(sum(losses)), device=device)) / len(rates)
+        return {"loss": float(loss), "grad_norm": sum(norms) / len(norms), "learning_rate": rates[-1],
+                **mean_statistics(dict(zip(names, summed)))}
+
+    def mask(self, part: list[Group]) -> Tensor:
+        """(N, L): the end token is inside; completions cut by the limit are out if the objective says so."""
+        truncated = torch.tensor([not finished for group in part for finished in group.finished])
+        return truncation_mask(row_mask([n for group in part for n in group.lengths]), truncated, self.preset.truncated)
+
+    def step(self, samples: list, step: int, rates: list[float]) -> dict:
+        """One rollout and its updates; returns the line for the journal."""
+        watch = Stopwatch()
+        with watch("rollout"):
+            groups, parts = self.drawn(samples, step)
+        packed = packs(groups, self.settings.tokens_per_pass)
+        with watch("score"):
+            ref_logps = self.reference_logps(packed)
+        rewards, advantages = self.advantages(groups, parts, ref_logps)
+        with watch("update"):
+            learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
+        forget_features([group.prompt for group in groups])
+        seconds = {f"seconds/{phase}": round(value, 3) for phase, value in watch.seconds.items()}
+        return {**self.describe(groups, parts, rewards), **learned, "step_time": round(watch.total(), 3), **seconds}
+
+    def drawn(self, samples: list, step: int) -> tuple[list[Group], Tensor]:
+        """Groups and reward parts; flat groups are kept, dropped, or drawn again with other noise (DAPO)."""
+        groups = self.rollout(share(samples), step)
+        parts = self.rewards(groups)
+        if self.preset.flat_groups == "kept":
+            return groups, parts
+        tries = self.settings.resample_tries if self.preset.flat_groups == "resampled" else 0
+        for attempt in range(tries):  # every process goes through every try: unsharding is a collective
+            flat = self.flat(parts)
+            again = self.rollout([groups[i].prompt.sample for i in flat], f"{step}/{attempt}")
+            for i, group, part in zip(flat, again, self.rewards(again)):
+                groups[i], parts[i] = group, part
+        flat = set(self.flat(parts))
+        keep = [i for i in range(len(groups)) if i not in flat]
+        return [groups[i] for i in keep], parts[keep]
+
+    def flat(self, parts: Tensor) -> list[int]:
+        if not len(parts):
+            return []
+        weights = torch.tensor(list(self.weights.values()))
+        return flat_groups(combine_rewards(parts, weights, self.preset.combine)).nonzero()[:, 0].tolist()
+
+    def describe(self, groups: list[Group], parts: Tensor, rewards: Tensor) -> dict:
+        """Rewards and lengths over all processes, under TRL's names."""
+        rewards = torch.tensor(gather(rewards.tolist()), dtype=torch.float64).reshape(-1, self.preset.group_size)
+        parts = torch.tensor(gather(parts.flatten(0, 1).tolist()), dtype=torch.float64).reshape(-1, len(self.weights))
+        lengths = torch.tensor(gather([n for group in groups for n in group.lengths]), dtype=torch.float64)
+        finished = torch.tensor(gather([f for group in groups for f in group.finished]), dtype=torch.float64)
+        if not len(rewards):
+            return {"prompts": 0}
+        return {
+            "prompts": len(rewards),
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(dim=1).mean().item(),
+            "frac_reward_zero_std": flat_groups(rewards).double().mean().item(),
+            **{f"rewards/{name}/mean": parts[:, k].mean().item() for k, name in enumerate(self.weights)},
+            "completions/mean_length": lengths.mean().item(),
+            "completions/max_length": lengths.max().item(),
+            "completions/clipped_ratio": 1 - finished.mean().item(),
+        }
+
+
+def starts(parts: list[list]) -> list[int]:
+    """Index of each part's first item."""
+    result, at = [], 0
+    for part in parts:
+        result.append(at)
+        at += len(part)
+    return result
+
+
+# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def train(trainer: Trainer, curriculum: Curriculum) -> None:
+    """Epochs of rollouts; validation before the first, then every so often, keeps the best checkpoint."""
+    run, settings, mu = trainer.run, trainer.settings, trainer.preset.updates
+    rollouts, done = curriculum.rollouts(), 0
+    say(f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy samples, {rollouts} rollouts of "
+        f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
+    run.journal.write({"step": 0, **run.validate(0)})
+    with progress(rollouts, "GRPO", "rollout") as bar:
+        for index in range(settings.epochs):
+            epoch = curriculum.epoch(index)
+            curriculum.records.write({"epoch": index, **epoch.record})
+            for batch in epoch.batches:
+                if done == rollouts:
+                    return
+                rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup, settings.schedule)
+                         for i in range(mu)]
+                line = {"step": done + 1, "epoch": index, **trainer.step(batch, done, rates)}
+                done += 1
+                bar.update()
+                last_of_epoch = batch is epoch.batches[-1]
+                due = done % settings.validate_every == 0 if settings.validate_every else last_of_epoch
+                if due or done == rollouts:
+                    line |= run.validate(done)
+                run.journal.write(line)
+                say(readable(line, rollouts))
+
+
+def readable(line: dict, rollouts: int) -> str:
+    """One update as one line for people."""
+    if not line["prompts"]:
+        return f"{line['step']}/{rollouts}  no group to learn from (all dropped)"
+    parts = "  ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in line.items() if name.startswith("rewards/"))
+    return (f"{line['step']}/{rollouts}  reward {line['reward']:.3f} ({parts})  kl {line.get('kl', 0):.4f}  "
+            f"length {line['completions/mean_length']:.0f}  flat {line['frac_reward_zero_std']:.0%}  {line['step_time']:.1f} s")
+
+
+def main() -> None:
+    settings = parse(Settings)
+    run = Run(settings)
+    samples = run.load(settings.split)
+    curriculum = Curriculum(settings, samples, run.task.data.is_none)
+    train(Trainer(run, settings), curriculum)
+    run.close()
+    finish()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,136 @@
+"""Stage 1, the supervised cold start: next-token loss on the expert's responses, nothing else.
+
+    torchrun --nproc-per-node 8 -m sft.train --model Qwen/Qwen2.5-VL-7B-Instruct --data MORE \\
+        --responses cold_start.jsonl --output runs/stage-1
+
+SFT is `score` with one continuation a prompt and the loss −log p. Without --responses the gold answer alone is
+the target: the label-only baseline.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grpo.group import Group, packs
+from grpo.journal import Stopwatch, progress, say
+from grpo.run import Run
+from grpo.settings import TrainingSettings, parse, run_program, setting
+from grpo.sharding import finish, rank, share, total
+from grpo.update import learning_rate, make_optimizer, update
+
+
+@dataclass
+class Settings(TrainingSettings):
+    """Stage 1: supervised fine-tuning. The defaults are MORE-R1's."""
+
+    responses: str = setting("", "JSONL of {id, response}, as data.annotate writes it; empty: the gold answer alone")
+    samples: str = setting("", "JSON list of sample ids to train on (data.annotate writes the drawn ones); empty for all")
+    epochs: int = setting(20, "passes over the responses")
+    batch_size: int = setting(128, "responses per update, over all processes and accumulation steps")
+    learning_rate: float = setting(1e-4, "peak of AdamW's learning rate")
+    max_tokens: int = setting(2096, "prompt and response together; longer ones are dropped and counted, never cut")
+    validate_every: int = setting(1, "epochs between validations")
+    minutes: float = setting(0.0, "stop after this many minutes of updates (a control of equal time); 0 for no limit")
+
+
+def read_responses(path: str, samples: list) -> list[tuple]:
+    """(sample, response) for every line of a JSONL file. ValueError names the line that does not fit."""
+    known, pairs = {sample.id: sample for sample in samples}, []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            pairs.append((known[entry["id"]], entry["response"]))
+        except (json.JSONDecodeError, TypeError):
+            raise ValueError(f"{path}:{number}: found {line[:60]!r}; expected a JSON object with id and response") from None
+        except KeyError as error:
+            raise ValueError(f"{path}:{number}: no {error}; expected id (of a sample of the split) and response") from None
+    return pairs
+
+
+def training_pairs(run: Run) -> list[tuple]:
+    """What is learned: the expert's responses, or the gold answers of all (or the named) samples."""
+    settings, samples = run.settings, run.load(run.settings.split)
+    if settings.responses:
+        return read_responses(settings.responses, samples)
+    if settings.samples:
+        wanted = set(json.loads(Path(settings.samples).read_text(encoding="utf-8")))
+        samples = [sample for sample in samples if sample.id in wanted]
+    return [(sample, run.task.data.target(sample)) for sample in samples]
+
+
+def encode_batch(run: Run, pairs: list[tuple]) -> list[Group]:
+    """Groups of one completion; what is longer than --max_tokens is left out."""
+    groups = [Group(run.prompts(sample), [run.encoder.completion(response)]) for sample, response in pairs]
+    return [group for group in groups if group.packed_tokens <= run.settings.max_tokens]
+
+
+def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
+    """One update: −Σ log p over all response tokens of the batch ÷ their number over all processes."""
+    tokens = float(total(torch.tensor(sum(sum(group.lengths) for group in groups), device=run.device)))
+    if not tokens:
+        return {}
+    losses = [torch.zeros((), device=run.device)]
+
+    def loss_of_pack(_, scores):
+        loss = -scores.logp.sum() / tokens
+        losses.append(loss.detach())
+        return loss
+
+    parts = packs(groups, run.settings.tokens_per_pass)
+    norm = update(run.policy, optimizer, parts, loss_of_pack, 1.0, run.settings.max_grad_norm, rate)
+    return {"loss": float(total(sum(losses))), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens}
+
+
+def train(run: Run, pairs: list[tuple]) -> None:
+    """Epochs of shuffled batches; validation keeps the best checkpoint."""
+    settings, optimizer = run.settings, make_optimizer(run.policy, run.settings)
+    steps_per_epoch = -(-len(pairs) // settings.batch_size)
+    steps, done, clock = steps_per_epoch * settings.epochs, 0, Stopwatch()
+    for epoch in range(settings.epochs):
+        order = random.Random(f"{settings.seed}/{epoch}").sample(pairs, len(pairs))
+        trained = 0
+        with progress(steps_per_epoch, f"epoch {epoch + 1}/{settings.epochs}", "update") as bar:
+            for start in range(0, len(order), settings.batch_size):
+                watch = Stopwatch()
+                groups = encode_batch(run, share(order[start : start + settings.batch_size]))
+                trained += len(groups)
+                rate = learning_rate(done, steps, settings.learning_rate, settings.warmup, settings.schedule)
+                line = step(run, optimizer, groups, rate)
+                done += 1
+                run.journal.write({"step": done, "epoch": epoch, **line, "step_time": watch.total()})
+                bar.update()
+                bar.set_postfix(loss=f"{line.get('loss', 0):.3f}")
+        report_dropped(epoch, int(total(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
+        out_of_time = agreed(settings.minutes and clock.total() > 60 * settings.minutes, run.device)
+        if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs or out_of_time:
+            run.journal.write({"step": done, "epoch": epoch, **run.validate(done)})
+        if out_of_time:
+            say(f"stopped after epoch {epoch + 1}: --minutes {settings.minutes} are over")
+            break
+
+
+def agreed(flag, device) -> bool:
+    """The first process's opinion, so that clocks that differ cannot part the processes."""
+    return bool(total(torch.tensor(float(bool(flag) and rank() == 0), device=device)))
+
+
+def report_dropped(epoch: int, trained: int, given: int, limit: int) -> None:
+    if not trained:
+        raise ValueError(f"no response to train on: all {given} are longer than --max_tokens {limit} with their prompts")
+    if trained < given and epoch == 0:
+        say(f"dropped {given - trained} of {given} responses: longer than --max_tokens {limit} with their prompts")
+
+
+def main() -> None:
+    settings = parse(Settings)
+    run = Run(settings, reasoning=bool(settings.responses))
+    train(run, training_pairs(run))
+    run.close()
+    finish()
+
+
+if __name__ == "__main__":
+    run_program(main)
