@@ -1,8 +1,8 @@
 """Which samples are trained on when: the cold-start draw and MORE-R1's Progressive Sample-Mixing Strategy.
 
 Everything here depends on (seed, epoch), the lists and their order, and on nothing else: not on the number of
-processes, which share out a batch among themselves, nor on earlier draws, so that a resumed run draws what the
-interrupted one would have drawn.
+processes, which share out a batch among themselves, nor on earlier draws, so that a resumed run draws what
+the interrupted one would have drawn.
 """
 import logging
 import random
@@ -64,14 +64,14 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
                   last: str = "fill", seed: int = 0) -> Epoch:
     """The epoch in mini-batches of `batch_size` samples, the prompts per rollout of all processes together.
 
-    "progressive" (MORE-R1, section 3.3.2): every hard sample, and `easy_ratio(epoch, decay)` times as many easy
-    ones, drawn anew each epoch. After every batch, the easy samples so far are the ratio's share of all so far,
-    rounded down: never off by a whole sample. Too few easy samples: all are taken and the ratio is what they
-    give, with a warning; none at all: hard ones only. No hard one is a ValueError: there is nothing to teach.
-    "raw" (the ablation): every sample of both, in one shuffle.
+    "progressive" (MORE-R1, section 3.3.2): every hard sample, and `easy_ratio(epoch, decay)` times as many
+    easy ones, drawn anew each epoch. After every batch, the easy samples so far are the ratio's share of all
+    so far, rounded down: never off by a whole sample. Too few easy samples: all are taken and the ratio is
+    what they give, with a warning; none at all: hard ones only. No hard one is a ValueError: there is nothing
+    to teach. "raw" (the ablation): every sample of both, in one shuffle.
 
-    The last batch, where incomplete, is filled up in the same ratio ("fill": more easy samples are drawn, hard
-    ones come a second time), or dropped ("drop": a few hard samples are not seen in this epoch).
+    The last batch, where incomplete, is filled up in the same ratio ("fill": more easy samples are drawn,
+    hard ones come a second time), or dropped ("drop": a few hard samples are not seen in this epoch).
     """
     _refuse_senseless(hard, easy, batch_size, mixing, last)
     ratio = _exact(easy_ratio(epoch, decay))
@@ -106,8 +106,8 @@ def draw_easy(easy: list, count: int, none_share: float, is_none: Callable[..., 
               generator: random.Random) -> list:
     """`count` easy samples in random order, `none_share` of them none (MORE-R1, section 4.1).
 
-    Where one of the two kinds runs out, the other fills its place and the log says so: the ratio of easy to hard
-    is the strategy itself, the proportion of none among the easy ones comes second.
+    Where one of the two kinds runs out, the other fills its place and the log says so: the ratio of easy to
+    hard is the strategy itself, the proportion of none among the easy ones comes second.
     """
     pools = {True: [], False: []}
     for sample in _shuffled(easy, generator):
@@ -121,7 +121,7 @@ def draw_easy(easy: list, count: int, none_share: float, is_none: Callable[..., 
 
 
 def _mixed_order(hard: list, easy: list, share: Fraction, size: int) -> list[tuple[object, bool]]:
-    """`size` pairs (sample, whether hard); after i of them floor(i·share) are easy. A list's end is its start."""
+    """`size` pairs (sample, whether hard); after i of them floor(i·share) are easy. Lists start over."""
     order, easy_so_far = [], 0
     for position in range(1, size + 1):
         if int(position * share) > easy_so_far:
@@ -152,7 +152,7 @@ def _refuse_senseless(hard: list, easy: list, batch_size: int, mixing: str, last
     if not hard and not easy:
         raise ValueError("no hard and no easy samples: there is nothing to train on")
     if not hard and mixing != "raw":
-        raise ValueError(f"no hard samples: the model already answers all {len(easy)}, so there is nothing for the "
+        raise ValueError(f"no hard samples: the model already answers all {len(easy)}, there is nothing for the "
                          "curriculum to teach (mixing raw would train on the easy ones)")
 
 

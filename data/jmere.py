@@ -4,8 +4,8 @@ A folder holds train.json, val.json and test.json or some of them, each one JSON
 
     {"token": […], "img_id": "….jpg", "label_list": [[{"beg_ent": E, "sec_ent": E, "relation": "peer"}], …]}
 
-with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. PICTURE_PLACES says where pictures
-are looked for; the text can be used without them. `python -m data.jmere --check DIR` counts what is there.
+with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. PICTURE_PLACES says where
+pictures are looked for; the text can be used without them. `python -m data.jmere --check DIR` counts what is there.
 """
 import argparse
 import json
@@ -77,7 +77,7 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
         log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey picture stands in")
     for sample in samples:
         if sample.image is not None:
-            check_picture(sample.image, sample.id)
+            check_picture(sample.image, f"{folder}, {sample.id}")
     return samples
 
 
@@ -95,7 +95,7 @@ def read_posts(file: Path) -> list[Post]:
     """One split's posts; raises a one-line ValueError naming the file and the item, counted from 0."""
     try:
         items = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{file}: not JSON, perhaps cut off ({one_line(problem)[:200]})") from None
     if not isinstance(items, list) or not items:
         raise ValueError(f"{file}: found {str(items)[:40]!r}; a list of posts expected")
@@ -167,7 +167,7 @@ def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list[Image.
     return [picture], "\n".join([
         "Image and text are one post on social media. Which entities named in the text are related, and how?",
         f"Text: {sample.text}",
-        f"Entity types: {', '.join(f'{kind} ({TYPES.get(kind, kind)})' for kind in sample.types)}",
+        f"Entity types: {', '.join(f'{kind} ({TYPES[kind]})' for kind in sample.types)}",
         f"Relations: {', '.join(map(spoken, sample.relations))}",
         *([think] if reasoning else []),
         "Give all quintuples in <answer></answer>, one a line, entities spelled as in the text:",

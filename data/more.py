@@ -6,8 +6,11 @@
     img_org/{split}/                 the pictures
 
 A line's `h` is the entity in the text and its `t` the object in the picture; a label such as
-/per/org/member_of names the object's type first. Boxes are (cx, cy, w, h) in fractions of the picture; some spill over its edge.
-`python -m data.more --check DIR` counts what is there and names what is wrong (data/more_check.py).
+/per/org/member_of names the object's type first. Boxes are (cx, cy, w, h) in fractions of the picture; some
+spill over its edge.
+
+`python -m data.more --check DIR` counts what is there and names what is wrong
+(data/more_check.py).
 """
 import ast
 import json
@@ -40,8 +43,8 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
     """Read and validate a whole split, pictures' headers and boxes included.
 
     `missing_images`: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such
-    samples out and warns; "blank" keeps them with `image` None. Anything else that is wrong is a ValueError of
-    one line that names file and line.
+    samples out and warns; "blank" keeps them with `image` None. Anything else that is wrong is a ValueError
+    of one line that names file and line.
     """
     if missing_images not in MISSING_IMAGES:
         raise ValueError(f"missing_images is {missing_images!r}; one of {', '.join(MISSING_IMAGES)} expected")
@@ -73,7 +76,12 @@ def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
     else:
         picture = open_picture(sample.image)
         pictures = [picture, crop_box(picture, sample.box)]
-    return pictures, "\n".join([
+    return pictures, question(sample, reasoning=reasoning)
+
+
+def question(sample: Sample, *, reasoning: bool = True) -> str:
+    """The prompt's text: what is asked, the text, the entity, the candidates, the types, the answer's form."""
+    return "\n".join([
         "The second picture is an object cut out of the first. How is it related to the entity in the text?",
         f"Text: {sample.text}",
         f"Entity: {sample.entity}",
@@ -98,6 +106,34 @@ def stratum(sample: Sample) -> str:
 def is_none(sample: Sample) -> bool:
     """Whether object and entity are unrelated."""
     return sample.label == "none"
+
+
+EXPERT_STEPS = """\
+Go through six steps, with two or more sentences for each; open each with its marker as it stands here.
+Step 1: What do picture and object show, and what part does the object play in the picture? An object that is \
+blurred or at the margin speaks for none.
+Step 2: Are picture and text about the same thing?
+Step 3: Which of the things that the text names is the object, if any?
+Step 4: Of which type is the object, and of which the entity? An object that cannot be recognised is misc.
+Step 5: Keep the labels that stand under this pair of types, the object's type first. none always stays.
+Step 6: Decide for one of those, from what the steps before have found."""
+
+
+def expert_prompt(sample: Sample) -> str:
+    """What the expert is asked along with the pictures (MORE-R1, section 3.2): task, six steps, gold answer."""
+    if is_none(sample):
+        gold = "The right answer is none: the object and the entity are not related."
+    else:
+        object_type, entity_type = sample.label.split("/")[1:3]
+        gold = (f"The right answer is {sample.label}: the object is of type {object_type}, the entity is of type "
+                f"{entity_type}.")
+    return "\n\n".join([
+        question(sample),
+        EXPERT_STEPS,
+        f"{gold} Derive it from what can be seen and read, and never mention that it was given to you.",
+        "Write exactly <think> Step 1: … Step 6: … </think> <answer>LABEL</answer>, "
+        "the label letter by letter as in the list, and nothing before or after.",
+    ])
 
 
 def normalise_response(response: str, sample: Sample) -> str:

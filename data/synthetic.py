@@ -324,54 +324,51 @@ ARTICLE = {"ball": "a ball", "cup": "a cup", "building": "a building"}
 
 
 def seen(scene):
-    """What the expert sees of the object: only what matters for this kind of scene."""
+    """Step 1, what the expert sees of the object: only what matters for this kind of scene."""
     thing = scene.object
     if thing.what in ARTICLE:
         return ARTICLE[thing.what]
     if thing.what == "logo":
         return f"a {thing.colour} logo {'on a wall' if thing.place else 'in the air'}"
     detail = {
-        "match": "with a crown" if thing.crown else "without crown",
-        "award": f"with a {thing.holds}" if thing.holds else "with nothing",
-        "home": "in a doorway" if thing.place else "outside",
-        "pair": "hand in hand" if scene.hand_in_hand else "alone",
-    }.get(scene.kind, "outside")
-    return f"a person in {thing.colour} {detail}"
+        "match": "a crown" if thing.crown else "no crown",
+        "award": "a " + thing.holds if thing.holds else "no cup",
+        "home": "a door" if thing.place else "no door",
+        "pair": "a hand" if scene.hand_in_hand else "no hand",
+    }.get(scene.kind, "no logo")
+    return f"a person in {thing.colour}, {detail}"
+
+
+def roles(scene):
+    """{name in the text: what it is to the entity}, the entity first."""
+    names = [word for word in scene.text.split() if word in TEAMS or word in PEOPLE]
+    others = [name for name in names if name != scene.entity]
+    return {scene.entity: "entity"} | {name: "rival" if scene.kind == "match" else "other" for name in others}
+
+
+def topic(scene):
+    """Step 2, what the text says: its names and their roles."""
+    return "text has " + ", ".join(f"{name} {role}" for name, role in roles(scene).items())
 
 
 def matched(scene):
     """Step 3: which thing of the text the object is."""
     thing = scene.object
     if thing.what in ARTICLE:
-        return "not in the text"
-    if scene.kind == "award":
-        return f"the text has {scene.entity}"
-    if scene.kind == "home":
-        return f"the place is {scene.entity}"
+        return "it is absent"
     if scene.kind == "pair":
         other = scene.things[1]
-        return f"next to {other.colour}"
-    team = "no team" if thing.colour == NEUTRAL else COLOURS[thing.colour][3]
-    if team == scene.entity:
-        where = "the entity"
-    elif team in teams_in(scene):
-        where = "the rival" if scene.kind == "match" else "in the text"
-    else:
-        where = "not in the text"
-    return f"{thing.colour} is {team}, {where}"
+        return f"it is by {other.colour} " + ("same" if other.colour == thing.colour else "different")
+    if scene.kind == "award":
+        return f"it has {thing.holds} {roles(scene).get(thing.holds, 'absent')}" if thing.holds else "it is absent"
+    if scene.kind == "home":
+        return "it is somebody"
+    team = "nobody" if thing.colour == NEUTRAL else COLOURS[thing.colour][3]
+    return f"{thing.colour} is {team} {roles(scene).get(team, 'absent')}"
 
 
 TYPES = {"person": "per", "logo": "org", "building": "loc", "ball": "misc", "cup": "misc"}
 ENTITY_TYPES = {"match": "org", "award": "misc", "site": "loc", "home": "loc", "pair": "per"}
-
-
-def topic(scene):
-    """Step 2: what the text is about, naming its teams again."""
-    if scene.kind == "match":
-        return "a match of " + " and ".join(teams_in(scene))
-    if scene.kind == "site":
-        return "a hall of " + teams_in(scene)[0]
-    return {"award": "a prize", "home": "a home", "pair": "two people"}[scene.kind]
 
 
 def steps(scene, label):

@@ -1,7 +1,8 @@
 """A task by its name: the module with its samples and prompts, and the module with its rewards and metrics.
 
-`--task more` means data/more.py and rewards/more.py. `--task my.task` means one module of your own that offers
-both halves, `--task my.samples,my.rewards` two. Nothing is registered: a name that can be imported is enough.
+`--task more` means data/more.py and rewards/more.py. `--task my.task` means one module of your own that
+offers both halves, `--task my.samples,my.rewards` two. Nothing is registered: a name that can be imported is
+enough.
 """
 import difflib
 import importlib
@@ -23,7 +24,7 @@ class Task(NamedTuple):
 
 
 def resolve_task(name: str) -> Task:
-    """Import the task's two halves. ValueError, in one line, for an unknown name or a half that lacks a name."""
+    """Import the task's two halves. One-line ValueError for an unknown name or a half that lacks something."""
     data_name, comma, rewards_name = (part.strip() for part in name.partition(","))
     if not comma:
         plain = "." not in name
@@ -48,7 +49,8 @@ def _import(module: str, name: str) -> ModuleType:
 
 def _nearest(name: str) -> str:
     here = Path(__file__).parent
-    known = sorted(path.stem for path in here.glob("[!_]*.py") if (here.parent / "rewards" / path.name).exists())
+    rewards = here.parent / "rewards"
+    known = sorted(path.stem for path in here.glob("[!_]*.py") if (rewards / path.name).exists())
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}, or a module of yours"
 
@@ -56,4 +58,4 @@ def _nearest(name: str) -> str:
 def _require(module: ModuleType, names: tuple[str, ...]) -> None:
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
-        raise ValueError(f"task module {module.__name__} lacks {', '.join(missing)} (data/task.py has the list)")
+        raise ValueError(f"task module {module.__name__} lacks {', '.join(missing)}; see data/task.py")

@@ -32,11 +32,12 @@ class Run:
 
     def __init__(self, settings: TrainingSettings, reasoning: bool = True):
         settings.check()
+        self.device = start()
+        settings.check()
         self.settings, self.output = settings, Path(settings.output)
         self.task: Task = resolve_task(settings.task)
         self.valid = self.load_valid()
         self.encoder = Encoder(settings.model, settings.max_pixels)
-        self.device = start()
         self.dtype = compute_dtype(settings.dtype, self.device)
         self.policy = load_policy(settings.model)
         if not settings.train_vision:

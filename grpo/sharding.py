@@ -4,6 +4,7 @@ Order of wrapping: gradient checkpointing is a flag of the layers, then every de
 root (embeddings, vision encoder, norm, head). One process in float32 needs none of it and gets none.
 """
 
+import logging
 import os
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +31,8 @@ def start() -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **where)
+    if rank():
+        logging.disable(logging.WARNING)  # every process finds the same; the first one says it
     return device
 
 

@@ -29,7 +29,7 @@ from grpo.rollout import Sampling
 from grpo.run import Run
 from grpo.settings import TrainingSettings, parse, parse_options, run_program, setting
 from grpo.sharding import finish, gather, rank, sample_whole, see_whole, share, total, world_size
-from grpo.update import learning_rate, make_optimizer, update
+from grpo.update import idle_pack, learning_rate, make_optimizer, update
 from grpo.variants import Preset, load_objective, loss_options, resolve
 
 OVERRIDES = ("group_size", "updates", "temperature", "beta", "kl", "clip_low", "clip_high", "scale", "ddof", "eps",
@@ -117,18 +117,19 @@ class Curriculum:
         self.none_share = none_share(samples, is_none)
         self.mixing = settings.mixing if settings.predictions else "raw"
         self.hard, self.easy = read_predictions(settings.predictions, samples) if settings.predictions else (samples, [])
-        self.records = Journal(settings.output, "curriculum.jsonl")
+        # All epochs at once: the learning rate's schedule needs the number of rollouts, and a fault shows at once.
+        self.epochs = [self.epoch(index) for index in range(settings.epochs)]
+        everything = sum(len(epoch.batches) for epoch in self.epochs)
+        self.rollouts = min(everything, settings.max_rollouts or everything)
+        journal = Journal(settings.output, "curriculum.jsonl")
+        for epoch in self.epochs:
+            journal.write(epoch.record)
 
     def epoch(self, index: int) -> Epoch:
         s = self.settings
         return epoch_batches(
             self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
             none_share=self.none_share, decay=s.decay, mixing=self.mixing, last=s.last_batch, seed=s.seed)
-
-    def rollouts(self) -> int:
-        """Of all epochs together: the learning rate's schedule needs to know."""
-        everything = sum(len(self.epoch(index).batches) for index in range(self.settings.epochs))
-        return min(everything, self.settings.max_rollouts or everything)
 
 
 # ── one rollout ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,8 +204,6 @@ class Trainer:
         if self.reference is None:
             return None
         passes = int(total(torch.tensor(len(parts), device=self.run.device), torch.distributed.ReduceOp.MAX))
-        from grpo.update import idle_pack
-
         logps = [self.reference.score(parts[i] if i < len(parts) else idle_pack(self.reference), self.preset.temperature).logp
                  for i in range(passes)]
         return logps[: len(parts)]
@@ -212,7 +211,7 @@ class Trainer:
     def learn(self, parts: list[list[Group]], advantages: Tensor, ref_logps: list[Tensor] | None, rates: list[float]) -> dict:
         """μ updates on the packs of one rollout. The old log-probabilities are the first pass's own, detached."""
         device, old_logps, sums = self.run.device, {}, {}
-        rows = [[i for i in range(start, start + len(part))] for start, part in zip(starts(parts), parts)]
+        advantages_of = advantages.split([len(part) for part in parts]) if parts else ()
         masks = [self.mask(part).to(device) for part in parts]
         aggregate = self.options["aggregate"]
         denominator = float(total(torch.tensor(float(sum(count_terms(mask, aggregate) for mask in masks)), device=device)))
@@ -226,7 +225,7 @@ class Trainer:
             old_logp = old_logps.setdefault(index, logp.detach())
             ref_logp = None if ref_logps is None else pad_rows(ref_logps[index], lengths)
             loss, statistics = self.loss(
-                logp, old_logp, ref_logp, advantages[rows[index]].flatten().to(device, logp.dtype), mask,
+                logp, old_logp, ref_logp, advantages_of[index].flatten().to(device, logp.dtype), mask,
                 denominator=denominator, entropy=pad_rows(scores.entropy, lengths), **self.options)
             for name, value in statistics.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
@@ -303,29 +302,18 @@ class Trainer:
         }
 
 
-def starts(parts: list[list]) -> list[int]:
-    """Index of each part's first item."""
-    result, at = [], 0
-    for part in parts:
-        result.append(at)
-        at += len(part)
-    return result
-
-
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def train(trainer: Trainer, curriculum: Curriculum) -> None:
     """Epochs of rollouts; validation before the first, then every so often, keeps the best checkpoint."""
     run, settings, mu = trainer.run, trainer.settings, trainer.preset.updates
-    rollouts, done = curriculum.rollouts(), 0
+    rollouts, done = curriculum.rollouts, 0
     say(f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
     run.journal.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
-        for index in range(settings.epochs):
-            epoch = curriculum.epoch(index)
-            curriculum.records.write({"epoch": index, **epoch.record})
+        for index, epoch in enumerate(curriculum.epochs):
             for batch in epoch.batches:
                 if done == rollouts:
                     return

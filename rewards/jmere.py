@@ -43,7 +43,7 @@ def partial_reward(predicted: list[Quintuple], gold: list[Quintuple], text: str)
     """Equation 3: r_p = w / (5n) + 1 - ED(Ŷ, Y) / max(|Ŷ|, |Y|), with text = Ŷ as the model wrote it.
 
     The paper does not say which gold quintuple a predicted one is compared with: w is the most that a
-    one-to-one pairing can give. Y is the answer without the reasoning. Nothing predicted: the first term is 0.
+    one-to-one pairing can give. Y is the answer without the reasoning. Nothing predicted: first term 0.
     """
     w = heaviest_pairing([[_equal_parts(g, p) for p in predicted] for g in gold])
     gold_text = answer_text(gold)
@@ -83,15 +83,15 @@ def parse(completion: str, sample) -> list[Quintuple] | None:
 def _between_answer_tags(completion: str) -> str | None:
     if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
         return None
-    after = completion.partition("<answer>")[2]
-    return after.partition("</answer>")[0] if "</answer>" in after else None
+    answer, closing, _ = completion.partition("<answer>")[2].partition("</answer>")
+    return answer if closing else None
 
 
 def parse_line(line: str, types, relations: dict[str, str]) -> Quintuple | None:
     """One `[head, head type, tail, tail type, relation]`, or None; relations: spoken → the dataset's name.
 
     Mentions may hold commas (`Nelson Mandela,1996`): the line is cut before its last two parts and at the one
-    part in front of them that is a type. Where two could be the head's type nobody knows what was meant: None.
+    part in front of them that is a type. Where two could be the head's type, either may be meant: None.
     """
     if not (line.startswith("[") and line.endswith("]")):
         return None

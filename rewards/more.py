@@ -1,8 +1,8 @@
 """MORE-R1's reward: format + length + answer, each 0 or 1, and the four figures MORE is measured by.
 
 The template (MORE-R1, section 3.3.1) is `<think> Step 1: … Step 6: … </think> <answer>LABEL</answer>`.
-Whitespace around its parts is free, nothing else is. A completion is read a fixed number of times from left to
-right, with no pattern that can backtrack, so that a hostile one costs no more than its length.
+Whitespace around its parts is free, nothing else is. A completion is read a fixed number of times from left
+to right, with no pattern that can backtrack, so that a hostile one costs no more than its length.
 """
 import re
 
@@ -14,8 +14,9 @@ STEP_MARKER = re.compile(r"Step ([0-9]+):")
 def parse(completion: str, sample) -> str | None:
     """The label between the one `<answer>` and the `</answer>` behind it, or None.
 
-    None where there is no such pair, where `<answer>` stands more than once, or where what it holds is not one
-    of `sample.labels` letter by letter. The rest is not looked at: a right answer counts outside the template.
+    None where there is no such pair, where `<answer>` stands more than once, or where what it holds is not
+    one of `sample.labels` letter by letter. The rest is not looked at: a right answer counts outside the
+    template.
     """
     _, *after = completion.split("<answer>")
     if len(after) != 1:
@@ -67,9 +68,10 @@ def correct(completion: str, sample) -> bool:
 def metrics(completions: list[str], samples: list) -> dict[str, float]:
     """Accuracy over all samples; precision, recall and F1 micro over the labels other than none; all 0 to 1.
 
-    A predicted relation is in precision's denominator, a gold one in recall's, as MORE's own evaluation counts.
-    An answer that cannot be parsed predicts nothing, so it is in no precision denominator; `unparsable` is the
-    share of them. A share of nothing is 0. Raises ValueError if the two lists are not equally long.
+    A predicted relation is in precision's denominator, a gold one in recall's, as MORE's own evaluation
+    counts. An answer that cannot be parsed predicts nothing, so it is in no precision denominator;
+    `unparsable` is the share of them. A share of nothing is 0. Raises ValueError if the two lists are not
+    equally long.
     """
     answers, golds = _answers(completions, samples), [sample.label for sample in samples]
     right = sum(answer == gold != "none" for answer, gold in zip(answers, golds))

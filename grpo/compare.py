@@ -1,0 +1,48 @@
+"""Metrics of several evaluations side by side: a table to look at, the same numbers as JSON.
+
+    python -m grpo.compare sft=runs/demo/sft grpo=runs/demo/grpo --output results.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from grpo.journal import table, write_json
+from grpo.settings import run_program
+
+HEADLINE = ("accuracy", "precision", "recall", "f1")
+
+
+def read_metrics(folder: str, metrics: tuple[str, ...] = HEADLINE) -> dict[str, float]:
+    """The headline metrics of one evaluation, shares between 0 and 1."""
+    path = Path(folder) / "metrics.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in metrics}
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: {error}; expected what grpo.evaluate writes") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error}; expected {', '.join(metrics)}") from None
+
+
+def main() -> None:
+    words, output = sys.argv[1:], None
+    if "--output" in words:
+        at = words.index("--output")
+        if at + 1 == len(words):
+            raise ValueError("--output: expected a file name")
+        output = Path(words[at + 1])
+        words = words[:at] + words[at + 2 :]
+    if not words or any("=" not in word for word in words):
+        raise ValueError(f"found {' '.join(words) or 'nothing'}; expected name=folder [name=folder …] [--output FILE]")
+    results = {name: read_metrics(folder) for name, _, folder in (word.partition("=") for word in words)}
+    print(table([["%", *HEADLINE], *([name, *(f"{100 * row[m]:.2f}" for m in HEADLINE)] for name, row in results.items())]))
+    for word in words:
+        print(f"{word.partition('=')[0]}: {word.partition('=')[2]}/predictions.jsonl")
+    if output:
+        write_json(output, results)
+        print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    run_program(main)

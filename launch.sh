@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# The pipelines as a person types them.
+#
+#   ./launch.sh setup                     make .venv and install pinned dependencies; every other command does it too
+#   ./launch.sh demo [--seed N] [--output DIR]
+#                                         the whole pipeline on the embedded example, minutes on two cores
+#   ./launch.sh test [pytest arguments]   the tests
+#
+# PYTHON=/path/to/python ./launch.sh …    use that interpreter as it is and install nothing
+# PROCESSES=N ./launch.sh …               number of processes (default: one a GPU, two without any)
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+# Nothing here needs a hub unless a hub name is given as --model.
+export TOKENIZERS_PARALLELISM=false
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+setup() {
+    if [ -n "${PYTHON:-}" ]; then
+        command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: not an interpreter"
+        python=$PYTHON
+        return
+    fi
+    python=$here/.venv/bin/python
+    local wanted
+    wanted=$(cat "$here/setup.py" "$here/constraints.txt" | cksum)
+    [ "$(cat "$here/.venv/ready" 2>/dev/null)" = "$wanted" ] && return
+    command -v python3 >/dev/null || fail "python3: not found; Python 3.11 or newer is needed"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "python3 is $(python3 -V 2>&1); Python 3.11 or newer is needed (PYTHON=… names another one)"
+    echo "installing into $here/.venv"
+    rm -f "$here/.venv/ready"
+    python3 -m venv "$here/.venv" || fail "python3 -m venv failed (Debian: apt install python3-venv)"
+    # One install with the constraints: a torch that some other package asked for first would be another build.
+    "$python" -m pip install --quiet --disable-pip-version-check -c "$here/constraints.txt" -e "$here[test]"
+    echo "$wanted" >"$here/.venv/ready"
+}
+
+many() { # run a module under torchrun, one line of error instead of torchrun's page
+    OMP_NUM_THREADS=$threads "$python" -m torch.distributed.run --nproc-per-node "$processes" \
+        --rdzv-backend c10d --rdzv-endpoint localhost:0 -m "$@"
+}
+
+one() { OMP_NUM_THREADS=$(nproc) "$python" -m "$@"; }
+
+title() { printf '\n\033[1m── %s\033[0m\n' "$*"; }
+
+# What the demo sets apart from the papers' settings: it is a thousandth of their size and learns from nothing.
+train=2400
+stage_1="--train_vision True --epochs 16 --batch_size 32 --learning_rate 2e-3 --validate_every 4"
+stage_2="--learning_rate 2e-4 --epochs 4 --max_rollouts 60 --validate_every 15 --reward_options min_length=150"
+
+demo() {
+    local seed=0 output=runs/demo
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --seed) [ $# -gt 1 ] || fail "--seed: expected a number"; seed=$2; shift 2 ;;
+            --output) [ $# -gt 1 ] || fail "--output: expected a folder"; output=$2; shift 2 ;;
+            *) fail "demo: no option $1; it takes --seed and --output" ;;
+        esac
+    done
+    [[ $seed =~ ^[0-9]+$ ]] || fail "--seed $seed: expected a whole number"
+    mkdir -p "$output"
+    local world=$output/world settings data
+    settings="--seed $seed --max_completion_tokens 96"
+    data=$world/MORE
+    title "the embedded example: a small MORE-like world, a scripted expert, a tiny random Qwen2.5-VL"
+    one data.synthetic --output "$world" --seed "$seed" --train "$train" --valid 200 --test 800
+    title "cold-start data: a quarter of each label, what the expert wrote, filtered"
+    one data.annotate --task more --data "$data" --split train --fraction 0.25 --seed "$seed" \
+        --expert "file:$world/expert.jsonl" --output "$output/cold_start.jsonl"
+    title "zero-shot"
+    many grpo.evaluate $settings --model "$world/model" --data "$data" --output "$output/zero_shot" \
+        --reasoning False --max_completion_tokens 16
+    title "stage 1: supervised cold start (the whole tiny model: its vision encoder knows nothing yet)"
+    many sft.train $settings $stage_1 --model "$world/model" --data "$data" \
+        --responses "$output/cold_start.jsonl" --output "$output/stage_1"
+    many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --output "$output/sft"
+    title "the split: what stage 1 answers rightly of the other three quarters is easy"
+    many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --split train \
+        --exclude "$output/cold_start.drawn.json" --output "$output/split"
+    title "stage 2: GRPO with progressive sample mixing"
+    many grpo.train $settings $stage_2 --model "$output/stage_1/model" --data "$data" \
+        --predictions "$output/split/predictions.jsonl" --output "$output/stage_2"
+    many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
+    title "result"
+    one grpo.compare zero_shot="$output/zero_shot" sft="$output/sft" grpo="$output/grpo" --output "$output/results.json"
+}
+
+processes_and_threads() {
+    processes=${PROCESSES:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+    threads=$(( $(nproc) / processes )); [ "$threads" -ge 1 ] || threads=1
+}
+
+command=${1:-}; [ $# -gt 0 ] && shift
+case $command in
+    setup) setup; echo "ready: $python" ;;
+    demo) setup; processes_and_threads; demo "$@" ;;
+    test) setup; cd "$here"; OMP_NUM_THREADS=$(nproc) "$python" -m pytest "$@" tests ;;
+    *) sed -n '2,10p' "$here/launch.sh" | cut -c3-; exit 2 ;;
+esac
