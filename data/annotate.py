@@ -28,7 +28,7 @@ class Settings:
     """Cold-start data for Stage 1. The defaults are MORE-R1's."""
 
     data: str = required("folder of the task's dataset")
-    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} that covers the samples drawn")
+    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn")
     output: str = required("JSONL to write; the drawn ids and the report go beside it")
     task: str = setting("more", "a task here (more, jmere), a module of yours, or data_module,rewards_module")
     split: str = setting("train", "split to draw from")

@@ -152,8 +152,8 @@ def _refuse_senseless(hard: list, easy: list, batch_size: int, mixing: str, last
     if not hard and not easy:
         raise ValueError("no hard and no easy samples: there is nothing to train on")
     if not hard and mixing != "raw":
-        raise ValueError(f"no hard samples: the model already answers all {len(easy)}, there is nothing for the "
-                         "curriculum to teach (mixing raw would train on the easy ones)")
+        raise ValueError(f"no hard samples: the model already answers all {len(easy)}, there is nothing for "
+                         "the curriculum to teach (mixing raw would train on the easy ones)")
 
 
 def _exact(number: float) -> Fraction:

@@ -4,8 +4,8 @@ A folder holds train.json, val.json and test.json or some of them, each one JSON
 
     {"token": […], "img_id": "….jpg", "label_list": [[{"beg_ent": E, "sec_ent": E, "relation": "peer"}], …]}
 
-with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. PICTURE_PLACES says where
-pictures are looked for; the text can be used without them. `python -m data.jmere --check DIR` counts what is there.
+with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. Pictures lie in one of
+PICTURE_PLACES; the text can be used without them. `python -m data.jmere --check DIR` counts all of it.
 """
 import argparse
 import json

@@ -80,7 +80,7 @@ def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
 
 
 def question(sample: Sample, *, reasoning: bool = True) -> str:
-    """The prompt's text: what is asked, the text, the entity, the candidates, the types, the answer's form."""
+    """The prompt's text: what is asked, the text, the entity, the candidates, the types, the form."""
     return "\n".join([
         "The second picture is an object cut out of the first. How is it related to the entity in the text?",
         f"Text: {sample.text}",
@@ -110,8 +110,8 @@ def is_none(sample: Sample) -> bool:
 
 EXPERT_STEPS = """\
 Go through six steps, with two or more sentences for each; open each with its marker as it stands here.
-Step 1: What do picture and object show, and what part does the object play in the picture? An object that is \
-blurred or at the margin speaks for none.
+Step 1: What do picture and object show, and what part does the object play in the picture? \
+An object that is blurred or at the margin speaks for none.
 Step 2: Are picture and text about the same thing?
 Step 3: Which of the things that the text names is the object, if any?
 Step 4: Of which type is the object, and of which the entity? An object that cannot be recognised is misc.
@@ -120,13 +120,12 @@ Step 6: Decide for one of those, from what the steps before have found."""
 
 
 def expert_prompt(sample: Sample) -> str:
-    """What the expert is asked along with the pictures (MORE-R1, section 3.2): task, six steps, gold answer."""
+    """What the expert is asked with the pictures (MORE-R1, section 3.2): task, six steps, gold answer."""
     if is_none(sample):
         gold = "The right answer is none: the object and the entity are not related."
     else:
-        object_type, entity_type = sample.label.split("/")[1:3]
-        gold = (f"The right answer is {sample.label}: the object is of type {object_type}, the entity is of type "
-                f"{entity_type}.")
+        types = " and ".join(sample.label.split("/")[1:-1])
+        gold = f"The right answer is {sample.label}: object and entity are of the types {types}."
     return "\n\n".join([
         question(sample),
         EXPERT_STEPS,

@@ -468,7 +468,7 @@ def write_example(settings):
 
     settings.check()
     expert = write_world(settings.output, settings.seed, settings.train, settings.valid, settings.test)
-    texts = prompts(settings.output) + [line["response"] for line in expert]
+    texts = prompts(settings.output) + [line["response"] for line in expert[:1200]]
     return write_tiny_model(Path(settings.output) / "model", texts, settings.seed)
 
 

@@ -24,7 +24,7 @@ class Task(NamedTuple):
 
 
 def resolve_task(name: str) -> Task:
-    """Import the task's two halves. One-line ValueError for an unknown name or a half that lacks something."""
+    """Import the task's two halves. ValueError, one line, for an unknown name or a half that lacks a name."""
     data_name, comma, rewards_name = (part.strip() for part in name.partition(","))
     if not comma:
         plain = "." not in name
@@ -42,7 +42,7 @@ def _import(module: str, name: str) -> ModuleType:
         # Only "this module is not there" is about the name; a task that itself misses a library must say so.
         if problem.name is None or not f"{module}.".startswith(f"{problem.name}."):
             raise
-    except ValueError:  # an empty part in a dotted name
+    except (ValueError, TypeError):  # an empty name, or one that begins with a dot
         pass
     raise ValueError(f"unknown task {name!r}: no module {module}; {_nearest(name)}")
 

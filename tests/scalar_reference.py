@@ -1,7 +1,7 @@
 """GRPO once more, written from the papers with Python floats and loops: slow, plain, and nobody's fast code.
 
-Nothing here imports the code under test, and no tensor is used.  A completion is a list of numbers as long as it
-is: there is no padding and no mask.
+Nothing here imports the code under test, and no tensor is used.  A completion is a list of numbers as long
+as it is: there is no padding and no mask.
 """
 
 import math
@@ -52,7 +52,7 @@ def loss(
 ):
     """The loss of lists of log-probabilities, one list a completion.
 
-    `frozen` are the log-probabilities at which CISPO's weight stands still; finite differences move the others.
+    `frozen` are the log-probabilities at which CISPO's weight stands still while differences are taken.
     """
     frozen = completions if frozen is None else frozen
     sequences = []

@@ -134,13 +134,13 @@ def test_reward_parts_are_weighted_and_summed():
 
 
 def test_normalised_parts_weigh_the_same_however_small_their_spread():
-    """Part 1 of one completion stands out by 1, part 2 of the other by 0.001: a tie, if both are z-scored first."""
+    """Part 1 of one stands out by 1, part 2 of the other by 0.001: a tie, if both are z-scored first."""
     parts = torch.tensor([[[1.0, 0.0], [0.0, 0.001]]], dtype=torch.float64)
     weights = torch.ones(2, dtype=torch.float64)
     assert torch.allclose(combine_rewards(parts, weights, "normalised", eps=0.0), torch.zeros(1, 2).double())
     assert group_advantages(combine_rewards(parts, weights))[0, 0] > 0.7
-    doubled = combine_rewards(parts, 2 * weights[:1].repeat(2) * torch.tensor([1.0, 0.0]), "normalised", eps=0.0)
-    assert torch.allclose(doubled, torch.tensor([[2.0, -2.0]], dtype=torch.float64) / math.sqrt(2))
+    first = combine_rewards(parts, torch.tensor([2.0, 0.0]), "normalised", eps=0.0)
+    assert torch.allclose(first, torch.tensor([[2.0, -2.0]], dtype=torch.float64) / math.sqrt(2))
 
 
 def test_equal_parts_stay_a_flat_group():
@@ -154,7 +154,8 @@ def test_equal_parts_stay_a_flat_group():
 def test_a_long_completion_is_punished_softly():
     """Limit 100, cache 20: free up to 80, half at 90, −1 from 100 on (DAPO eq. 13)."""
     lengths = torch.tensor([0, 80, 85, 90, 100, 130])
-    assert torch.allclose(overlong_penalty(lengths, 100, 20), torch.tensor([0.0, 0.0, -0.25, -0.5, -1.0, -1.0]))
+    expected = torch.tensor([0.0, 0.0, -0.25, -0.5, -1.0, -1.0])
+    assert torch.allclose(overlong_penalty(lengths, limit=100, cache=20), expected)
 
 
 def test_the_kl_in_the_reward_is_the_whole_completions():

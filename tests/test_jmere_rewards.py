@@ -79,6 +79,7 @@ MALFORMED = {
     "empty tail": "[Josh Gordon, per, , org, member of]",
     "no opening bracket": "Josh Gordon, per, Browns, org, member of]",
     "no closing bracket": "[Josh Gordon, per, Browns, org, member of",
+    "another closing mark": "[Josh Gordon, per, Browns, org, member of)",
     "double opening bracket": "[[Josh Gordon, per, Browns, org, member of]",
     "double closing bracket": "[Josh Gordon, per, Browns, org, member of]]",
     "double brackets": "[[Josh Gordon, per, Browns, org, member of]]",
@@ -154,7 +155,8 @@ def test_the_answer_is_read_without_reasoning_so_that_label_only_models_can_be_m
 
 
 def test_metrics_count_over_all_posts_strict_order_free_and_by_entity():
-    swapped, wrong_type = ("Browns", "org", "Josh Gordon", "per", "member_of"), ("c", "per", "d", "loc", "peer")
+    swapped = ("Browns", "org", "Josh Gordon", "per", "member_of")
+    wrong_type = ("c", "per", "d", "loc", "peer")
     measured = metrics(
         [thought(answer_text([swapped])), thought(answer_text([wrong_type, AB])), "cannot be read",
          f"<answer>{GORDON_TEXT}</answer>"],
@@ -193,8 +195,8 @@ def test_ten_thousand_quintuples_are_scored():
 GOLD = [(f"head number {i}", "per", f"tail number {i}", "org", "member_of") for i in range(21)]
 HOSTILE = {
     "one endless mention": thought(f"[{'x' * 100_000}, per, b, per, peer]"),
-    "two thousand quintuples": thought(answer_text([(f"head number {i}", "per", f"some tail {i}", "org", "peer")
-                                                    for i in range(2_200)])),
+    "two thousand quintuples": thought(answer_text(
+        (f"head number {i}", "per", f"some tail {i}", "org", "peer") for i in range(2_200))),
     "brackets": thought("[" * 100_000),
     "commas": thought(f"[{',' * 100_000}]"),
     "types": thought(f"[a{', per' * 20_000}]"),
@@ -208,4 +210,4 @@ HOSTILE = {
 def test_a_hundred_thousand_characters_cost_milliseconds(completion):
     start = time.process_time()
     reward(completion, sample_with(*GOLD))
-    assert time.process_time() - start < 0.5  # measured: 60 ms at most; a quadratic step would take many seconds
+    assert time.process_time() - start < 0.5  # measured: 60 ms; a quadratic step would take many seconds
