@@ -39,7 +39,7 @@ COLOURS = {
 TEAMS = {values[3]: colour for colour, values in COLOURS.items()}
 NEUTRAL = "grey"
 RGB = {colour: values[:3] for colour, values in COLOURS.items()} | {
-    NEUTRAL: (128, 128, 128), "gold": (225, 175, 20), "silver": (192, 200, 210), "door": (60, 38, 30),
+    NEUTRAL: (128, 128, 128), "gold": (225, 175, 20), "silver": (150, 158, 172), "door": (60, 38, 30),
     "skin": (238, 190, 150), "trousers": (35, 35, 50), "ball": (20, 20, 20),
 }
 WALLS = ((176, 92, 74), (150, 132, 112), (168, 150, 96))
@@ -78,7 +78,7 @@ class Thing:
 
     @property
     def width(self):
-        return self.size * {"person": 0.72, "building": 1.1}.get(self.what, 1.0)
+        return self.size * {"person": 0.8, "building": 1.1}.get(self.what, 1.0)
 
 
 @dataclass
@@ -250,8 +250,9 @@ def paint(scene, rng):
             paint_wall(draw, thing, colour, rng)
     if scene.hand_in_hand:
         one, two = scene.things[:2]
-        hand = one.y + 0.1 * one.size
-        draw.line((one.x, hand, two.x, hand), fill=colour("skin"), width=max(2, round(one.size / 14)))
+        hand, middle = one.y + 0.05 * one.size, (one.x + two.x) / 2
+        for person in (one, two):  # a sleeve each
+            draw.line((person.x, hand, middle, hand), fill=colour(person.colour), width=round(one.size / 9))
     for thing in scene.things:
         PAINTERS[thing.what](draw, thing, colour, rng)
     return picture
@@ -271,15 +272,15 @@ def paint_person(draw, thing, colour, rng):
     x, y, s = thing.x, thing.y, thing.size
     if thing.crown:
         gold, top = colour("gold"), y - 0.5 * s
-        draw.polygon([(x - 0.15 * s, top), (x - 0.07 * s, top + 0.08 * s), (x, top), (x + 0.07 * s, top + 0.08 * s),
-                      (x + 0.15 * s, top), (x + 0.13 * s, top + 0.17 * s), (x - 0.13 * s, top + 0.17 * s)], fill=gold)
+        draw.polygon([(x - 0.18 * s, top), (x - 0.08 * s, top + 0.07 * s), (x, top), (x + 0.08 * s, top + 0.07 * s),
+                      (x + 0.18 * s, top), (x + 0.15 * s, top + 0.18 * s), (x - 0.15 * s, top + 0.18 * s)], fill=gold)
     draw.ellipse((x - 0.12 * s, y - 0.36 * s, x + 0.12 * s, y - 0.12 * s), fill=colour("skin"))
     draw.rectangle((x - 0.14 * s, y + 0.18 * s, x + 0.14 * s, y + 0.5 * s), fill=colour("trousers"))
     draw.rectangle((x - 0.2 * s, y - 0.12 * s, x + 0.2 * s, y + 0.2 * s), fill=colour(thing.colour))
     if thing.holds:
         side = rng.choice((-1, 1))
         name = "ball" if thing.holds == "ball" else thing.holds.split()[0]
-        paint_held(draw, thing.holds, x + side * 0.28 * s, y - 0.02 * s, 0.2 * s, colour(name))
+        paint_held(draw, thing.holds, x + side * 0.29 * s, y - 0.02 * s, 0.24 * s, colour(name))
 
 
 def paint_held(draw, what, x, y, size, fill):

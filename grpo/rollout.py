@@ -107,8 +107,11 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
             kept = keep_top(logits, sampling.top_k, sampling.top_p)
         # float64: a float32 running sum over 152k tokens would lose the improbable ones
         cumulative = kept.softmax(-1).double().cumsum(-1)
+        whole = cumulative[:, -1:]
+        # A number next to 1 times the sum may round to the sum itself, which no place exceeds.
+        wanted = torch.minimum(uniform[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
         # right=True: the first place that *exceeds* the number, never one of probability 0
-        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        tokens = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
 

@@ -127,8 +127,9 @@ def test_a_few_samples_still_fill_a_batch():
 def test_every_epoch_and_seed_draws_anew_and_always_the_same():
     assert mixed(epoch=1) == mixed(epoch=1)
     assert mixed(epoch=1, seed=1) != mixed(epoch=1, seed=2)
-    first, second = (set(filter(is_easy, flat(mixed(epoch=epoch, decay=1)))) for epoch in (0, 1))
-    assert first != second
+    epochs = [set(flat(mixed(epoch=epoch, decay=1, last="drop"))) for epoch in (0, 1)]
+    assert len({frozenset(filter(is_easy, samples)) for samples in epochs}) == 2
+    assert len({frozenset(set(HARD) - samples) for samples in epochs}) == 2  # others are left out
 
 
 def test_another_process_draws_the_same():

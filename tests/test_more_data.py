@@ -25,11 +25,11 @@ def test_a_line_becomes_a_sample(tmp_path):
 
 
 def test_json_and_python_lines_read_the_same(tmp_path):
-    fields = line(token=["It's", "\u2028", "Zoë", '"q"'])
+    fields = line(token=["It's", "\u2028", "Zoë", '"q"', "a/b"])
     escaped = json.dumps(fields).replace("/", "\\/")  # JSON may escape slashes, Python knows no such escape
     write_more(tmp_path, [repr(fields), json.dumps(fields), json.dumps(fields, ensure_ascii=False), escaped])
     texts = {sample.text for sample in more.load(tmp_path, "train")}
-    assert texts == {"It's \u2028 Zoë \"q\""}
+    assert texts == {"It's \u2028 Zoë \"q\" a/b"}
 
 
 def test_a_line_without_box_takes_it_from_the_dictionary(tmp_path):

@@ -30,6 +30,7 @@ TABLE = [
     ("answer before reasoning", f"<answer>{GOLD}</answer> {THINK}", 0, 1),
     ("no answer", THINK, 0, 0),
     ("cut off in the answer", GOOD[:-4], 0, 0),
+    ("cut off before the answer's end", GOOD.replace("</answer>", ""), 0, 0),
     ("cut off in the reasoning", GOOD[:60], 0, 0),
     ("reasoning not closed", GOOD.replace("</think>", ""), 0, 1),
     ("reasoning not opened", GOOD.replace("<think>", ""), 0, 1),
@@ -53,6 +54,7 @@ TABLE = [
     ("answer closed twice", GOOD + "</answer>", 0, 1),
     ("answer nested in the reasoning", f"<think> {STEPS} <answer>{GOLD}</answer> </think>", 0, 1),
     ("reasoning nested in itself", GOOD.replace(THINK, f"<think>{THINK}</think>"), 0, 1),
+    ("reasoning opened twice", GOOD.replace("because", "<think>", 1), 0, 1),
     ("reasoning nested in the answer", f"<answer>{THINK}{GOLD}</answer>", 0, 0),
     ("reasoning twice", THINK + GOOD, 0, 1),
     ("tags in capitals", GOOD.replace("answer", "ANSWER"), 0, 0),
@@ -91,11 +93,11 @@ def test_an_answer_is_read_whatever_stands_around_it():
 
 
 @pytest.mark.parametrize("piece", ["<think>", "<answer>", "</answer>", "Step 1: ", "Step 1", "Step 1111",
-                                   "<think> Step 1: ", "<answer>none</answer>", "<", " ", "\n", "a"])
+                                   "<think> Step 1: ", "<answer>none</answer>", "<", " ", "\n", "1"])
 def test_a_hostile_completion_costs_milliseconds(piece):
     hostile = (piece * (100_000 // len(piece) + 1))[:100_000]
-    for completion in (hostile, f"<think>{hostile}", GOOD.replace("because.", hostile, 1),
-                       f"<answer>{hostile}</answer>"):
+    for completion in (hostile, f"<think>{hostile}", f"<answer>{hostile}</answer>",
+                       GOOD.replace("because.", hostile, 1), GOOD.replace("1: because.", hostile)):
         start = time.perf_counter()
         reward(completion, SAMPLE)
         assert time.perf_counter() - start < 0.1

@@ -11,7 +11,7 @@ IMAGE, VIDEO, START, END_OF_PICTURE, END, PAD = 190, 191, 192, 193, 194, 195
 VOCABULARY = 200
 
 
-def tiny_model(seed: int = 0, scale: float = 0.3, **text) -> Qwen2_5_VLForConditionalGeneration:
+def tiny_model(seed: int = 0, scale: float = 0.2, **text) -> Qwen2_5_VLForConditionalGeneration:
     """About 100k parameters in float32, of wide enough spread that the distribution is far from uniform."""
     torch.manual_seed(seed)
     config = Qwen2_5_VLConfig(

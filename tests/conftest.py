@@ -1,0 +1,23 @@
+"""Every test runs on one thread and the CPU, without network; real data only where MORE_JMERE_DATA points to it."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    folder = os.environ.get("MORE_JMERE_DATA")
+    if not folder:
+        pytest.skip("real data: set MORE_JMERE_DATA to a folder with jmere/, more-one/ and qwen2.5-vl/")
+    return Path(folder)

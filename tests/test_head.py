@@ -1,0 +1,44 @@
+import torch
+
+from grpo.head import CompletionLogp, completion_logp
+
+BANNED = torch.tensor([3, 11])
+
+
+def plain(hidden, weight, targets, temperature):
+    logits = (hidden @ weight.T / temperature).index_fill(-1, BANNED, float("-inf"))
+    logps = logits.log_softmax(-1)
+    kept = [i for i in range(len(weight)) if i not in BANNED]
+    return logps.gather(-1, targets[:, None])[:, 0], -(logps[:, kept].exp() * logps[:, kept]).sum(-1)
+
+
+def example():
+    hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(17, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9, 10])
+    return hidden, weight, targets
+
+
+def test_values_and_gradients_equal_the_plain_softmax_whatever_the_chunk():
+    hidden, weight, targets = example()
+    upstream = torch.randn(10)
+    logp, entropy = plain(hidden, weight, targets, 0.7)
+    expected = torch.autograd.grad((logp * upstream).sum(), [hidden, weight])
+    for chunk in (1, 3, 10, 64):
+        chunked, chunked_entropy = completion_logp(hidden, weight, targets, 0.7, BANNED, chunk)
+        torch.testing.assert_close(chunked, logp.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(chunked_entropy, entropy.float(), rtol=1e-4, atol=1e-5)
+        for found, wanted in zip(torch.autograd.grad((chunked * upstream).sum(), [hidden, weight]), expected):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_head_computes_no_weight_gradient():
+    hidden, weight, targets = example()
+    logp, _ = completion_logp(hidden, weight.detach(), targets, 1.0, BANNED, 4)
+    assert CompletionLogp.backward(logp.grad_fn, torch.ones(10), None)[1] is None
+
+
+def test_a_banned_token_has_no_probability():
+    hidden, weight, _ = example()
+    logp, _ = completion_logp(hidden, weight, torch.full((10,), 3), 1.0, BANNED)
+    assert torch.isinf(logp).all() and (logp < 0).all()

@@ -1,0 +1,110 @@
+import pytest
+import torch
+from tiny import END, IMAGE, START, VIDEO, tiny_model, tiny_policy, tiny_prompt
+
+from grpo.rollout import Sampling, draw, noise, sample
+
+ENDS = (END, *range(20))  # a tenth of the vocabulary ends a completion: lengths are ragged
+
+
+def prompts(count=5):
+    shapes = [((1, 4, 4), (1, 6, 10)), (), ((1, 8, 6),)]
+    return [tiny_prompt(i, shapes[i % 3], length=3 + 4 * i) for i in range(count)]
+
+
+def sampling(**changes):
+    return Sampling(**{"max_tokens": 12, "end_tokens": ENDS, "temperature": 0.8, "rows": 64, "seed": "7", **changes})
+
+
+def tokens(groups):
+    return [[completion.tolist() for completion in group.completions] for group in groups]
+
+
+@pytest.mark.parametrize("rows", [64, 5, 1], ids=["all at once", "rows leave and enter", "one row"])
+def test_the_samplers_log_probabilities_equal_scores(rows):
+    policy = tiny_policy()
+    groups = sample(policy, prompts(), 3, sampling(rows=rows))
+    lengths = {n for group in groups for n in group.lengths}
+    assert len(lengths) > 3 and max(lengths) == 12  # ragged, and some were cut
+    scored = policy.score(groups, 0.8).logp
+    torch.testing.assert_close(torch.cat([row for group in groups for row in group.logps]), scored, rtol=1e-5, atol=2e-5)
+
+
+def test_who_else_is_in_the_batch_does_not_change_a_completion():
+    policy = tiny_policy()
+    everyone = sample(policy, prompts(), 4, sampling())
+    few_rows = sample(policy, prompts(), 4, sampling(rows=3))
+    alone = [sample(policy, [prompt], 4, sampling())[0] for prompt in prompts()]
+    assert tokens(everyone) == tokens(few_rows) == tokens(alone)
+
+
+def test_greedy_completions_equal_transformers_generate():
+    policy, model = tiny_policy(), tiny_model()
+    model.generation_config.pad_token_id = END
+    for group in sample(policy, prompts(3), 1, sampling(temperature=0.0, end_tokens=(END,))):
+        prompt, ids = group.prompt, group.prompt.tokens[None]
+        pictures = {} if prompt.grids is None else dict(pixel_values=prompt.pixels, image_grid_thw=prompt.grids)
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(),
+                             max_new_tokens=12, do_sample=False, suppress_tokens=[IMAGE, VIDEO], eos_token_id=END, **pictures)
+        assert out[0, len(prompt):].tolist() == group.completions[0].tolist()
+
+
+def test_completions_end_with_the_end_token_or_are_marked_as_cut():
+    for group in sample(tiny_policy(), prompts(), 6, sampling()):
+        for completion, finished in zip(group.completions, group.finished):
+            assert (completion[-1].item() in ENDS) == finished
+            assert finished or len(completion) == 12
+            assert not any(token in ENDS for token in completion[:-1].tolist())
+
+
+def test_image_tokens_cannot_be_sampled():
+    policy = tiny_policy()
+    with torch.no_grad():  # a head that wants nothing else
+        policy.model.lm_head.weight[[IMAGE, VIDEO]] = policy.model.lm_head.weight[START] * 50
+    drawn = sample(policy, prompts(2), 20, sampling(end_tokens=(END,)))
+    assert not {IMAGE, VIDEO} & {token for group in drawn for c in group.completions for token in c.tolist()}
+
+
+def test_a_prompt_is_prefilled_once_whatever_the_group():
+    policy, widths = tiny_policy(), []
+    policy.trunk_layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[:2]), with_kwargs=True)
+    sample(policy, prompts(2), 16, sampling(rows=4))
+    prefilled = [width[1] for width in widths if width[1] > 1]
+    assert sum(prefilled) == sum(map(len, prompts(2)))
+
+
+def test_draws_follow_the_distribution_and_never_take_what_is_impossible():
+    logits = torch.tensor([[0.0, float("-inf"), 1.0, 2.0, float("-inf")]]).expand(20000, -1)
+    uniform = torch.rand(20000, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the ends of the range
+    drawn, logps = draw(logits, uniform, sampling(temperature=1.0))
+    shares = torch.bincount(drawn, minlength=5) / 20000
+    torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.015)
+    assert shares[1] == shares[4] == 0
+    torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0])
+
+
+def test_top_k_and_top_p_keep_the_likely_tokens_only():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(500, -1)
+    uniform = torch.rand(500, dtype=torch.float64)
+    assert set(draw(logits, uniform, sampling(top_k=2))[0].tolist()) == {1, 3}
+    assert set(draw(logits, uniform, sampling(top_p=0.7))[0].tolist()) == {1, 3}
+    assert set(draw(logits, uniform, sampling(top_p=0.5))[0].tolist()) == {1}
+
+
+def test_training_rollouts_refuse_a_truncated_distribution():
+    for changes in ({"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="full softmax"):
+            sampling(**changes).check_training()
+
+
+def test_a_completion_limit_of_zero_is_refused():
+    with pytest.raises(ValueError, match="at least 1 token"):
+        sampling(max_tokens=0)
+
+
+def test_noise_belongs_to_seed_sample_and_index():
+    base = noise("0", "train/1", 0, 4)
+    assert base == noise("0", "train/1", 0, 9)[:4]
+    assert len({tuple(noise(*key, 4)) for key in [("0", "train/1", 0), ("1", "train/1", 0), ("0", "train/2", 0), ("0", "train/1", 1)]}) == 4

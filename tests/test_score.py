@@ -1,0 +1,132 @@
+import torch
+from tiny import END, IMAGE, PAD, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
+
+from grpo.group import Group, packs, pad_rows, row_mask
+from grpo.objective import grpo_loss
+
+
+def logp_of(groups, policy=None, temperature=1.0):
+    return (policy or tiny_policy()).score(groups, temperature).logp
+
+
+def test_a_packed_pass_equals_plain_forwards_one_by_one_in_values_and_gradients():
+    policy, model = tiny_policy(), tiny_model()
+    groups = tiny_groups(lengths=((5, 1, 9), (3, 4, 2), (1, 1, 7)))
+    packed = policy.score(groups, 0.7).logp
+    plain = torch.cat([row for group in groups for row in plain_logp(model, group, 0.7)])
+    torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(len(plain))
+    (packed * upstream).sum().backward()
+    (plain * upstream).sum().backward()
+    for (name, expected), found in zip(model.named_parameters(), policy.model.parameters()):
+        scale = expected.grad.abs().max()
+        assert (found.grad - expected.grad).abs().max() <= 1e-4 * scale + 1e-6, name
+
+
+def test_with_the_ban_off_a_packed_pass_equals_the_plain_softmax():
+    policy, groups = tiny_policy(), tiny_groups()
+    policy.banned = torch.tensor([], dtype=torch.long)
+    plain = torch.cat([row for group in groups for row in plain_logp(tiny_model(), group, ban=False)])
+    torch.testing.assert_close(logp_of(groups, policy), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_completions_of_a_group_do_not_see_each_other():
+    group = tiny_groups(lengths=((5, 4, 9),))[0]
+    together = logp_of([group])
+    alone = torch.cat([logp_of([Group(group.prompt, [completion])]) for completion in group.completions])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_shuffling_the_pixels_changes_the_log_probabilities():
+    group = tiny_groups(lengths=((5, 4, 9),))[0]
+    before = logp_of([group])
+    group.prompt.pixels = group.prompt.pixels[torch.randperm(len(group.prompt.pixels))]
+    assert (logp_of([group]) - before).abs().max() > 1e-3
+
+
+def test_the_vision_encoder_runs_once_for_every_picture_however_often_it_is_used():
+    policy, groups = tiny_policy(), tiny_groups(lengths=((5, 1), (3, 4), (2, 2)))
+    policy.freeze_vision()
+    seen = []
+    policy.visual.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
+    before = logp_of(groups, policy)
+    seen.clear()
+    policy.keep_features([group.prompt for group in groups])
+    for _ in range(3):  # reference and two inner updates
+        torch.testing.assert_close(logp_of(groups, policy), before)
+    assert seen == [sum(len(g.prompt.pixels) for g in groups if g.prompt.pixels is not None)]
+
+
+def test_a_trained_vision_encoder_gets_gradients_and_a_frozen_one_none():
+    policy = tiny_policy()
+    logp_of(tiny_groups(), policy).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in policy.visual.merger.parameters())
+    frozen = tiny_policy()
+    frozen.freeze_vision()
+    logp_of(tiny_groups(), frozen).sum().backward()
+    assert all(p.grad is None for p in frozen.visual.parameters())
+
+
+def test_a_pack_without_pictures_still_takes_part_in_the_vision_encoders_gradient():
+    policy = tiny_policy()
+    group = Group(tiny_prompt(0, grids=()), [torch.tensor([1, 2])])
+    logp_of([group], policy).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in policy.visual.parameters())
+
+
+def test_before_the_first_update_the_ratio_is_exactly_one_and_the_kl_exactly_zero():
+    policy, reference, groups = tiny_policy(), tiny_policy(), tiny_groups()
+    lengths = [n for group in groups for n in group.lengths]
+    logp = pad_rows(logp_of(groups, policy, 0.8), lengths)
+    ref_logp = pad_rows(logp_of(groups, reference, 0.8), lengths).detach()
+    _, sums = grpo_loss(logp, logp.detach(), ref_logp, torch.randn(len(lengths)), row_mask(lengths), beta=0.1)
+    assert sums["ratio"] == sums["tokens"] == sum(lengths)
+    assert sums["kl"] == 0
+
+
+def test_the_end_token_is_trained_even_where_it_is_the_pad_token_too():
+    completions = [torch.tensor([1, 2, END]), torch.tensor([3, PAD])]
+    lengths = [len(completion) for completion in completions]
+    mask = row_mask(lengths)
+    assert mask.tolist() == [[True, True, True], [True, True, False]]
+    logp = logp_of([Group(tiny_prompt(0), completions)])
+    rows = pad_rows(logp, lengths)
+    loss, _ = grpo_loss(rows, None, None, torch.ones(2), mask)
+    gradient = torch.autograd.grad(loss, rows)[0]
+    assert (gradient[mask] != 0).all() and (gradient[~mask] == 0).all()
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    from grpo.update import set_gradient_checkpointing
+
+    plain, checkpointed, groups = tiny_policy(), tiny_policy(), tiny_groups()
+    set_gradient_checkpointing(checkpointed, True)
+    for policy in (plain, checkpointed):
+        logp_of(groups, policy).sum().backward()
+    for a, b in zip(plain.parameters(), checkpointed.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_micro_batches_do_not_change_the_gradient():
+    groups = tiny_groups(lengths=((5, 1, 9), (3, 4, 2), (6, 2, 2)))
+    gradients = []
+    for budget in (1, 60, 10**6):
+        policy, parts = tiny_policy(), packs(groups, budget)
+        for part in parts:
+            logp = logp_of(part, policy)
+            (logp.sum() / 34).backward()
+        gradients.append([p.grad.clone() for p in policy.parameters()])
+    assert len(packs(groups, 1)) == 3 and len(packs(groups, 10**6)) == 1
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_no_two_tokens_of_a_pass_are_computed_twice():
+    policy, group = tiny_policy(), tiny_groups(lengths=((5, 4, 9),))[0]
+    widths = []
+    policy.trunk_layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True)
+    logp_of([group], policy)
+    assert widths == [len(group.prompt) + 4 + 3 + 8]  # a completion's last token is predicted, never read
+    assert (group.prompt.tokens == IMAGE).any()
