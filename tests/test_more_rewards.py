@@ -98,9 +98,9 @@ def test_a_hostile_completion_costs_milliseconds(piece):
     hostile = (piece * (100_000 // len(piece) + 1))[:100_000]
     for completion in (hostile, f"<think>{hostile}", f"<answer>{hostile}</answer>",
                        GOOD.replace("because.", hostile, 1), GOOD.replace("1: because.", hostile)):
-        start = time.perf_counter()
+        start = time.process_time()
         reward(completion, SAMPLE)
-        assert time.perf_counter() - start < 0.1
+        assert time.process_time() - start < 0.1
 
 
 def answers(*labels):

@@ -1,0 +1,97 @@
+"""Many processes do what one does: gradients, completions, counts of collectives."""
+
+import pytest
+import torch
+from processes import run_processes
+from tiny import END, tiny_groups, tiny_policy, tiny_prompt
+from torch.distributed.tensor import DTensor
+
+from grpo.group import packs
+from grpo.rollout import Sampling, sample
+from grpo.sharding import gather, sample_whole, shard, share, unshare, whole_weights
+from grpo.update import update
+
+LENGTHS = ((5, 1, 9), (3, 4, 2), (6, 2, 2), (4, 4, 4))
+TOKENS = sum(map(sum, LENGTHS))
+
+
+def one_update(groups, budget: int, sharded: bool):
+    """A plain SGD step on −Σ log p / TOKENS, so that the step itself shows the gradient."""
+    policy = tiny_policy()
+    if sharded:
+        shard(policy, torch.float32, torch.device("cpu"))
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.0)
+    norm = update(policy, optimizer, packs(groups, budget), lambda _, scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
+    return norm, policy
+
+
+def check_gradients(path, uneven: bool):
+    everyone = tiny_groups(lengths=LENGTHS)
+    mine = (everyone if torch.distributed.get_rank() == 0 else []) if uneven else share(everyone)
+    norm, policy = one_update(mine, 40, sharded=True)  # a budget of 40 tokens: one pack a group, unequal counts
+    weights = whole_weights(policy)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"norm": norm, "weights": weights}, path)
+
+
+@pytest.mark.parametrize("world,uneven", [(2, False), (3, False), (2, True)],
+                         ids=["two", "three, unequal packs", "one has nothing at all"])
+def test_the_number_of_processes_does_not_change_the_update(tmp_path, world, uneven):
+    norm, policy = one_update(tiny_groups(lengths=LENGTHS), 10**6, sharded=False)
+    run_processes(check_gradients, world, tmp_path / "found.pt", uneven)
+    found = torch.load(tmp_path / "found.pt")
+    assert found["norm"] == pytest.approx(norm, rel=1e-4)
+    for name, expected in policy.model.state_dict().items():
+        torch.testing.assert_close(found["weights"][name], expected, rtol=1e-4, atol=1e-5)
+
+
+SAMPLING = Sampling(max_tokens=10, end_tokens=(END, *range(20)), temperature=0.8, rows=4)
+
+
+def check_rollout(path):
+    policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
+    prompts = [tiny_prompt(i, ((1, 4, 4),), length=4 + 3 * i) for i in range(5)]  # 3 and 2: unequal work
+    groups = sample_whole(policy, share(prompts), 3, SAMPLING)
+    assert all(isinstance(p, DTensor) for p in policy.parameters())  # sharded again
+    tokens = unshare(gather([[c.tolist() for c in group.completions] for group in groups]))
+    if torch.distributed.get_rank() == 0:
+        torch.save(tokens, path)
+
+
+def test_two_processes_sample_what_one_does(tmp_path):
+    prompts = [tiny_prompt(i, ((1, 4, 4),), length=4 + 3 * i) for i in range(5)]
+    alone = [[c.tolist() for c in group.completions] for group in sample(tiny_policy(), prompts, 3, SAMPLING)]
+    run_processes(check_rollout, 2, tmp_path / "tokens.pt")
+    assert torch.load(tmp_path / "tokens.pt") == alone
+
+
+def check_bfloat16(path):
+    policy = shard(tiny_policy(), torch.bfloat16, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+    before = whole_weights(policy)
+    seen = []
+    policy.trunk_layers[0].mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    update(policy, optimizer, packs(share(tiny_groups(lengths=LENGTHS)), 10**6),
+           lambda _, scores: -scores.logp.sum() / TOKENS, 1.0, 1.0, rate=1e-6)
+    after = whole_weights(policy)
+    assert set(seen) == {torch.bfloat16}
+    if torch.distributed.get_rank() == 0:
+        moved = [not torch.equal(before[name], after[name]) for name in before]
+        assert all(w.dtype == torch.float32 for w in after.values()) and all(moved)
+
+
+def test_compute_is_bfloat16_and_masters_float32_so_that_a_step_of_1e_6_is_not_lost(tmp_path):
+    run_processes(check_bfloat16, 2, None)
+
+
+def test_shares_come_back_in_order():
+    items = list(range(11))
+    import grpo.sharding as sharding
+
+    for world in (1, 2, 3, 4):
+        parts = [items[r::world] for r in range(world)]
+        sharding_world, sharding.world_size = sharding.world_size, lambda: world
+        try:
+            assert unshare([item for part in parts for item in part]) == items
+        finally:
+            sharding.world_size = sharding_world
