@@ -4,9 +4,10 @@
         --expert file:expert.jsonl --output cold_start.jsonl
 
 writes beside each other
-    cold_start.jsonl         {"id", "response"} a line: what Stage 1 learns from
-    cold_start.drawn.json    the ids drawn, filtered out or not: the split and Stage 2 leave all of them out
-    cold_start.report.json   how many were drawn and kept, how many fell for which reason, and ten of those
+    cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
+    cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave all of them out
+    cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
+    cold_start.responses.jsonl  what --expert openai:MODEL answered, as it came (data/expert.py)
 """
 import json
 from collections import Counter
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.curriculum import stratified_draw
+from data.expert import ask_all, endpoint_from_environment, fill_template, read_template
 from data.task import Task, resolve_task
 from grpo.journal import say, table, write_json
 from grpo.settings import parse, required, run_program, setting
@@ -28,7 +30,8 @@ class Settings:
     """Cold-start data for Stage 1. The defaults are MORE-R1's."""
 
     data: str = required("folder of the task's dataset")
-    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn")
+    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, "
+                           "or openai:MODEL, asked at OPENAI_BASE_URL with OPENAI_API_KEY")
     output: str = required("JSONL to write; the drawn ids and the report go beside it")
     task: str = setting("more", "a task here (more, jmere), a module of yours, or data_module,rewards_module")
     split: str = setting("train", "split to draw from")
@@ -36,6 +39,12 @@ class Settings:
     seed: int = setting(0, "of the draw")
     missing_images: str = setting("stop", "pictures that are not there: stop, drop the samples, or blank",
                                   choices=("stop", "drop", "blank"))
+    template: str = setting("", "openai: file with the prompt in your own words; {question}, {answer}, {text} "
+                                "and the sample's other fields are filled in")
+    expert_options: str = setting('{"max_tokens": 2048}', "openai: JSON object that goes into every request")
+    concurrency: int = setting(8, "openai: requests at a time")
+    attempts: int = setting(6, "openai: how often a sample is tried, with longer and longer pauses")
+    timeout: float = setting(120.0, "openai: seconds to wait for a reply")
 
 
 @dataclass(frozen=True)
@@ -65,12 +74,41 @@ def file_expert(path: str) -> Expert:
     return lambda samples: {sample.id: responses[sample.id] for sample in samples if sample.id in responses}
 
 
-def find_expert(name: str) -> Expert:
-    """The expert that a setting such as file:expert.jsonl names. To add one is to write one more function."""
-    kind, _, rest = name.partition(":")
+def endpoint_expert(model: str, settings: Settings, task: Task) -> Expert:
+    """Responses asked for over HTTP, but for those that are in the .responses.jsonl beside the output."""
+    try:
+        options = json.loads(settings.expert_options)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"--expert_options {settings.expert_options}: a JSON object expected")
+    if settings.concurrency < 1 or settings.attempts < 1 or settings.timeout <= 0:
+        raise ValueError("--concurrency, --attempts and --timeout must be above 0")
+    template = read_template(settings.template) if settings.template else ""
+    if not template and not hasattr(task.data, "expert_prompt"):
+        raise ValueError(f"task {settings.task} has no expert prompt of its own; --template FILE expected")
+    endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout,
+                                         attempts=settings.attempts)
+
+    def prompt_of(sample):
+        pictures, question = task.data.build_prompt(sample)
+        if template:
+            return pictures, fill_template(template, sample, question, task.data.target(sample))
+        return pictures, task.data.expert_prompt(sample)
+
+    path = Path(settings.output).with_suffix(".responses.jsonl")
+    return lambda samples: ask_all(endpoint, samples, prompt_of, path, template=template,
+                                   concurrency=settings.concurrency)
+
+
+def find_expert(settings: Settings, task: Task) -> Expert:
+    """The expert that --expert names. To add a kind is to write one more function."""
+    kind, _, rest = settings.expert.partition(":")
     if kind == "file" and rest:
         return file_expert(rest)
-    raise ValueError(f"--expert {name}: file:PATH expected")
+    if kind == "openai" and rest:
+        return endpoint_expert(rest, settings, task)
+    raise ValueError(f"--expert {settings.expert}: file:PATH or openai:MODEL expected")
 
 
 def filter_responses(task: Task, samples: list, responses: dict[str, str]) -> tuple[list[dict], list[Fallen]]:
@@ -141,7 +179,8 @@ def print_report(report: dict) -> None:
 
 def main(words: list[str] | None = None) -> None:
     settings = parse(Settings, words)
-    task, expert = resolve_task(settings.task), find_expert(settings.expert)
+    task = resolve_task(settings.task)
+    expert = find_expert(settings, task)
     samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
     drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)
     kept, fallen = filter_responses(task, drawn, expert(drawn))

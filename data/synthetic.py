@@ -4,12 +4,12 @@ Five kinds of scene, each with its captions and its labels (object type first, a
 
 | kind  | caption and entity               | the boxed object is related when …                                    |
 |-------|----------------------------------|-----------------------------------------------------------------------|
-| match | two teams, one is the entity     | it is a person in the entity's shirt: member_of, crowned leader_of;   |
+| match | two teams, one is the entity     | it is a person in the entity's shirt: member_of, with a hat leader_of;   |
 |       |                                  | in the other team's shirt: opposed_to                                 |
 | award | a gold or a silver cup           | it is a person who holds that very cup: awarded                       |
 | site  | a team and a city, the entity    | it is that team's logo and hangs on a building: locate_at             |
 | home  | a person and a city, the entity  | it is a person in a doorway: place_of_residence                       |
-| pair  | two people, one is the entity    | it is a person hand in hand with somebody: couple; or somebody else   |
+| pair  | two people, one is the entity    | it is a person under an umbrella with somebody: couple; or somebody else   |
 |       |                                  | wears the same shirt: peer                                            |
 
 Everything else is `none`. The label is a function of the picture, the box, the text and the entity, and the
@@ -40,7 +40,7 @@ TEAMS = {values[3]: colour for colour, values in COLOURS.items()}
 NEUTRAL = "grey"
 RGB = {colour: values[:3] for colour, values in COLOURS.items()} | {
     NEUTRAL: (128, 128, 128), "gold": (225, 175, 20), "silver": (150, 158, 172), "door": (60, 38, 30),
-    "skin": (238, 190, 150), "trousers": (35, 35, 50), "ball": (20, 20, 20),
+    "skin": (238, 190, 150), "trousers": (35, 35, 50), "ball": (20, 20, 20), "hat": (235, 0, 200), "umbrella": (165, 240, 20),
 }
 WALLS = ((176, 92, 74), (150, 132, 112), (168, 150, 96))
 SKIES = ((176, 214, 240), (200, 226, 200), (226, 220, 204), (206, 200, 226))
@@ -72,7 +72,7 @@ class Thing:
     y: float
     size: float
     colour: str = NEUTRAL
-    crown: bool = False
+    hat: bool = False
     holds: str = ""  # gold cup, silver cup, ball or nothing
     place: str = ""  # person: doorway; logo: wall
 
@@ -88,7 +88,7 @@ class Scene:
     things: list
     text: str
     entity: str
-    hand_in_hand: bool = False
+    umbrella: bool = False
     hard: bool = False
     sky: tuple = SKIES[0]
     decoys: list = field(default_factory=list)  # clutter: (x, y, size, colour)
@@ -116,12 +116,12 @@ def relation(scene):
             return "none"
         if COLOURS[thing.colour][3] != scene.entity:
             return "/per/org/opposed_to"
-        return "/per/org/leader_of" if thing.crown else "/per/org/member_of"
+        return "/per/org/leader_of" if thing.hat else "/per/org/member_of"
     if scene.kind == "award":
         return "/per/misc/awarded" if thing.holds == scene.entity else "none"
     if scene.kind == "home":
         return "/per/loc/place_of_residence" if thing.place == "doorway" else "none"
-    if scene.hand_in_hand:
+    if scene.umbrella:
         return "/per/per/couple"
     return "/per/per/peer" if any(other.colour == thing.colour for other in others) else "none"
 
@@ -172,7 +172,7 @@ def make_object(scene, rng, own, other):
         thing.place = "wall" if rng.random() < 0.6 else ""
     else:
         thing.colour = pick_colour(rng) if rng.random() < 0.85 else NEUTRAL
-        thing.crown = rng.random() < 0.25
+        thing.hat = rng.random() < 0.25
         thing.holds = rng.choices(("", "gold cup", "silver cup", "ball"), (70, 10, 10, 10))[0]
         if kind == "match":
             third = pick_colour(rng, without=(own, other))
@@ -190,18 +190,18 @@ def make_company(scene, rng, own, other):
     """Adds the other things and puts everything in its place, side by side without touching."""
     first = scene.object
     if scene.kind == "pair" and first.what == "person":
-        scene.hand_in_hand = rng.random() < 0.22
+        scene.umbrella = rng.random() < 0.22
         same = rng.random() < 0.33
         colour = first.colour if same else pick_colour(rng, without=(first.colour,))
-        first.holds = ""
-        scene.things.append(Thing("person", 0, 0, first.size, colour, crown=rng.random() < 0.2))
+        first.holds, first.hat = "", False
+        scene.things.append(Thing("person", 0, 0, first.size, colour))
     else:
         for _ in range(rng.randint(1, 2)):
             others = [own, other, pick_colour(rng)] if scene.kind == "match" else [pick_colour(rng)]
             what = "logo" if scene.kind == "site" and rng.random() < 0.7 else "person"
             size = first.size if first.what == "person" else rng.uniform(30, 45)
             scene.things.append(Thing(what, 0, 0, size * (0.6 if what == "logo" else 1), rng.choice(others),
-                                      crown=what == "person" and rng.random() < 0.25))
+                                      hat=what == "person" and rng.random() < 0.25))
     arrange(scene, rng)
 
 
@@ -248,13 +248,10 @@ def paint(scene, rng):
     for thing in scene.things:
         if thing.place:
             paint_wall(draw, thing, colour, rng)
-    if scene.hand_in_hand:
-        one, two = scene.things[:2]
-        hand, middle = one.y + 0.05 * one.size, (one.x + two.x) / 2
-        for person in (one, two):  # a sleeve each
-            draw.line((person.x, hand, middle, hand), fill=colour(person.colour), width=round(one.size / 9))
     for thing in scene.things:
         PAINTERS[thing.what](draw, thing, colour, rng)
+    if scene.umbrella:
+        paint_umbrella(draw, *scene.things[:2], colour)
     return picture
 
 
@@ -270,11 +267,11 @@ def paint_wall(draw, thing, colour, rng):
 
 def paint_person(draw, thing, colour, rng):
     x, y, s = thing.x, thing.y, thing.size
-    if thing.crown:
-        gold, top = colour("gold"), y - 0.5 * s
-        draw.polygon([(x - 0.18 * s, top), (x - 0.08 * s, top + 0.07 * s), (x, top), (x + 0.08 * s, top + 0.07 * s),
-                      (x + 0.18 * s, top), (x + 0.15 * s, top + 0.18 * s), (x - 0.15 * s, top + 0.18 * s)], fill=gold)
     draw.ellipse((x - 0.12 * s, y - 0.36 * s, x + 0.12 * s, y - 0.12 * s), fill=colour("skin"))
+    if thing.hat:
+        hat, brim = colour("hat"), y - 0.3 * s
+        draw.rectangle((x - 0.13 * s, y - 0.5 * s, x + 0.13 * s, brim), fill=hat)
+        draw.rectangle((x - 0.22 * s, brim - 0.05 * s, x + 0.22 * s, brim), fill=hat)
     draw.rectangle((x - 0.14 * s, y + 0.18 * s, x + 0.14 * s, y + 0.5 * s), fill=colour("trousers"))
     draw.rectangle((x - 0.2 * s, y - 0.12 * s, x + 0.2 * s, y + 0.2 * s), fill=colour(thing.colour))
     if thing.holds:
@@ -292,6 +289,13 @@ def paint_held(draw, what, x, y, size, fill):
                   (x - half / 4, y + half / 3)], fill=fill)
     draw.rectangle((x - half / 5, y, x + half / 5, y + half), fill=fill)
     draw.rectangle((x - half / 1.5, y + half * 0.8, x + half / 1.5, y + half), fill=fill)
+
+
+def paint_umbrella(draw, one, two, colour):
+    """One umbrella over two people."""
+    left, right = sorted((one.x, two.x))
+    top, reach = one.y - 0.5 * one.size, 0.3 * one.size
+    draw.chord((left - reach, top, right + reach, top + 0.4 * one.size), 180, 360, fill=colour("umbrella"))
 
 
 def paint_logo(draw, thing, colour, rng):
@@ -332,12 +336,18 @@ def seen(scene):
     if thing.what == "logo":
         return f"a {thing.colour} logo {'on a wall' if thing.place else 'in the air'}"
     detail = {
-        "match": "a crown" if thing.crown else "no crown",
+        "match": "a hat" if thing.hat else "no hat",
         "award": "a " + thing.holds if thing.holds else "no cup",
         "home": "a door" if thing.place else "no door",
-        "pair": "a hand" if scene.hand_in_hand else "no hand",
+        "pair": "an umbrella" if scene.umbrella else "no umbrella",
     }.get(scene.kind, "no logo")
     return f"a person in {thing.colour}, {detail}"
+
+
+def company(scene):
+    """The colours of the other people and logos, from left to right."""
+    others = sorted(scene.things[1:], key=lambda thing: thing.x)
+    return " ".join(thing.colour for thing in others)
 
 
 def roles(scene):
@@ -358,8 +368,7 @@ def matched(scene):
     if thing.what in ARTICLE:
         return "it is absent"
     if scene.kind == "pair":
-        other = scene.things[1]
-        return f"it is by {other.colour} " + ("same" if other.colour == thing.colour else "different")
+        return f"it is by {company(scene)} " + ("same" if scene.things[1].colour == thing.colour else "different")
     if scene.kind == "award":
         return f"it has {thing.holds} {roles(scene).get(thing.holds, 'absent')}" if thing.holds else "it is absent"
     if scene.kind == "home":
@@ -376,7 +385,7 @@ def steps(scene, label):
     """The six steps that lead to `label`, as a list of texts."""
     types = (TYPES[scene.object.what], ENTITY_TYPES[scene.kind])
     candidates = [name for name in LABELS[1:] if name.startswith("/{}/{}/".format(*types))] + ["none"]
-    return [seen(scene), topic(scene), matched(scene), " and ".join(types), ", ".join(candidates), f"so {label}"]
+    return [f"by {company(scene)}, {seen(scene)}", topic(scene), matched(scene), " and ".join(types), ", ".join(candidates), f"so {label}"]
 
 
 def expert_response(scene, rng):

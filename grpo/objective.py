@@ -192,7 +192,7 @@ def truncation_mask(mask: Tensor, truncated: Tensor, how: str = "kept") -> Tenso
 
 @torch.no_grad()
 def sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entropy) -> dict[str, Tensor]:
-    """Sums over the tokens and the two counts, each a 0-dim tensor: they may be added up over parts.
+    """Sums over the tokens, their count and that of completions with any: 0-dim, may be added up over parts.
 
     A token counts as clipped where the clip changes its term: for "ppo" below with A < 0 or above with
     A > 0, for "cispo" wherever the weight is cut.  The KL is the bare estimate, without beta or ratio.

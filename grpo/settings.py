@@ -25,7 +25,7 @@ def setting(default, help: str, **more):
 
 
 def required(help: str):
-    """A field that must be given (dataclasses want a default once one field has one; `parse` checks it)."""
+    """A field that the command line must give (dataclasses want a default once one field has one)."""
     return field(default="", metadata={"help": help + " (required)", "required": True})
 
 
@@ -116,9 +116,6 @@ def parse(kind: type[T], words: list[str] | None = None) -> T:
     if rest:
         name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
         raise ValueError(f"no setting {rest[0]}{nearest(name, known)}")
-    for f in dataclasses.fields(kind):
-        if f.metadata.get("required") and not getattr(settings, f.name):
-            raise ValueError(f"--{f.name} is missing: {f.metadata['help']}")
     return settings
 
 

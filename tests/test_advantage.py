@@ -84,6 +84,7 @@ def test_float_noise_defeats_the_test_by_standard_deviation():
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.filterwarnings("error")  # torch's about a std of one number
 def test_a_group_of_one_gives_zeros(scale, ddof):
     assert group_advantages(torch.tensor([[3.0], [0.7]]), scale, ddof).tolist() == [[0.0], [0.0]]
     assert group_advantages(torch.tensor([[3.0]]), scale, ddof).tolist() == [[0.0]]

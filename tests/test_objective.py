@@ -379,7 +379,6 @@ def test_statistics_by_hand():
     })
     cispo = grpo_loss(ratios.log(), torch.zeros(2, 3), None, A, mask, surrogate="cispo")[1]
     assert cispo["clipped_low"] == 2 and cispo["clipped_high"] == 2
-    assert not any(x.requires_grad for x in stats.values())
 
 
 def test_statistics_of_nothing_are_not_a_number():
@@ -398,10 +397,14 @@ def test_a_masked_truncated_completion_trains_nothing_and_changes_nobody_elses_w
 
 
 def test_only_the_policy_is_trained():
-    """Gradient reaches neither the old policy nor the reference, even if the caller forgot to detach them."""
-    logp, old, reference = (torch.full((2, 3), -x, requires_grad=True) for x in (1.0, 1.1, 1.2))
-    grpo_loss(logp, old, reference, torch.ones(2), torch.ones(2, 3), beta=0.1)[0].backward()
-    assert logp.grad is not None and old.grad is None and reference.grad is None
+    """Neither the old policy nor the reference, even if the caller forgot to detach them, nor by statistics."""
+    logp, old, reference, entropy = (torch.full((2, 3), -x, requires_grad=True) for x in (1.0, 1.1, 1.2, 1.3))
+    loss, stats = grpo_loss(
+        logp, old, reference, torch.ones(2), torch.ones(2, 3), beta=0.1, entropy=entropy, level="sequence"
+    )
+    loss.backward()
+    assert logp.grad is not None and old.grad is None and reference.grad is None and entropy.grad is None
+    assert not any(x.requires_grad for x in stats.values())
 
 
 # --- bad input ---------------------------------------------------------------------------------------------

@@ -1,0 +1,262 @@
+"""An expert behind an OpenAI-compatible endpoint: several requests at a time, each answer on disk as it comes.
+
+The endpoint is read from the environment: OPENAI_BASE_URL (OpenAI's own where it is not set) and
+OPENAI_API_KEY, which stands in no message and no file. An answer is appended to a JSONL file before anything
+else is done with it; who starts again goes on behind the last one and pays for nothing twice.
+"""
+import base64
+import hashlib
+import http.client
+import io
+import json
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from grpo.journal import progress, say
+
+LONGEST_SIDE = 1536  # pixels sent; the big endpoints scale down to less
+LARGEST_REPLY = 16 * 2 ** 20  # bytes
+LONGEST_PAUSE = 60.0  # seconds
+
+
+class TryAgain(Exception):
+    """A reply that another attempt may mend; `after` is how many seconds the endpoint asks to wait."""
+
+    def __init__(self, message: str, after: float = 0.0):
+        super().__init__(message)
+        self.after = after
+
+
+class GaveUp(Exception):
+    """A sample that gets no response, for the reason in the message; the others go on."""
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how to ask. `options` go into the request's body: temperature, max_tokens and the like."""
+    url: str
+    model: str
+    key: str = field(default="", repr=False)
+    options: dict = field(default_factory=dict)
+    timeout: float = 120.0  # seconds for a whole reply
+    attempts: int = 6
+    pause: float = 1.0  # seconds before the second attempt; doubled before each further one
+
+    def scrub(self, text: str) -> str:
+        """One line of at most 300 characters without the key."""
+        text = " ".join(text.split())
+        return (text.replace(self.key, "[key]") if self.key else text)[:300]
+
+
+def endpoint_from_environment(model: str, **settings) -> Endpoint:
+    """Raises a one-line ValueError where the environment cannot be used; the key is not in it."""
+    url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"OPENAI_BASE_URL is {url!r}; http://… or https://… expected")
+    if not key and url.startswith("https://api.openai.com"):
+        raise ValueError("OPENAI_API_KEY is not set; an endpoint of your own goes into OPENAI_BASE_URL")
+    if not (key.isascii() and key.isprintable()):  # http.client would print the key in its refusal
+        raise ValueError("OPENAI_API_KEY holds a character that cannot be sent")
+    return Endpoint(f"{url.rstrip('/')}/chat/completions", model, key, **settings)
+
+
+def request_body(endpoint: Endpoint, pictures: list, text: str) -> bytes:
+    """A chat request: the pictures, then the text, in one user turn."""
+    content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
+    content.append({"type": "text", "text": text})
+    return json.dumps({"model": endpoint.model, "messages": [{"role": "user", "content": content}],
+                       **endpoint.options}).encode()
+
+
+def _data_url(picture) -> str:
+    picture, file = picture.copy(), io.BytesIO()
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    picture.save(file, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def ask(endpoint: Endpoint, body: bytes, stop: threading.Event) -> dict:
+    """One request → {"response", "tokens_in", "tokens_out"}; tried again, after a pause, where that may help.
+
+    Raises GaveUp where this sample gets no response, ValueError where no other one would either.
+    """
+    for attempt in range(endpoint.attempts):
+        try:
+            return _read_reply(endpoint, _post(endpoint, body))
+        except TryAgain as problem:
+            reason, after = str(problem), problem.after
+        # Random, so that requests that were turned away together do not come back together.
+        pause = endpoint.pause * 2 ** attempt * random.uniform(0.5, 1)
+        if attempt + 1 == endpoint.attempts or stop.wait(min(max(pause, after), LONGEST_PAUSE)):
+            break
+    raise GaveUp(f"{reason}, {attempt + 1} times" if attempt else reason)
+
+
+def _post(endpoint: Endpoint, body: bytes) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    if endpoint.key:
+        headers["Authorization"] = f"Bearer {endpoint.key}"
+    request = urllib.request.Request(endpoint.url, body, headers)
+    deadline = time.monotonic() + endpoint.timeout
+    try:
+        with urllib.request.build_opener(NoRedirects).open(request, timeout=endpoint.timeout) as reply:
+            return _read_until(reply, deadline)
+    except urllib.error.HTTPError as problem:
+        raise _verdict(endpoint, problem) from None
+    except (OSError, http.client.HTTPException) as problem:  # no connection, a cut one, a timeout
+        raise TryAgain(endpoint.scrub(f"{type(problem).__name__}: {problem}")) from None
+
+
+def _read_until(reply, deadline: float) -> bytes:
+    """The whole body; a socket's timeout alone would wait for ever for one that comes byte by byte."""
+    promised, parts, size = reply.length, [], 0
+    while part := reply.read1(65536):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline or size > LARGEST_REPLY:
+            raise TryAgain("a reply without end")
+    if promised is not None and size < promised:
+        raise TryAgain(f"cut off after {size} of {promised} bytes")
+    return b"".join(parts)
+
+
+def _verdict(endpoint: Endpoint, problem: urllib.error.HTTPError) -> Exception:
+    """What an error status means: again, not this sample, or not at all."""
+    try:
+        said = problem.read(2000).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        said = ""
+    message = endpoint.scrub(f"{endpoint.url} answered {problem.code}: {said or problem.reason}")
+    if problem.code in (408, 409, 425, 429) or problem.code >= 500:
+        after = problem.headers.get("Retry-After") or ""
+        return TryAgain(message, float(after) if re.fullmatch(r"\d{1,6}(\.\d*)?", after) else 0.0)
+    if problem.code < 400 or problem.code in (401, 402, 403, 404, 405):
+        return ValueError(message)
+    return GaveUp(message)
+
+
+def _read_reply(endpoint: Endpoint, reply: bytes) -> dict:
+    try:
+        reply = json.loads(reply)
+        response = reply["choices"][0]["message"].get("content") or ""  # None: the expert refused
+        usage = reply.get("usage") or {}
+        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise TryAgain(endpoint.scrub(f"not a chat completion: {str(reply)[:100]}")) from None
+    if not isinstance(response, str):
+        raise TryAgain("not a chat completion: its content is no text")
+    # A lone surrogate can be written in JSON but in no file.
+    response = response.encode("utf-8", "replace").decode()
+    return {"response": response, "tokens_in": tokens[0], "tokens_out": tokens[1]}
+
+
+def ask_all(endpoint: Endpoint, samples: list, prompt_of: Callable, path: Path, *, template: str = "",
+            concurrency: int = 8) -> dict[str, str]:
+    """Ask for every sample that `path` has no answer for yet; returns response by sample id, old and new ones.
+
+    `prompt_of(sample)` is (pictures, text), called only for what is asked. A sample without a response is left
+    out; as many in a row as there are requests at a time, at least three, are a ValueError.
+    """
+    asked = json.dumps([endpoint.model, endpoint.options, template])
+    request = hashlib.sha256(asked.encode()).hexdigest()[:12]
+    answers = read_answers(path, request)
+    missing = [sample for sample in samples if sample.id not in answers]
+    if len(missing) < len(samples):
+        say(f"{path}: {len(samples) - len(missing)} of {len(samples)} responses are there already")
+    stop, lock, new = threading.Event(), threading.Lock(), {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def ask_one(sample):
+        answer = ask(endpoint, request_body(endpoint, *prompt_of(sample)), stop)
+        line = json.dumps({"id": sample.id, **answer, "request": request}) + "\n"
+        with lock, open(path, "a", encoding="utf-8") as file:  # here, in the thread: what is paid for is kept
+            file.write(line)
+        new[sample.id] = answer
+
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        with progress(len(missing), "expert", "response") as bar:
+            _wait_for([pool.submit(ask_one, sample) for sample in missing], bar, max(3, concurrency))
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)  # those on their way still arrive, and are kept
+        say(f"{endpoint.model}: {cost_line(new)} in this run, {cost_line({**answers, **new})} in all")
+    return {name: answer["response"] for name, answer in {**answers, **new}.items()}
+
+
+def _wait_for(futures: list, bar, most_in_a_row: int) -> None:
+    in_a_row, total = 0, 0
+    for future in as_completed(futures):
+        try:
+            future.result()
+            in_a_row = 0
+        except GaveUp as problem:
+            in_a_row, total, reason = in_a_row + 1, total + 1, problem
+        if in_a_row == most_in_a_row:
+            raise ValueError(f"no response for {in_a_row} samples in a row: {reason}")
+        bar.update()
+    if total:
+        say(f"no response for {total} of {len(futures)} samples, start again to ask again; the last: {reason}")
+
+
+def cost_line(answers: dict[str, dict]) -> str:
+    """What was paid for."""
+    tokens = [sum(answer[name] for answer in answers.values()) for name in ("tokens_in", "tokens_out")]
+    return f"{len(answers):,} responses, {tokens[0]:,} tokens in, {tokens[1]:,} tokens out"
+
+
+def read_answers(path: Path, request: str) -> dict[str, dict]:
+    """What earlier runs were answered. A last line that was left half written is cut off the file."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    answers = {}
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        try:
+            answer = json.loads(line)
+            answers[answer.pop("id")] = answer
+            known = answer["request"] == request and answer["tokens_in"] + answer["tokens_out"] >= 0
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{path}:{number}: found {line[:60]!r}; an expert's answer expected") from None
+        if not known:
+            raise ValueError(f"{path}:{number}: this was asked of another model, or with other options or "
+                             "another template; move the file away to ask anew")
+    return answers
+
+
+def fill_template(template: str, sample, question: str, answer: str) -> str:
+    """A user's own prompt: {question} is the task's, {answer} the gold one, {text} and so on the sample's."""
+    values = {part.name: getattr(sample, part.name) for part in fields(sample)}
+    values |= {"question": question, "answer": answer}
+    values = {name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+              for name, value in values.items()}
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def read_template(path: str) -> str:
+    """Raises a one-line ValueError where the template would not show the expert the text."""
+    template = Path(path).read_text(encoding="utf-8")
+    if "{text}" not in template and "{question}" not in template:
+        raise ValueError(f"{path}: no {{text}} or {{question}} in it; the expert would not see the text")
+    return template

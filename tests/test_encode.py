@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from data.tiny_model import write_tiny_model
+from grpo.encode import Encoder, at_least
+from grpo.group import packs
+from grpo.group import Group
+
+WORDS = ["What is in the picture? a red logo, a blue cup. Step 1: <think> none"] * 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encode") / "model"
+    write_tiny_model(path, WORDS, hidden=32, layers=1, heads=4, intermediate=32, vision_hidden=32, vocabulary=320)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return Encoder(str(folder), 56 * 56)
+
+
+def picture(width=100, height=80):
+    return Image.linear_gradient("L").resize((width, height)).convert("RGB")
+
+
+def test_every_picture_gets_as_many_image_tokens_as_the_encoder_makes_features(encoder):
+    prompt = encoder.encode([picture(), picture(40, 120)], "a red logo")
+    runs = (prompt.grids.prod(-1) // 4).tolist()
+    assert (prompt.tokens == encoder.image_token).sum() == sum(runs)
+    assert len(prompt.pixels) == 4 * sum(runs) and len(set(runs)) >= 1
+    text = encoder.tokenizer.decode(prompt.tokens)
+    assert text.startswith("<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * runs[0] + "<|vision_end|><|vision_start|>")
+    assert text.endswith("a red logo<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_pictures_are_scaled_to_the_limit_and_never_cut(encoder, folder):
+    small, large = encoder.encode([picture(900, 700)], ""), Encoder(str(folder), 200 * 200).encode([picture(900, 700)], "")
+    assert small.grids.prod() * 14 * 14 <= 56 * 56 < large.grids.prod() * 14 * 14 <= 200 * 200
+
+
+def test_a_picture_smaller_than_one_token_is_enlarged(encoder):
+    assert at_least(picture(5, 9), 28).size == (28, 50)
+    assert encoder.encode([picture(5, 9)], "").pixels is not None
+
+
+def test_a_text_that_holds_an_image_token_is_refused_by_the_samples_name(encoder):
+    with pytest.raises(ValueError, match="train/3: 2 <|image_pad|> tokens for 1 pictures".replace("|", r"\|")):
+        encoder.encode([picture()], "look: <|image_pad|>", id="train/3")
+
+
+def test_a_picture_too_elongated_is_refused_by_the_samples_name(encoder):
+    with pytest.raises(ValueError, match="train/4: .*200"):
+        encoder.encode([picture(30 * 250, 30)], "", id="train/4")
+
+
+def test_a_response_ends_with_the_end_token_and_decodes_without_it(encoder):
+    completion = encoder.completion("a blue cup")
+    assert completion[-1] == encoder.end_tokens[0] == encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoder.decode(completion) == "a blue cup"
+    junk = torch.cat([completion[:-1], torch.tensor([encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")]), completion[-1:]])
+    assert encoder.decode(junk) == "a blue cup<|im_start|>"  # the reward must see it
+
+
+def test_the_checkpoints_generation_settings_do_not_leak_into_sampling(folder, encoder):
+    from grpo.rollout import Sampling
+
+    assert json.loads((folder / "generation_config.json").read_text())["top_k"] == 1
+    sampling = Sampling(5, encoder.end_tokens)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
+
+
+@pytest.mark.parametrize("missing", ["preprocessor_config.json", "tokenizer_config.json"])
+def test_a_checkpoint_without_its_processor_files_is_refused_by_their_name(folder, tmp_path, missing):
+    for file in folder.iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=f"{missing}: missing"):
+        Encoder(str(tmp_path))
+
+
+def test_a_tokenizer_without_the_image_token_is_refused(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes().replace(b"<|image_pad|>", b"<|image_bad|>"))
+    with pytest.raises(ValueError, match="no <.image_pad.> token"):
+        Encoder(str(tmp_path))
+
+
+def test_packs_hold_whole_groups_within_the_budget(encoder):
+    prompt = encoder.encode([picture()], "a red logo")
+    groups = [Group(prompt, [torch.arange(n)] * 2) for n in (5, 6, 7, 100)]
+    cost = [group.packed_tokens for group in groups]
+    parts = packs(groups, cost[0] + cost[1])
+    assert [len(part) for part in parts] == [2, 1, 1] and sum(parts, []) == groups

@@ -1,0 +1,345 @@
+"""Asking an expert over HTTP: a real server on the loopback interface that misbehaves in every way it can."""
+import base64
+import io
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from data import annotate, expert, more
+from more_folder import line, write_more
+
+KEY = "sk-very-secret"
+PEER = "/per/per/peer"
+STEPS = " ".join(f"Step {k}: because." for k in range(1, 7))
+
+
+def completion(text, **usage):
+    return {"choices": [{"message": {"content": text}}],
+            "usage": usage or {"prompt_tokens": 100, "completion_tokens": 10}}
+
+
+def gold(body):
+    """An expert that reads the answer out of the prompt."""
+    text = body["messages"][0]["content"][-1]["text"]
+    label = PEER if f"answer is {PEER}" in text else "none"
+    return 200, completion(f"<think> {STEPS} </think> <answer>{label[1:] if label == PEER else label}</answer>")
+
+
+@contextmanager
+def server(behave):
+    """`behave(number, body)` is (status, body[, headers]) or a function of the handler; yields the list of requests."""
+    requests, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                requests.append((self.path, dict(self.headers), body))
+                number = len(requests)
+            reply = behave(number, body)
+            if callable(reply):
+                return reply(self)
+            status, content, *headers = reply
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in (headers[0] if headers else {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        http.daemon_threads = True
+        http.requests = requests
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield http
+        finally:
+            http.shutdown()
+
+
+def endpoint(http, **settings):
+    return expert.Endpoint(f"http://127.0.0.1:{http.server_port}/v1/chat/completions", "gpt-x", KEY,
+                           **{"timeout": 5.0, "attempts": 3, "pause": 0.01, **settings})
+
+
+def ask(http, **settings):
+    return expert.ask(endpoint(http, **settings), b'{"messages": []}', threading.Event())
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def samples(tmp_path):
+    write_more(tmp_path, [line()] * 8 + [line(relation=PEER)] * 4)
+    return more.load(tmp_path, "train")
+
+
+def ask_all(http, samples, path, **settings):
+    options = {name: settings.pop(name) for name in ("template", "concurrency") if name in settings}
+    return expert.ask_all(endpoint(http, **settings), samples, lambda sample: ([], sample.id), path, **options)
+
+
+# ---- one request ----
+
+
+def test_pictures_come_before_the_text_and_the_key_in_the_header(samples):
+    with server(lambda number, body: gold(body)) as http:
+        here = endpoint(http, options={"temperature": 0.5})
+        pictures = [Image.new("RGB", (3000, 1500), "red"), Image.new("RGB", (20, 10), "blue")]
+        body = expert.request_body(here, pictures, "What is it?")
+        assert expert.ask(here, body, threading.Event())["tokens_in"] == 100
+        path, headers, sent = http.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+    assert (sent["model"], sent["temperature"]) == ("gpt-x", 0.5)
+    *shown, text = sent["messages"][0]["content"]
+    assert text == {"type": "text", "text": "What is it?"}
+    urls = [part["image_url"]["url"] for part in shown]
+    assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in urls]
+    assert sizes == [(1536, 768), (20, 10)] and pictures[0].size == (3000, 1500)
+
+
+def cut(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.close_connection = True
+
+
+def slam(handler):
+    handler.close_connection = True
+
+
+def late(handler):
+    time.sleep(0.5)
+    slam(handler)
+
+
+def byte_by_byte(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    try:
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+    except OSError:
+        pass
+
+
+MISBEHAVIOUR = {
+    "429": (429, {"error": "slow down"}), "500": (500, b"oops"), "503": (503, b""), "cut off": cut, "hung up": slam,
+    "too slow": late, "byte by byte": byte_by_byte, "no JSON": (200, b"<html>"), "other JSON": (200, []),
+    "no choices": (200, {"choices": []}), "no text": (200, {"choices": [{"message": {"content": [1]}}]}),
+    "odd usage": (200, {"choices": [{"message": {"content": ""}}], "usage": {"prompt_tokens": "many"}}),
+    "nested": (200, b"[" * 100_000), "empty": (200, b""), "bad status": lambda handler: handler.wfile.write(b"what?\r\n"),
+}
+
+
+@pytest.mark.parametrize("reply", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR)
+def test_what_may_go_better_is_tried_again(reply):
+    with server(lambda number, body: reply if number < 3 else (200, completion("fine"))) as http:
+        assert ask(http, timeout=0.2) == {"response": "fine", "tokens_in": 100, "tokens_out": 10}
+        assert len(http.requests) == 3
+    with server(lambda number, body: reply) as http:
+        with pytest.raises(expert.GaveUp, match=", 3 times"):
+            ask(http, timeout=0.2)
+        assert len(http.requests) == 3
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 302])
+def test_what_no_sample_would_survive_ends_it_at_once_without_the_key(status):
+    said = {"error": f"Incorrect API key provided: {KEY}\n\nsee https://…"}
+    with server(lambda number, body: (status, said, {"Location": "/elsewhere"})) as http:
+        with pytest.raises(ValueError, match=f"chat/completions answered {status}: .*Incorrect") as caught:
+            ask(http)
+        assert len(http.requests) == 1
+    assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sample_that_is_refused_is_not_tried_again():
+    with server(lambda number, body: (400, {"error": "picture too large"})) as http:
+        with pytest.raises(expert.GaveUp, match="answered 400: .*picture too large"):
+            ask(http)
+        assert len(http.requests) == 1
+
+
+def test_pauses_grow_and_the_endpoint_s_own_wish_is_met(monkeypatch):
+    pauses = []
+
+    class Event(threading.Event):
+        def wait(self, seconds):
+            pauses.append(seconds)
+
+    wishes = {1: {}, 2: {}, 3: {"Retry-After": "7"}, 4: {"Retry-After": "86400"}, 5: {"Retry-After": "tomorrow"}}
+    with server(lambda number, body: (429, b"", wishes[number]) if number < 6 else gold(body | {"messages": [
+            {"content": [{"text": ""}]}]})) as http:
+        expert.ask(endpoint(http, attempts=6, pause=1.0), b"{}", Event())
+    assert 0.5 <= pauses[0] <= 1 <= pauses[1] <= 2
+    assert pauses[2:4] == [7, expert.LONGEST_PAUSE] and 8 <= pauses[4] <= 16
+
+
+def test_a_refusal_is_an_empty_response_and_surrogates_are_mended():
+    with server(lambda number, body: (200, completion(None))) as http:
+        assert ask(http)["response"] == ""
+    with server(lambda number, body: (200, completion("a\ud800b"))) as http:
+        assert ask(http)["response"] == "a?b"
+
+
+def test_nobody_at_home_is_said_without_the_key():
+    here = expert.Endpoint("http://127.0.0.1:1/v1", "m", KEY, attempts=2, pause=0.01)
+    with pytest.raises(expert.GaveUp, match="refused") as caught:
+        expert.ask(here, b"{}", threading.Event())
+    assert KEY not in str(caught.value) and KEY not in repr(here)
+
+
+# ---- many requests ----
+
+
+def test_a_killed_run_goes_on_where_it_was(samples, tmp_path, capsys):
+    path = tmp_path / "out" / "answers.jsonl"
+    with server(lambda number, body: (200, completion("first")) if number <= 5 else (401, b"no more")) as http:
+        with pytest.raises(ValueError, match="answered 401: no more"):
+            ask_all(http, samples, path, concurrency=1)
+    assert len(path.read_text().splitlines()) == 5
+    with path.open("a") as file:
+        file.write('{"id": "train/5", "respon')  # killed while it wrote
+    with server(lambda number, body: (200, completion("second"))) as http:
+        responses = ask_all(http, samples, path)
+        assert len(http.requests) == 7
+    assert responses == {f"train/{i}": "first" if i < 5 else "second" for i in range(12)}
+    assert "5 of 12 responses are there already" in capsys.readouterr().out
+    with server(lambda number, body: (500, b"")) as http:
+        assert ask_all(http, samples, path) == responses and not http.requests
+
+
+def test_the_cost_is_counted(samples, tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    with server(lambda number, body: (200, completion("a", prompt_tokens=1000, completion_tokens=7))) as http:
+        ask_all(http, samples[:3], path)
+        ask_all(http, samples[:4], path)
+    printed = capsys.readouterr().out
+    assert "gpt-x: 3 responses, 3,000 tokens in, 21 tokens out in this run" in printed
+    assert "1 responses, 1,000 tokens in, 7 tokens out in this run, 4 responses, 4,000 tokens in, 28" in printed
+
+
+def test_no_more_requests_at_a_time_than_allowed(samples, tmp_path):
+    now, most, lock = [0], [0], threading.Lock()
+
+    def behave(number, body):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        return 200, completion("a")
+
+    with server(behave) as http:
+        ask_all(http, samples, tmp_path / "answers.jsonl", concurrency=3)
+    assert most[0] == 3
+
+
+def test_one_refused_sample_does_not_stop_the_others(samples, tmp_path, capsys):
+    def behave(number, body):
+        refused = body["messages"][0]["content"][-1]["text"] == "train/3"
+        return (400, b"not this one") if refused else (200, completion("a"))
+
+    with server(behave) as http:
+        responses = ask_all(http, samples, tmp_path / "answers.jsonl", concurrency=2)
+    assert set(responses) == {sample.id for sample in samples} - {"train/3"}
+    assert "no response for 1 of 12 samples" in capsys.readouterr().out
+
+
+def test_an_endpoint_that_refuses_everything_is_left_soon(samples, tmp_path):
+    with server(lambda number, body: (400, b"no such option")) as http:
+        with pytest.raises(ValueError, match="no response for 3 samples in a row: .*no such option"):
+            ask_all(http, samples, tmp_path / "answers.jsonl", concurrency=1)
+        assert len(http.requests) <= 5
+
+
+@pytest.mark.parametrize("change", [{"options": {"temperature": 1}}, {"template": "other {text}"}])
+def test_answers_to_another_request_are_not_mixed_in(samples, tmp_path, change):
+    with server(lambda number, body: (200, completion("a"))) as http:
+        ask_all(http, samples[:1], tmp_path / "answers.jsonl")
+        with pytest.raises(ValueError, match="answers.jsonl:1: this was asked of another model"):
+            ask_all(http, samples, tmp_path / "answers.jsonl", **change)
+
+
+def test_a_broken_line_among_the_answers_is_named(tmp_path):
+    (tmp_path / "answers.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="answers.jsonl:1: found .*an expert's answer expected"):
+        expert.read_answers(tmp_path / "answers.jsonl", "")
+
+
+# ---- the whole program ----
+
+
+def annotated(folder, *words):
+    annotate.main(["--data", str(folder), "--expert", "openai:gpt-x", "--fraction", "1", "--output",
+                   str(folder / "cold.jsonl"), "--attempts", "2", *words])
+    return [json.loads(row) for row in (folder / "cold.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    def point_at(http):
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{http.server_port}/v1/")
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    return point_at
+
+
+def test_an_asked_expert_ends_in_cold_start_data(samples, tmp_path, surroundings, capfd):
+    with server(lambda number, body: gold(body)) as http:
+        surroundings(http)
+        lines = annotated(tmp_path)
+        assert http.requests[0][2]["max_tokens"] == 2048
+        assert len(http.requests[0][2]["messages"][0]["content"]) == 3
+    assert [entry["id"] for entry in lines] == [sample.id for sample in samples]
+    assert sum(f"<answer>{PEER}</answer>" in entry["response"] for entry in lines) == 4
+    assert KEY not in "".join(capfd.readouterr())
+    assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_a_template_takes_the_place_of_the_prompt(samples, tmp_path, surroundings):
+    (tmp_path / "mine.txt").write_text('"{text}" and {entity}: {answer}, of {labels}. Keep {this}.')
+    with server(lambda number, body: (200, completion("no"))) as http:
+        surroundings(http)
+        with pytest.raises(ValueError, match="no response of use"):
+            annotated(tmp_path, "--template", str(tmp_path / "mine.txt"), "--concurrency", "1")
+        text = http.requests[0][2]["messages"][0]["content"][-1]["text"]
+    assert text == ('"Celtics beat Heat" and Heat: <answer>none</answer>, of none, /per/per/peer, '
+                    "/per/org/member_of. Keep {this}.")
+
+
+@pytest.mark.parametrize("words, environment, message", [
+    ((), {"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is not set"),
+    ((), {"OPENAI_API_KEY": "sk-a\nb"}, "OPENAI_API_KEY holds a character that cannot be sent"),
+    ((), {"OPENAI_BASE_URL": "file:///etc"}, "OPENAI_BASE_URL is 'file:///etc'; http"),
+    (("--expert_options", "[1]"), {}, "expert_options \\[1\\]: a JSON object expected"),
+    (("--concurrency", "0"), {}, "must be above 0"),
+    (("--template", "empty.txt"), {}, "empty.txt: no {text} or {question} in it"),
+])
+def test_what_cannot_be_asked_is_refused_before_anything_is_paid(samples, tmp_path, monkeypatch, words, environment,
+                                                                  message):
+    (tmp_path / "empty.txt").write_text("Say something about {entity}.")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    for name, value in {"OPENAI_API_KEY": KEY, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as caught:
+        annotated(tmp_path, *words)
+    assert "sk-" not in str(caught.value)

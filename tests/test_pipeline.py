@@ -1,0 +1,146 @@
+"""The programs as a user runs them, on a very small world, over two processes: each is a real run of few steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import grpo.train
+from grpo.settings import run_program
+
+ROOT = Path(__file__).parent.parent
+COMMON = ["--max_completion_tokens", "24", "--rollout_rows", "8", "--max_pixels", "3136"]
+
+
+def run(module, *words, processes=0):
+    """Standard output and error, and the exit status, of one program."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0"] if processes else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *launcher, "-m", module, *map(str, words)], env=environment,
+                          capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+def succeed(module, *words, processes=0):
+    status, text = run(module, *words, processes=processes)
+    assert status == 0, text
+    return text
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def tensors(folder):
+    file = safe_open(folder / "model.safetensors", "pt")
+    return {name: file.get_tensor(name) for name in file.keys()}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """World, cold start, Stage 1, split, Stage 2, evaluation."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    data = folder / "world" / "MORE"
+    succeed("data.synthetic", "--output", folder / "world", "--train", 60, "--valid", 6, "--test", 12)
+    succeed("data.annotate", "--task", "more", "--data", data, "--split", "train", "--fraction", 0.4, "--seed", 0,
+            "--expert", f"file:{folder / 'world' / 'expert.jsonl'}", "--output", folder / "cold_start.jsonl")
+    succeed("sft.train", "--model", folder / "world" / "model", "--data", data, "--responses", folder / "cold_start.jsonl",
+            "--output", folder / "sft", "--epochs", 2, "--batch_size", 8, "--learning_rate", 1e-3, "--train_vision", True,
+            *COMMON, processes=2)
+    succeed("grpo.evaluate", "--model", folder / "sft" / "model", "--data", data, "--split", "train", "--output",
+            folder / "split", "--exclude", folder / "cold_start.drawn.json", *COMMON, processes=2)
+    succeed("grpo.train", "--model", folder / "sft" / "model", "--data", data, "--predictions",
+            folder / "split" / "predictions.jsonl", "--output", folder / "grpo", "--max_rollouts", 3, "--learning_rate", 1e-3,
+            "--prompts_per_rollout", 4, "--group_size", 3, "--reward_options", "min_length=60", *COMMON, processes=2)
+    succeed("grpo.evaluate", "--model", folder / "grpo" / "model", "--data", data, "--output", folder / "test", *COMMON)
+    return folder
+
+
+def test_stage_1_learns_and_keeps_the_best_by_validation(folder):
+    metrics = lines(folder / "sft" / "metrics.jsonl")
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert sum("valid/f1" in line for line in metrics) == 2
+    assert "f1" in json.loads((folder / "sft" / "best.json").read_text())["valid"]
+
+
+def test_the_split_holds_every_sample_that_the_cold_start_did_not_draw(folder):
+    drawn = set(json.loads((folder / "cold_start.drawn.json").read_text()))
+    answered = [line["id"] for line in lines(folder / "split" / "predictions.jsonl")]
+    assert set(answered) == {f"train/{i}" for i in range(60)} - drawn and len(answered) == len(set(answered))
+
+
+def test_the_metrics_of_an_update_stand_under_trls_names(folder):
+    updates = [line for line in lines(folder / "grpo" / "metrics.jsonl") if "reward" in line]
+    assert len(updates) == 3
+    names = {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
+             "completions/mean_length", "completions/clipped_ratio", "rewards/format/mean", "rewards/length/mean",
+             "rewards/answer/mean", "grad_norm", "learning_rate", "step_time", "seconds/rollout", "seconds/score", "seconds/update"}
+    assert all(names <= set(line) and line["prompts"] == 4 for line in updates)
+
+
+def test_what_is_frozen_has_not_moved_by_a_bit_and_what_trains_has(folder):
+    before, after = tensors(folder / "world" / "model"), tensors(folder / "sft" / "model")
+    assert all(not torch.equal(before[name], after[name]) for name in before)  # the whole tiny model trains in Stage 1
+    text = (folder / "grpo" / "settings.json").read_text()
+    assert json.loads(text)["settings"]["train_vision"] is False
+
+
+def test_stage_2_leaves_the_vision_encoder_and_projector_as_they_were(folder, tmp_path):
+    out = tmp_path / "grpo"
+    succeed("grpo.train", "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", out,
+            "--max_rollouts", 1, "--learning_rate", 1e-2, "--prompts_per_rollout", 2, "--group_size", 8, "--valid_split", "",
+            "--reward_options", "min_length=60", *COMMON)
+    before, after = tensors(folder / "sft" / "model"), tensors(out / "model")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(name.startswith("visual.") for name in moved)
+
+
+def test_an_evaluation_writes_a_prediction_for_every_sample_in_order(folder):
+    predictions = lines(folder / "test" / "predictions.jsonl")
+    assert [line["id"] for line in predictions] == [f"test/{i}" for i in range(12)]
+    metrics = json.loads((folder / "test" / "metrics.json").read_text())
+    assert metrics["accuracy"] == sum(line["correct"] for line in predictions) / 12
+
+
+def test_one_process_and_two_give_the_same_answers(folder, tmp_path):
+    words = ["--model", folder / "grpo" / "model", "--data", folder / "world" / "MORE", *COMMON]
+    succeed("grpo.evaluate", *words, "--output", tmp_path / "two", processes=2)
+    assert lines(tmp_path / "two" / "predictions.jsonl") == lines(folder / "test" / "predictions.jsonl")
+
+
+def test_the_comparison_is_a_table_and_the_same_numbers_as_json(folder, tmp_path):
+    text = succeed("grpo.compare", f"sft={folder / 'split'}", f"grpo={folder / 'test'}", "--output", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"sft", "grpo"} and set(results["sft"]) == {"accuracy", "precision", "recall", "f1"}
+    assert f"{100 * results['grpo']['accuracy']:.2f}" in text
+
+
+BAD = {
+    "an unknown setting": (["--epoch", "3"], "no setting --epoch; did you mean epochs"),
+    "an unknown task": (["--task", "mroe"], "mroe"),
+    "a group of one": (["--group_size", "1"], "--group_size is 1"),
+    "no such data": (["--data", "nowhere"], "nowhere"),
+    "no such model": (["--model", "nowhere/else"], "nowhere/else"),
+    "a split that is not there": (["--split", "tarin"], "tarin"),
+    "an unknown reward": (["--reward_weights", "fromat=1"], "fromat"),
+}
+
+
+@pytest.mark.parametrize("words,expected", BAD.values(), ids=BAD.keys())
+def test_bad_input_ends_in_one_line_before_any_training(folder, tmp_path, monkeypatch, capsys, words, expected):
+    given = {"--model": folder / "sft" / "model", "--data": folder / "world" / "MORE", "--output": tmp_path / "out",
+             "--predictions": folder / "split" / "predictions.jsonl", **dict(zip(COMMON[::2], COMMON[1::2]))}
+    given |= dict(zip(words[::2], words[1::2]))
+    monkeypatch.setattr(sys, "argv", ["grpo.train", *[str(word) for pair in given.items() for word in pair]])
+    with pytest.raises(SystemExit) as end:
+        run_program(grpo.train.main)
+    errors = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+    assert not (tmp_path / "out" / "model").exists()
