@@ -5,7 +5,7 @@
 
 writes beside each other
     cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
-    cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave all of them out
+    cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave them all out
     cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
     cold_start.responses.jsonl  what --expert openai:MODEL answered, as it came (data/expert.py)
 """
@@ -39,8 +39,8 @@ class Settings:
     seed: int = setting(0, "of the draw")
     missing_images: str = setting("stop", "pictures that are not there: stop, drop the samples, or blank",
                                   choices=("stop", "drop", "blank"))
-    template: str = setting("", "openai: file with the prompt in your own words; {question}, {answer}, {text} "
-                                "and the sample's other fields are filled in")
+    template: str = setting("", "openai: file with the prompt in your own words; {question}, {answer}, "
+                                "{text} and the sample's other fields are filled in")
     expert_options: str = setting('{"max_tokens": 2048}', "openai: JSON object that goes into every request")
     concurrency: int = setting(8, "openai: requests at a time")
     attempts: int = setting(6, "openai: how often a sample is tried, with longer and longer pauses")

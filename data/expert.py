@@ -1,4 +1,4 @@
-"""An expert behind an OpenAI-compatible endpoint: several requests at a time, each answer on disk as it comes.
+"""An expert behind an OpenAI-compatible endpoint: many requests at a time, each answer on disk as it comes.
 
 The endpoint is read from the environment: OPENAI_BASE_URL (OpenAI's own where it is not set) and
 OPENAI_API_KEY, which stands in no message and no file. An answer is appended to a JSONL file before anything
@@ -169,10 +169,10 @@ def _read_reply(endpoint: Endpoint, reply: bytes) -> dict:
 
 def ask_all(endpoint: Endpoint, samples: list, prompt_of: Callable, path: Path, *, template: str = "",
             concurrency: int = 8) -> dict[str, str]:
-    """Ask for every sample that `path` has no answer for yet; returns response by sample id, old and new ones.
+    """Ask for every sample that `path` has no answer for yet; returns response by sample id, old and new.
 
-    `prompt_of(sample)` is (pictures, text), called only for what is asked. A sample without a response is left
-    out; as many in a row as there are requests at a time, at least three, are a ValueError.
+    `prompt_of(sample)` is (pictures, text), called only for what is asked. A sample without a response is
+    left out; as many in a row as there are requests at a time, at least three, are a ValueError.
     """
     asked = json.dumps([endpoint.model, endpoint.options, template])
     request = hashlib.sha256(asked.encode()).hexdigest()[:12]
@@ -213,7 +213,7 @@ def _wait_for(futures: list, bar, most_in_a_row: int) -> None:
             raise ValueError(f"no response for {in_a_row} samples in a row: {reason}")
         bar.update()
     if total:
-        say(f"no response for {total} of {len(futures)} samples, start again to ask again; the last: {reason}")
+        say(f"no response for {total} of {len(futures)} samples (another run asks again); the last: {reason}")
 
 
 def cost_line(answers: dict[str, dict]) -> str:

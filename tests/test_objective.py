@@ -397,7 +397,7 @@ def test_a_masked_truncated_completion_trains_nothing_and_changes_nobody_elses_w
 
 
 def test_only_the_policy_is_trained():
-    """Neither the old policy nor the reference, even if the caller forgot to detach them, nor by statistics."""
+    """Neither the old policy nor the reference, even if the caller forgot to detach them."""
     logp, old, reference, entropy = (torch.full((2, 3), -x, requires_grad=True) for x in (1.0, 1.1, 1.2, 1.3))
     loss, stats = grpo_loss(
         logp, old, reference, torch.ones(2), torch.ones(2, 3), beta=0.1, entropy=entropy, level="sequence"

@@ -17,8 +17,7 @@ PLAIN = dict(
     kl_weighted=False, length=None,
 )
 UNCLIPPED = dict(clip_low=None, clip_high=None)
-# name: scale of the advantages, and the loss in the reference's words, where it differs from PPO's clip of 0.2, a
-# ratio a token, the mean of sequence means and no KL.
+# name: scale of the advantages, and the loss in the reference's words where it differs from PLAIN.
 PAPERS = {
     "grpo": ("group", dict(beta=0.04)),
     "more-r1": ("group", dict(beta=0.001)),
@@ -98,19 +97,20 @@ def test_settings_can_be_replaced_one_by_one():
 
 @pytest.mark.parametrize("ask", [resolve, load_objective])
 def test_an_unknown_name_is_answered_with_the_nearest(ask):
-    with pytest.raises(ValueError, match="'more_r1' is neither a preset nor a module .* did you mean 'more-r1'?"):
+    with pytest.raises(ValueError, match="'more_r1' is neither a preset nor .* did you mean 'more-r1'?"):
         ask("more_r1")
     with pytest.raises(ValueError, match="'nowhere.at_all' is neither .*; there are grpo, more-r1"):
         ask("nowhere.at_all")
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="'clip_hi' is not a setting of an objective; did you mean 'clip_high'?"):
+    with pytest.raises(ValueError, match="'clip_hi' is not a setting .* did you mean 'clip_high'?"):
         resolve("dapo", clip_hi=0.3)
 
 
 @pytest.mark.parametrize(
-    "setting", ["combine", "scale", "ddof", "surrogate", "level", "aggregate", "kl", "truncated", "flat_groups"]
+    "setting",
+    ["combine", "scale", "ddof", "surrogate", "level", "aggregate", "kl", "truncated", "flat_groups"],
 )
 def test_an_unknown_option_is_refused_before_anything_runs(setting):
     with pytest.raises(ValueError, match=f"{setting} is 'other'; it takes one of"):
