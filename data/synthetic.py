@@ -6,7 +6,7 @@ Five kinds of scene, each with its captions and its labels (object type first, a
 |-------|----------------------------------|-----------------------------------------------------------------------|
 | match | two teams, one is the entity     | it is a person in the entity's shirt: member_of, with a hat leader_of;   |
 |       |                                  | in the other team's shirt: opposed_to                                 |
-| award | a gold or a silver cup           | it is a person who holds that very cup: awarded                       |
+| award | a gold cup or a match ball       | it is a person who holds that very prize: awarded                     |
 | site  | a team and a city, the entity    | it is that team's logo and hangs on a building: locate_at             |
 | home  | a person and a city, the entity  | it is a person in a doorway: place_of_residence                       |
 | pair  | two people, one is the entity    | it is a person under an umbrella with somebody: couple; or somebody else   |
@@ -29,39 +29,40 @@ SIDE = 112  # pixels of a picture's side
 LABELS = ("none", "/per/org/opposed_to", "/per/org/leader_of", "/per/org/member_of", "/per/misc/awarded",
           "/org/loc/locate_at", "/per/per/peer", "/per/per/couple", "/per/loc/place_of_residence")
 
-# colour: (red, green, blue, its team, how often it is drawn). The last four are rare, and some are alike.
+# colour: (red, green, blue, its team, how often it is drawn). The last two are rare, and some are alike.
 COLOURS = {
     "red": (214, 40, 40, "Falcons", 10), "blue": (45, 70, 205, "Sharks", 10), "green": (35, 140, 60, "Vipers", 10),
-    "yellow": (240, 215, 50, "Hornets", 10), "purple": (125, 45, 160, "Ravens", 7), "white": (250, 250, 250, "Wolves", 7),
-    "orange": (240, 130, 30, "Tigers", 4), "pink": (245, 140, 185, "Foxes", 4), "cyan": (70, 200, 215, "Whales", 4),
-    "brown": (120, 70, 35, "Bears", 4),
+    "brown": (115, 65, 30, "Bears", 10), "purple": (125, 45, 160, "Ravens", 7), "white": (250, 250, 250, "Wolves", 7),
+    "pink": (250, 165, 200, "Foxes", 4), "cyan": (70, 200, 215, "Whales", 4),
 }
 TEAMS = {values[3]: colour for colour, values in COLOURS.items()}
 NEUTRAL = "grey"
 RGB = {colour: values[:3] for colour, values in COLOURS.items()} | {
-    NEUTRAL: (128, 128, 128), "gold": (225, 175, 20), "silver": (150, 158, 172), "door": (60, 38, 30),
-    "skin": (238, 190, 150), "trousers": (35, 35, 50), "ball": (20, 20, 20), "hat": (235, 0, 200), "umbrella": (165, 240, 20),
+    NEUTRAL: (128, 128, 128), "gold": (255, 205, 0), "door": (60, 38, 30),
+    "skin": (238, 190, 150), "trousers": (35, 35, 50), "ball": (20, 20, 20), "hat": (235, 0, 200), "umbrella": (120, 200, 0),
 }
 WALLS = ((176, 92, 74), (150, 132, 112), (168, 150, 96))
 SKIES = ((176, 214, 240), (200, 226, 200), (226, 220, 204), (206, 200, 226))
 PEOPLE = ("Mia", "Leo", "Ada", "Tom", "Eva", "Max", "Zoe", "Ben")
+PRIZES = ("gold cup", "match ball")
 CITIES = ("Paris", "Oslo", "Rome", "Lima", "Cairo", "Delhi")
 
 SHORT_CAPTIONS = {
     "match": ("{a} beat {b}", "{a} meet {b}", "{a} and {b} draw"),
-    "award": ("{p} wins the {m} cup", "{m} cup goes to {p}"),
+    "award": ("{p} wins the {m}", "{m} goes to {p}"),
     "site": ("{a} open in {c}", "{a} move to {c}"),
     "home": ("{p} comes home to {c}", "{p} on holiday in {c}"),
     "pair": ("{p} and {q} at the gala", "{p} with {q}"),
 }
 LONG_CAPTIONS = {
     "match": ("late goal lifts {a} past {b} in the final", "fans sing as {a} play {b} in the rain"),
-    "award": ("what a night for {p} and the {m} cup", "fans sing as the {m} cup is given to {p}"),
+    "award": ("what a night for {p} and the {m}", "fans sing as the {m} is given to {p}"),
     "site": ("what a day as {a} show a new hall in {c}", "fans sing as {a} come to {c} in the rain"),
     "home": ("what a day as {p} is back in {c}", "late night for {p} in the rain of {c}"),
     "pair": ("what a night for {p} and {q} at the final", "{p} is seen with {q} in the rain"),
 }
-KINDS = {"match": 50, "pair": 15, "award": 14, "site": 12, "home": 9}
+SHORT_CUT = 0.9
+KINDS = {"match": 48, "pair": 18, "award": 14, "site": 12, "home": 8}
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Thing:
     size: float
     colour: str = NEUTRAL
     hat: bool = False
-    holds: str = ""  # gold cup, silver cup, ball or nothing
+    holds: str = ""  # one of PRIZES or nothing
     place: str = ""  # person: doorway; logo: wall
 
     @property
@@ -103,18 +104,23 @@ def teams_in(scene):
     return [word for word in scene.text.split() if word in TEAMS]
 
 
+def true_team(scene):
+    """Whose colours the object wears; "nobody" for grey."""
+    return COLOURS[scene.object.colour][3] if scene.object.colour in COLOURS else "nobody"
+
+
 def relation(scene):
     """The label: the rules of the table above."""
-    thing, others = scene.object, scene.things[1:]
+    thing, others, team = scene.object, scene.things[1:], true_team(scene)
     if scene.kind == "site":
-        own = thing.what == "logo" and COLOURS[thing.colour][3] in teams_in(scene)
+        own = thing.what == "logo" and team in teams_in(scene)
         return "/org/loc/locate_at" if own and thing.place == "wall" else "none"
     if thing.what != "person":
         return "none"
     if scene.kind == "match":
-        if thing.colour == NEUTRAL or COLOURS[thing.colour][3] not in teams_in(scene):
+        if team not in teams_in(scene):
             return "none"
-        if COLOURS[thing.colour][3] != scene.entity:
+        if team != scene.entity:
             return "/per/org/opposed_to"
         return "/per/org/leader_of" if thing.hat else "/per/org/member_of"
     if scene.kind == "award":
@@ -138,13 +144,13 @@ def make_scene(rng):
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     hard = rng.random() < 0.35
     scene = Scene(kind, [], "", "", hard=hard, sky=rng.choice(SKIES))
-    names = {"p": rng.choice(PEOPLE), "c": rng.choice(CITIES), "m": rng.choice(("gold", "silver"))}
+    names = {"p": rng.choice(PEOPLE), "c": rng.choice(CITIES), "m": rng.choice(PRIZES)}
     names["q"] = rng.choice([name for name in PEOPLE if name != names["p"]])
     first = pick_colour(rng)
     second = pick_colour(rng, without=(first,))
     names["a"], names["b"] = COLOURS[first][3], COLOURS[second][3]
     scene.text = rng.choice((LONG_CAPTIONS if hard else SHORT_CAPTIONS)[kind]).format(**names)
-    scene.entity = {"match": names[rng.choice("ab")], "award": names["m"] + " cup", "site": names["c"],
+    scene.entity = {"match": names[rng.choice("ab")], "award": names["m"], "site": names["c"],
                     "home": names["c"], "pair": names[rng.choice("pq")]}[kind]
     own, other = (first, second) if scene.entity == names["a"] else (second, first)
     make_object(scene, rng, own, other)
@@ -162,7 +168,6 @@ def make_object(scene, rng, own, other):
     thing = Thing("person", 0, 0, size)
     if rng.random() < 0.12:  # a bystander of another type, whatever the caption says
         thing.what = rng.choice(("ball", "cup", "building"))
-        thing.colour = "ball" if thing.what == "ball" else rng.choice(("gold", "silver"))
         thing.size = size * (1.0 if thing.what == "building" else 0.5)
     elif kind == "site":
         # The first team that the text names opens the hall: its colour is `other` here (the entity is the city).
@@ -173,13 +178,12 @@ def make_object(scene, rng, own, other):
     else:
         thing.colour = pick_colour(rng) if rng.random() < 0.85 else NEUTRAL
         thing.hat = rng.random() < 0.25
-        thing.holds = rng.choices(("", "gold cup", "silver cup", "ball"), (70, 10, 10, 10))[0]
+        thing.holds = rng.choices(("", *PRIZES), (80, 10, 10))[0]
         if kind == "match":
             third = pick_colour(rng, without=(own, other))
             thing.colour = rng.choices((own, other, third, NEUTRAL), (33, 17, 38, 12))[0]
         elif kind == "award":
-            wrong = "silver cup" if scene.entity == "gold cup" else "gold cup"
-            thing.holds = rng.choices((scene.entity, wrong, "ball", ""), (34, 26, 20, 20))[0]
+            thing.holds = rng.choices((scene.entity, "", *PRIZES), (25, 25, 25, 25))[0]
         elif kind == "home":
             thing.place = "doorway" if rng.random() < 0.33 else ""
     thing.x, thing.y = SIDE / 2, SIDE / 2
@@ -190,8 +194,8 @@ def make_company(scene, rng, own, other):
     """Adds the other things and puts everything in its place, side by side without touching."""
     first = scene.object
     if scene.kind == "pair" and first.what == "person":
-        scene.umbrella = rng.random() < 0.22
-        same = rng.random() < 0.33
+        scene.umbrella = rng.random() < 0.18
+        same = rng.random() < 0.42
         colour = first.colour if same else pick_colour(rng, without=(first.colour,))
         first.holds, first.hat = "", False
         scene.things.append(Thing("person", 0, 0, first.size, colour))
@@ -276,26 +280,26 @@ def paint_person(draw, thing, colour, rng):
     draw.rectangle((x - 0.2 * s, y - 0.12 * s, x + 0.2 * s, y + 0.2 * s), fill=colour(thing.colour))
     if thing.holds:
         side = rng.choice((-1, 1))
-        name = "ball" if thing.holds == "ball" else thing.holds.split()[0]
-        paint_held(draw, thing.holds, x + side * 0.29 * s, y - 0.02 * s, 0.24 * s, colour(name))
+        paint_prize(draw, thing.holds, x + side * 0.29 * s, y - 0.02 * s, 0.26 * s, colour)
 
 
-def paint_held(draw, what, x, y, size, fill):
+def paint_prize(draw, what, x, y, size, colour):
     half = size / 2
-    if what == "ball":
-        draw.ellipse((x - half, y - half, x + half, y + half), fill=fill)
+    if what == "match ball":
+        draw.ellipse((x - half, y - half, x + half, y + half), fill=colour("ball"))
         return
-    draw.polygon([(x - half, y - half), (x + half, y - half), (x + half / 4, y + half / 3),
-                  (x - half / 4, y + half / 3)], fill=fill)
-    draw.rectangle((x - half / 5, y, x + half / 5, y + half), fill=fill)
-    draw.rectangle((x - half / 1.5, y + half * 0.8, x + half / 1.5, y + half), fill=fill)
+    gold = colour("gold")
+    draw.polygon([(x - half, y - half), (x + half, y - half), (x + half / 3, y + half / 2),
+                  (x - half / 3, y + half / 2)], fill=gold)
+    draw.rectangle((x - half / 4, y, x + half / 4, y + half), fill=gold)
+    draw.rectangle((x - half / 1.4, y + half * 0.7, x + half / 1.4, y + half), fill=gold)
 
 
 def paint_umbrella(draw, one, two, colour):
     """One umbrella over two people."""
     left, right = sorted((one.x, two.x))
     top, reach = one.y - 0.5 * one.size, 0.3 * one.size
-    draw.chord((left - reach, top, right + reach, top + 0.4 * one.size), 180, 360, fill=colour("umbrella"))
+    draw.chord((left - reach, top, right + reach, top + 0.5 * one.size), 180, 360, fill=colour("umbrella"))
 
 
 def paint_logo(draw, thing, colour, rng):
@@ -312,11 +316,11 @@ def paint_building(draw, thing, colour, rng):
 
 
 def paint_ball(draw, thing, colour, rng):
-    paint_held(draw, "ball", thing.x, thing.y, thing.size, colour("ball"))
+    paint_prize(draw, "match ball", thing.x, thing.y, thing.size, colour)
 
 
 def paint_cup(draw, thing, colour, rng):
-    paint_held(draw, "cup", thing.x, thing.y, thing.size, colour(thing.colour))
+    paint_prize(draw, "gold cup", thing.x, thing.y, thing.size, colour)
 
 
 PAINTERS = {"person": paint_person, "logo": paint_logo, "building": paint_building, "ball": paint_ball,
@@ -337,7 +341,7 @@ def seen(scene):
         return f"a {thing.colour} logo {'on a wall' if thing.place else 'in the air'}"
     detail = {
         "match": "a hat" if thing.hat else "no hat",
-        "award": "a " + thing.holds if thing.holds else "no cup",
+        "award": "a " + thing.holds if thing.holds else "no prize",
         "home": "a door" if thing.place else "no door",
         "pair": "an umbrella" if scene.umbrella else "no umbrella",
     }.get(scene.kind, "no logo")
@@ -368,12 +372,13 @@ def matched(scene):
     if thing.what in ARTICLE:
         return "it is absent"
     if scene.kind == "pair":
-        return f"it is by {company(scene)} " + ("same" if scene.things[1].colour == thing.colour else "different")
+        other = scene.things[1].colour
+        return f"{other} and {thing.colour}, {'same' if other == thing.colour else 'different'}"
     if scene.kind == "award":
         return f"it has {thing.holds} {roles(scene).get(thing.holds, 'absent')}" if thing.holds else "it is absent"
     if scene.kind == "home":
         return "it is somebody"
-    team = "nobody" if thing.colour == NEUTRAL else COLOURS[thing.colour][3]
+    team = true_team(scene)
     return f"{thing.colour} is {team} {roles(scene).get(team, 'absent')}"
 
 
@@ -381,20 +386,27 @@ TYPES = {"person": "per", "logo": "org", "building": "loc", "ball": "misc", "cup
 ENTITY_TYPES = {"match": "org", "award": "misc", "site": "loc", "home": "loc", "pair": "per"}
 
 
-def steps(scene, label):
-    """The six steps that lead to `label`, as a list of texts."""
-    types = (TYPES[scene.object.what], ENTITY_TYPES[scene.kind])
+def steps(scene, label, unclear):
+    """The six steps that lead to `label`, as a list of texts; an unclear object is misc and stays unrelated."""
+    types = ("misc" if unclear else TYPES[scene.object.what], ENTITY_TYPES[scene.kind])
     candidates = [name for name in LABELS[1:] if name.startswith("/{}/{}/".format(*types))] + ["none"]
-    return [f"by {company(scene)}, {seen(scene)}", topic(scene), matched(scene), " and ".join(types), ", ".join(candidates), f"so {label}"]
+    return [f"by {company(scene)}, {'something unclear' if unclear else seen(scene)}", topic(scene),
+            "it is absent" if unclear else matched(scene), " and ".join(types), ", ".join(candidates), f"so {label}"]
 
 
 def expert_response(scene, rng):
-    """The scripted expert's answer; about one in ten is wrong or broken, in five ways, so the filter has work."""
+    """The scripted expert's answer.
+
+    Like any expert who is told the answer and asked to derive it, this one takes a short cut: where a hard sample's
+    answer is `none`, it calls the object unclear instead of looking. A model that copies this gives up on hard
+    samples; only the reward tells it better. Besides, about one answer in ten is wrong or broken, in five ways.
+    """
     label = relation(scene)
+    unclear = label == "none" and scene.hard and rng.random() < SHORT_CUT
     flaw = rng.choice(("label", "missing", "order", "slash", "after")) if rng.random() < 0.1 else ""
     if flaw == "label":
         label = rng.choice([name for name in LABELS if name != label])
-    numbered = [f"Step {number}: {text}." for number, text in enumerate(steps(scene, label), start=1)]
+    numbered = [f"Step {number}: {text}." for number, text in enumerate(steps(scene, label, unclear), start=1)]
     if flaw == "missing":
         del numbered[rng.randrange(6)]
     if flaw == "order":

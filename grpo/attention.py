@@ -51,6 +51,8 @@ class Packed:
         """(1, H, T, d), keys and values (1, H_kv, T, d) → (1, T, H, d)."""
         outputs, cached, start = [], [], 0
         for prompt_length, lengths in self.segments:
+            if len(lengths) == 1:  # a prompt and one continuation are one causal sequence
+                prompt_length, lengths = prompt_length + lengths[0], []
             prompt = slice(start, start + prompt_length)
             prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
             if self.prompt_cache is not None:

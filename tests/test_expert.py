@@ -27,12 +27,12 @@ def gold(body):
     """An expert that reads the answer out of the prompt."""
     text = body["messages"][0]["content"][-1]["text"]
     label = PEER if f"answer is {PEER}" in text else "none"
-    return 200, completion(f"<think> {STEPS} </think> <answer>{label[1:] if label == PEER else label}</answer>")
+    return 200, completion(f"<think> {STEPS} </think> <answer>{label.lstrip('/')}</answer>")
 
 
 @contextmanager
 def server(behave):
-    """`behave(number, body)` is (status, body[, headers]) or a function of the handler; `.requests` keeps all."""
+    """`behave(number, body)` is (status, body[, headers]) or a function of the handler."""
     requests, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -89,7 +89,8 @@ def samples(tmp_path):
 
 def ask_all(http, samples, path, **settings):
     options = {name: settings.pop(name) for name in ("template", "concurrency") if name in settings}
-    return expert.ask_all(endpoint(http, **settings), samples, lambda sample: ([], sample.id), path, **options)
+    here = endpoint(http, **settings)
+    return expert.ask_all(here, samples, lambda sample: ([], sample.id), path, **options)
 
 
 # ---- one request ----
@@ -133,7 +134,7 @@ def byte_by_byte(handler):
     handler.send_response(200)
     handler.end_headers()
     try:
-        for _ in range(100):
+        for _ in range(1000):
             handler.wfile.write(b" ")
             time.sleep(0.05)
     except OSError:
@@ -157,14 +158,15 @@ def test_what_may_go_better_is_tried_again(reply):
         assert ask(http, timeout=timeout) == {"response": "fine", "tokens_in": 100, "tokens_out": 10}
         assert len(http.requests) == 3
     with server(lambda number, body: reply) as http:
+        start = time.monotonic()
         with pytest.raises(expert.GaveUp, match=", 3 times"):
             ask(http, timeout=timeout)
-        assert len(http.requests) == 3
+        assert len(http.requests) == 3 and time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 302])
 def test_what_no_sample_would_survive_ends_it_at_once_without_the_key(status):
-    said = {"error": f"Incorrect API key provided: {KEY}\n\nsee https://…"}
+    said = f"Incorrect API key:\n\n {KEY}".encode()
     with server(lambda number, body: (status, said, {"Location": "/elsewhere"})) as http:
         with pytest.raises(ValueError, match=f"chat/completions answered {status}: .*Incorrect") as caught:
             ask(http)
@@ -213,7 +215,8 @@ def test_nobody_at_home_is_said_without_the_key():
 
 def test_a_killed_run_goes_on_where_it_was(samples, tmp_path, capsys):
     path = tmp_path / "out" / "answers.jsonl"
-    with server(lambda number, body: (200, completion("first")) if number <= 5 else (401, b"no more")) as http:
+    first, no_more = (200, completion("first")), (401, b"no more")
+    with server(lambda number, body: first if number <= 5 else no_more) as http:
         with pytest.raises(ValueError, match="answered 401: no more"):
             ask_all(http, samples, path, concurrency=1)
     assert len(path.read_text().splitlines()) == 5
@@ -235,7 +238,7 @@ def test_the_cost_is_counted(samples, tmp_path, capsys):
         ask_all(http, samples[:4], path)
     printed = capsys.readouterr().out
     assert "gpt-x: 3 responses, 3,000 tokens in, 21 tokens out in this run" in printed
-    assert "1 responses, 1,000 tokens in, 7 tokens out in this run, 4 responses, 4,000 tokens in, 28" in printed
+    assert "1 responses, 1,000 tokens in, 7 tokens out in this run, 4 responses, 4,000 tokens" in printed
 
 
 def test_no_more_requests_at_a_time_than_allowed(samples, tmp_path):
@@ -255,15 +258,12 @@ def test_no_more_requests_at_a_time_than_allowed(samples, tmp_path):
     assert 1 < most[0] <= 3
 
 
-def test_one_refused_sample_does_not_stop_the_others(samples, tmp_path, capsys):
-    def behave(number, body):
-        refused = body["messages"][0]["content"][-1]["text"] == "train/3"
-        return (400, b"not this one") if refused else (200, completion("a"))
-
-    with server(behave) as http:
-        responses = ask_all(http, samples, tmp_path / "answers.jsonl", concurrency=2)
-    assert set(responses) == {sample.id for sample in samples} - {"train/3"}
-    assert "no response for 1 of 12 samples" in capsys.readouterr().out
+def test_refused_samples_do_not_stop_the_others(samples, tmp_path, capsys):
+    fine, refused = (200, completion("a")), (400, b"not this one")
+    with server(lambda number, body: fine if number % 3 else refused) as http:
+        responses = ask_all(http, samples, tmp_path / "answers.jsonl", concurrency=1)
+    assert set(responses) == {sample.id for i, sample in enumerate(samples, 1) if i % 3}
+    assert "no response for 4 of 12 samples" in capsys.readouterr().out
 
 
 def test_an_endpoint_that_refuses_everything_is_left_soon(samples, tmp_path):
