@@ -98,7 +98,7 @@ class Settings(TrainingSettings):
 def read_predictions(path: str, samples: list) -> tuple[list, list]:
     """(hard, easy): the samples that grpo.evaluate got wrong and right. Those it did not answer are in neither."""
     known, hard, easy = {sample.id: sample for sample in samples}, [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).open(encoding="utf-8"), 1):  # splitlines() would cut at U+2028 too
         try:
             entry = json.loads(line)
             (easy if entry["correct"] else hard).append(known[entry["id"]])

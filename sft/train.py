@@ -39,7 +39,7 @@ class Settings(TrainingSettings):
 def read_responses(path: str, samples: list) -> list[tuple]:
     """(sample, response) for every line of a JSONL file. ValueError names the line that does not fit."""
     known, pairs = {sample.id: sample for sample in samples}, []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).open(encoding="utf-8"), 1):  # splitlines() would cut at U+2028 too
         try:
             entry = json.loads(line)
             pairs.append((known[entry["id"]], entry["response"]))
