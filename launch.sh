@@ -47,9 +47,9 @@ one() { OMP_NUM_THREADS=$(nproc) "$python" -m "$@"; }
 title() { printf '\n\033[1m── %s\033[0m\n' "$*"; }
 
 # What the demo sets apart from the papers' settings: it is a thousandth of their size and learns from nothing.
-train=2400
-stage_1="--train_vision True --epochs 16 --batch_size 32 --learning_rate 2e-3 --validate_every 4"
-stage_2="--learning_rate 2e-4 --epochs 4 --max_rollouts 60 --validate_every 15 --reward_options min_length=150"
+train=4800
+stage_1="--train_vision True --epochs 12 --batch_size 32 --learning_rate 2e-3 --validate_every 3"
+stage_2="--learning_rate 2e-4 --max_rollouts 50 --validate_every 10 --reward_options min_length=150"
 
 demo() {
     local seed=0 output=runs/demo
