@@ -37,7 +37,7 @@ setup() {
     echo "$wanted" >"$here/.venv/ready"
 }
 
-many() { # run a module under torchrun, one line of error instead of torchrun's page
+many() { # a module under torchrun
     OMP_NUM_THREADS=$threads "$python" -m torch.distributed.run --nproc-per-node "$processes" \
         --rdzv-backend c10d --rdzv-endpoint localhost:0 -m "$@"
 }
@@ -48,7 +48,7 @@ title() { printf '\n\033[1m── %s\033[0m\n' "$*"; }
 
 # What the demo sets apart from the papers' settings: it is a thousandth of their size and learns from nothing.
 train=4800
-stage_1="--train_vision True --epochs 12 --batch_size 32 --learning_rate 2e-3 --validate_every 3"
+stage_1="--train_vision True --epochs 16 --batch_size 32 --learning_rate 2e-3 --validate_every 4"
 stage_2="--learning_rate 2e-4 --max_rollouts 50 --validate_every 10 --reward_options min_length=150"
 
 demo() {

@@ -16,8 +16,8 @@ SPECIAL_TOKENS = (
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )
-# What the tokenizer cuts text into before merging: a tag; "1:" as one piece; a word or a whole relation label,
-# with the space before it; punctuation; white space. A label is then one token of a small vocabulary.
+# What the tokenizer cuts text into before merging: a tag; "1:" as one piece; a word or a whole relation
+# label, with the space before it; punctuation; white space. A label is then one token of a small vocabulary.
 PIECES = r" ?</?\w+>| ?\d+:| ?/?[A-Za-z][\w/]*| ?\d| ?[^\w\s]|\s+"
 # Qwen's turns in their shortest form: no system turn, pictures where the message has them.
 CHAT_TEMPLATE = (
@@ -35,11 +35,11 @@ COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 def write_tiny_model(folder, texts=(), seed=0, *, tokenizer_folder=None, vocabulary=900, hidden=128, layers=4,
                      heads=4, key_value_heads=2, intermediate=320, vision_hidden=64, vision_depth=2,
                      tied=False, initial_std=0.05, min_pixels=56 * 56, max_pixels=84 * 84):
-    """Writes a random model with its tokenizer, template and preprocessor settings; returns its parameter count.
+    """Writes a random model with its tokenizer, template and settings; returns its parameter count.
 
     `texts` are what the tokenizer's merges are learned from (prompts and responses). With `tokenizer_folder`
-    that folder's tokenizer, template, preprocessor and generation settings are copied instead, and the sizes of
-    the embedding follow its vocabulary. `min_pixels` and `max_pixels` are a picture's area after scaling.
+    that folder's tokenizer, template, preprocessor and generation settings are copied instead, and the size
+    of the embedding follows its vocabulary. `min_pixels` and `max_pixels` are a picture's area after scaling.
     Raises FileNotFoundError where `tokenizer_folder` has no tokenizer and ValueError without any text.
     """
     folder = Path(folder)
@@ -58,7 +58,7 @@ def write_tiny_model(folder, texts=(), seed=0, *, tokenizer_folder=None, vocabul
 
 
 def write_tokenizer(folder, texts, vocabulary):
-    """A byte-level BPE tokenizer of about `vocabulary` entries learned from `texts`, then the special tokens."""
+    """A byte-level BPE of at most `vocabulary` entries learned from `texts`, then the special tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts = list(texts)
@@ -74,7 +74,8 @@ def write_tokenizer(folder, texts, vocabulary):
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(line, normalized=False) for line in fixed_lines(texts)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
         # The generic class: Qwen2Tokenizer would rebuild Qwen's own way of cutting text over ours.
@@ -86,16 +87,17 @@ def write_tokenizer(folder, texts, vocabulary):
 
 
 def fixed_lines(texts):
-    """The lines that stand in at least a quarter of the texts: the task's fixed wording, which becomes a token each.
+    """The lines that stand in at least a quarter of the texts: the task's fixed wording.
 
-    A model that knows no language reads nothing in them, and the demo's prompts get three times shorter.
+    Each becomes one token. A model that knows no language reads nothing in their words, and the prompts get
+    three times shorter.
     """
     count = Counter(line for text in texts for line in set(text.splitlines()))
     return sorted(line for line in count if 4 * count[line] >= len(texts) and len(line.split()) > 1)
 
 
 def write_settings(folder, min_pixels, max_pixels):
-    """The preprocessor's and the generation settings, with the values that the Hub's Qwen2.5-VL folders have."""
+    """The preprocessor's and the generation settings, as in the Hub's folders but for the pictures' area."""
     write_json(folder / "preprocessor_config.json", {
         "min_pixels": min_pixels, "max_pixels": max_pixels, "patch_size": 14, "temporal_patch_size": 2,
         "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -126,7 +128,8 @@ def token_ids(folder):
     ids = {token["content"]: token["id"] for token in content["added_tokens"]}
     missing = [token for token in SPECIAL_TOKENS if token not in ids]
     if missing:
-        raise ValueError(f"{folder / 'tokenizer.json'}: no token {missing[0]}, expected a Qwen2.5-VL tokenizer")
+        file = folder / "tokenizer.json"
+        raise ValueError(f"{file}: no token {missing[0]}, expected a Qwen2.5-VL tokenizer")
     ids[""] = 1 + max(*ids.values(), *content["model"]["vocab"].values())
     return ids
 
@@ -142,7 +145,8 @@ def model_config(tokens, *, hidden, layers, heads, key_value_heads, intermediate
     side = 3 * half_head // 8
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-        "attention_dropout": 0.0, "bos_token_id": tokens["<|endoftext|>"], "eos_token_id": tokens["<|im_end|>"],
+        "attention_dropout": 0.0,
+        "bos_token_id": tokens["<|endoftext|>"], "eos_token_id": tokens["<|im_end|>"],
         "vision_start_token_id": tokens["<|vision_start|>"], "vision_end_token_id": tokens["<|vision_end|>"],
         "vision_token_id": tokens["<|vision_pad|>"], "image_token_id": tokens["<|image_pad|>"],
         "video_token_id": tokens["<|video_pad|>"], "hidden_act": "silu", "hidden_size": hidden,
@@ -163,7 +167,7 @@ def model_config(tokens, *, hidden, layers, heads, key_value_heads, intermediate
 
 
 def write_weights(folder, seed):
-    """Random float32 weights for the folder's `config.json`, under the Hub's tensor names; returns their count."""
+    """Random float32 weights for the folder's `config.json`, under the Hub's names; returns their count."""
     import torch
     from safetensors.torch import save_file
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -181,7 +185,7 @@ def write_weights(folder, seed):
 
 
 def hub_name(name):
-    """A parameter's name in the Hub's layout: `model.language_model.x` is `model.x`, `model.visual.x` `visual.x`."""
+    """`model.language_model.x` is `model.x` in the Hub's layout, and `model.visual.x` is `visual.x`."""
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
 

@@ -151,15 +151,15 @@ class Trainer:
             raise ValueError(f"--reward_weights: no reward {sorted(unknown)[0]!r}; the task has {', '.join(rewards.WEIGHTS)}")
         self.reward_options = parse_options(settings.reward_options, "reward_options")
 
-    def rollout(self, samples: list, step: int) -> list[Group]:
+    def rollout(self, samples: list, seed: int | str) -> list[Group]:
         """This process's groups. Prompts over the limit are dropped: a cut one would split its picture's tokens."""
         settings, preset = self.settings, self.preset
         prompts = [prompt for prompt in map(self.run.prompts, samples) if len(prompt) <= settings.max_prompt_tokens]
         if self.run.policy.vision_is_frozen:
             see_whole(self.run.policy, prompts)
         sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, preset.temperature,
-                            rows=settings.rollout_rows, seed=f"{settings.seed}/{step}").check_training()
-        with progress(len(prompts) * preset.group_size, f"rollout {step + 1}", "completion") as bar:
+                            rows=settings.rollout_rows, seed=f"{settings.seed}/{seed}").check_training()
+        with progress(len(prompts) * preset.group_size, "rollout", "completion") as bar:
             return sample_whole(self.run.policy, prompts, preset.group_size, sampling,
                                 lambda written, ended: bar.update(ended))
 

@@ -1,0 +1,129 @@
+"""The loop of Stage 2 in this process: every objective trains, and what a step does with groups."""
+
+import sys
+import types
+
+import pytest
+import torch
+from test_pipeline import COMMON, folder, lines  # noqa: F401  (the fixture)
+
+import grpo.train
+from grpo.objective import grpo_loss
+from grpo.run import Run
+from grpo.settings import parse
+from grpo.train import Curriculum, Settings, Trainer
+from grpo.variants import PRESETS
+
+
+def make(folder, tmp_path, *words):
+    settings = parse(Settings, [str(word) for word in (
+        "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", tmp_path, "--group_size", 4,
+        "--prompts_per_rollout", 2, "--learning_rate", 1e-3, "--reward_options", "min_length=60", "--valid_split", "",
+        *COMMON, *words)])
+    run = Run(settings)
+    samples = run.load("train")
+    return Trainer(run, settings), Curriculum(settings, samples, run.task.data.is_none), samples
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.run.policy.named_parameters()}
+
+
+@pytest.mark.parametrize("objective", PRESETS)
+def test_every_preset_trains_a_step(folder, tmp_path, objective):
+    trainer, _, samples = make(folder, tmp_path, "--objective", objective)
+    before, rates = weights(trainer), [1e-3] * trainer.preset.updates
+    line = trainer.step(samples[:6], 0, rates)
+    assert line["prompts"] >= 1 and line["grad_norm"] > 0
+    assert any(not torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
+
+
+def test_a_forks_module_takes_the_place_of_the_objective(folder, tmp_path, monkeypatch):
+    calls = []
+    fork = types.ModuleType("my_objective")
+    fork.loss = lambda *arguments, **options: calls.append(options) or grpo_loss(*arguments, **options)
+    monkeypatch.setitem(sys.modules, "my_objective", fork)
+    trainer, _, samples = make(folder, tmp_path, "--objective", "my_objective")
+    trainer.step(samples[:2], 0, [1e-3])
+    assert calls and calls[0]["denominator"] == 8
+
+
+def test_a_rollout_of_flat_groups_alone_moves_nothing_without_a_kl(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path, "--beta", 0, "--reward_weights", "format=0,length=0,answer=0")
+    before = weights(trainer)
+    line = trainer.step(samples[:2], 0, [0.0, 0.0])
+    assert line["frac_reward_zero_std"] == 1 and line["grad_norm"] == 0
+    assert all(torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
+
+
+def test_dropped_flat_groups_leave_a_step_that_says_so(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path, "--flat_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
+    line = trainer.step(samples[:2], 0, [1e-3, 1e-3])
+    assert line["prompts"] == 0 and "no group to learn from" in grpo.train.readable({"step": 1, **line}, 5)
+
+
+def test_the_first_update_of_a_rollout_is_exactly_on_policy(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path, "--updates", 1)
+    line = trainer.step(samples[:2], 0, [1e-3])
+    assert line["ratio_mean"] == 1 and line["kl"] == 0 and line["clip_ratio/region_mean"] == 0
+    again = trainer.step(samples[:2], 1, [1e-3])  # a new rollout: on-policy again, but away from the reference
+    assert again["ratio_mean"] == 1 and again["kl"] > 0
+
+
+def test_the_second_inner_update_is_off_policy(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path, "--updates", 2)
+    assert trainer.step(samples[:2], 0, [1e-2, 1e-2])["ratio_mean"] != 1
+
+
+def test_the_reference_stays_where_stage_1_left_it(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path)
+    before = {name: p.clone() for name, p in trainer.reference.named_parameters()}
+    trainer.step(samples[:2], 0, [1e-2, 1e-2])
+    assert all(torch.equal(before[name], p) for name, p in trainer.reference.named_parameters())
+
+
+def test_shuffled_pixels_change_the_references_log_probabilities_too(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path)
+    groups = trainer.rollout(samples[:2], 0)
+    for group in groups:
+        group.prompt.features = None
+    before = trainer.reference_logps([groups])[0]
+    for group in groups:
+        group.prompt.pixels = group.prompt.pixels[torch.randperm(len(group.prompt.pixels))]
+    assert (trainer.reference_logps([groups])[0] - before).abs().max() > 1e-4
+
+
+def test_a_prompt_over_the_limit_is_dropped_whole_and_not_cut(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path)
+    lengths = sorted(len(trainer.run.prompts(sample)) for sample in samples[:12])
+    trainer.settings.max_prompt_tokens = lengths[5]
+    groups = trainer.rollout(samples[:12], 0)
+    kept = [len(trainer.run.prompts(sample)) for sample in samples[:12] if len(trainer.run.prompts(sample)) <= lengths[5]]
+    assert [len(group.prompt) for group in groups] == kept and len(kept) < 12
+
+
+def test_a_reward_that_raises_or_is_not_a_number_names_the_sample(folder, tmp_path, monkeypatch):
+    trainer, _, samples = make(folder, tmp_path)
+    monkeypatch.setattr(trainer.run.task.rewards, "reward", lambda text, sample, **_: 1 / 0)
+    with pytest.raises(ValueError, match=f"{samples[0].id}: its reward raised ZeroDivisionError"):
+        trainer.step(samples[:2], 0, [1e-3])
+    parts = {"format": 1.0, "length": float("nan"), "answer": 0.0}
+    monkeypatch.setattr(trainer.run.task.rewards, "reward", lambda text, sample, **_: parts)
+    with pytest.raises(ValueError, match=f"{samples[0].id}: reward .*nan"):
+        trainer.step(samples[:2], 0, [1e-3])
+
+
+def test_the_same_seed_gives_the_same_run(folder, tmp_path):
+    ends = []
+    for name in ("a", "b"):
+        trainer, curriculum, _ = make(folder, tmp_path / name, "--predictions", folder / "split" / "predictions.jsonl")
+        for step, batch in enumerate(curriculum.epochs[0].batches[:2]):
+            trainer.step(batch, step, [1e-3, 1e-3])
+        ends.append(weights(trainer))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_curriculum_of_every_epoch_is_written_down(folder, tmp_path):
+    make(folder, tmp_path, "--predictions", folder / "split" / "predictions.jsonl", "--epochs", 3)
+    records = lines(tmp_path / "curriculum.jsonl")
+    assert [record["epoch"] for record in records] == [0, 1, 2]
