@@ -4,7 +4,7 @@ setup(
     name="grpo-vlm",
     version="0.1.0",
     description="Group Relative Policy Optimization for vision-language models, written by hand",
-    license="Apache-2.0",
+    license="MIT",
     python_requires=">=3.11",
     packages=["grpo", "sft", "data", "rewards"],
     # Ranges that are tested; the exact versions of the demo and the tests are in constraints.txt.
