@@ -75,6 +75,10 @@ def check_bfloat16(path):
            lambda _, scores: -scores.logp.sum() / TOKENS, 1.0, 1.0, rate=1e-6)
     after = whole_weights(policy)
     assert set(seen) == {torch.bfloat16}
+    prompts = share([tiny_prompt(i, ((1, 4, 4),)) for i in range(4)])
+    group = sample_whole(policy, prompts, 3, SAMPLING)[0]
+    scored = policy.score([group], 0.8).logp  # the same number of forwards on every process
+    torch.testing.assert_close(torch.cat(group.logps), scored.detach(), rtol=0.1, atol=0.2)
     if torch.distributed.get_rank() == 0:
         moved = [not torch.equal(before[name], after[name]) for name in before]
         assert all(w.dtype == torch.float32 for w in after.values()) and all(moved)
