@@ -39,8 +39,8 @@ def answer(
     Nothing is dropped: a prompt may be as long as it is, its pictures are scaled to the pixel limit.
     """
     mine, texts = share(samples), []
-    # Encoded pictures are large: a few times what is written at once is enough to keep all rows busy.
-    stretch = max(1, 4 * sampling.rows // group_size)
+    # Encoded pictures are large: twice what is written at once keeps most rows busy.
+    stretch = max(1, 2 * sampling.rows // group_size)
     with progress(len(mine), what, "sample") as bar:
         for start in range(0, len(mine), stretch):
             prompts = [prompts_of(sample) for sample in mine[start : start + stretch]]

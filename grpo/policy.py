@@ -14,6 +14,22 @@ from grpo.group import Group, Prompt
 from grpo.head import completion_logp
 
 
+PATCHES_AT_ONCE = 65_536  # through the vision encoder: about a dozen pictures of the default limit
+
+
+def by_patches(prompts: list[Prompt], limit: int) -> list[list[Prompt]]:
+    """Consecutive prompts whose pictures together have at most `limit` patches; one over it stands alone."""
+    parts, room = [], 0
+    for prompt in prompts:
+        patches = 0 if prompt.pixels is None else len(prompt.pixels)
+        if not parts or patches > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(prompt)
+        room -= patches
+    return parts
+
+
 @dataclass
 class Scores:
     """Per completion token, groups and completions end to end: (T,) each. `logp` has a gradient, `entropy` none."""
@@ -80,8 +96,9 @@ class Policy(nn.Module):
         """Look at every picture once, for rollout, reference and all inner updates; only for a frozen encoder."""
         if not self.vision_is_frozen:
             raise ValueError("features of a vision encoder that trains cannot be kept: they change with every update")
-        for prompt, features in zip(prompts, self.see(prompts)):
-            prompt.features = features
+        for some in by_patches(prompts, PATCHES_AT_ONCE):
+            for prompt, features in zip(some, self.see(some)):
+                prompt.features = features
 
     def embed(self, prompts: list[Prompt]) -> list[Tensor]:
         """(P, hidden) input embeddings of each prompt, its image tokens replaced by its pictures' features."""

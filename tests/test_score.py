@@ -57,6 +57,22 @@ def test_the_vision_encoder_runs_once_for_every_picture_however_often_it_is_used
     assert seen == [sum(len(g.prompt.pixels) for g in groups if g.prompt.pixels is not None)]
 
 
+def test_many_pictures_go_through_the_vision_encoder_a_few_at_a_time(monkeypatch):
+    policy, seen = tiny_policy(), []
+    policy.freeze_vision()
+    prompts = [tiny_prompt(i, ((1, 4, 4),)) for i in range(5)] + [tiny_prompt(9, ())]
+    policy.keep_features(prompts)
+    at_once = [prompt.features for prompt in prompts]
+    for prompt in prompts:
+        prompt.features = None
+    monkeypatch.setattr("grpo.policy.PATCHES_AT_ONCE", 32)
+    policy.visual.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
+    policy.keep_features(prompts)
+    assert seen == [32, 32, 16] and prompts[-1].features is None
+    for prompt, expected in zip(prompts[:-1], at_once):
+        torch.testing.assert_close(prompt.features, expected)
+
+
 def test_a_trained_vision_encoder_gets_gradients_and_a_frozen_one_none():
     policy = tiny_policy()
     logp_of(tiny_groups(), policy).sum().backward()
