@@ -5,6 +5,7 @@ mathematics asks for a rectangle, which `pad_rows` makes together with its mask.
 """
 
 from dataclasses import dataclass, field
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -71,13 +72,18 @@ def row_mask(lengths: list[int], device=None) -> Tensor:
     return torch.arange(max(lengths), device=device) < lengths_[:, None]
 
 
+def within(budget: int, items: list, cost: Callable[[object], int]) -> list[list]:
+    """Consecutive items joined while their costs fit the budget; one that alone exceeds it stands alone."""
+    parts, room = [], 0
+    for item in items:
+        if not parts or cost(item) > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(item)
+        room -= cost(item)
+    return parts
+
+
 def packs(groups: list[Group], token_budget: int) -> list[list[Group]]:
-    """Consecutive groups joined while they fit the budget of packed tokens; a group that alone exceeds it stands alone."""
-    result, room = [], 0
-    for group in groups:
-        if not result or group.packed_tokens > room:
-            result.append([])
-            room = token_budget
-        result[-1].append(group)
-        room -= group.packed_tokens
-    return result
+    """Groups for one pass each: as many as the budget of packed tokens holds."""
+    return within(token_budget, groups, lambda group: group.packed_tokens)

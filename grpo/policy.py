@@ -10,24 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from grpo.attention import Packed
-from grpo.group import Group, Prompt
+from grpo.group import Group, Prompt, within
 from grpo.head import completion_logp
 
 
 PATCHES_AT_ONCE = 65_536  # through the vision encoder: about a dozen pictures of the default limit
-
-
-def by_patches(prompts: list[Prompt], limit: int) -> list[list[Prompt]]:
-    """Consecutive prompts whose pictures together have at most `limit` patches; one over it stands alone."""
-    parts, room = [], 0
-    for prompt in prompts:
-        patches = 0 if prompt.pixels is None else len(prompt.pixels)
-        if not parts or patches > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(prompt)
-        room -= patches
-    return parts
 
 
 @dataclass
@@ -96,7 +83,7 @@ class Policy(nn.Module):
         """Look at every picture once, for rollout, reference and all inner updates; only for a frozen encoder."""
         if not self.vision_is_frozen:
             raise ValueError("features of a vision encoder that trains cannot be kept: they change with every update")
-        for some in by_patches(prompts, PATCHES_AT_ONCE):
+        for some in within(PATCHES_AT_ONCE, prompts, lambda p: 0 if p.pixels is None else len(p.pixels)):
             for prompt, features in zip(some, self.see(some)):
                 prompt.features = features
 
