@@ -18,8 +18,8 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 setup() {
     if [ -n "${PYTHON:-}" ]; then
-        command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: not an interpreter"
-        python=$PYTHON
+        python=$(command -v "$PYTHON") || fail "PYTHON=$PYTHON: not an interpreter"
+        python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
         return
     fi
     python=$here/.venv/bin/python
@@ -89,7 +89,8 @@ demo() {
 }
 
 processes_and_threads() {
-    processes=${PROCESSES:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+    # a power of two, so that the demo's 16 prompts a rollout divide
+    processes=${PROCESSES:-$("$python" -c 'import torch; n = torch.cuda.device_count() or 2; print(1 << min(n, 16).bit_length() - 1)')}
     threads=$(( $(nproc) / processes )); [ "$threads" -ge 1 ] || threads=1
 }
 
@@ -97,6 +98,6 @@ command=${1:-}; [ $# -gt 0 ] && shift
 case $command in
     setup) setup; echo "ready: $python" ;;
     demo) setup; processes_and_threads; demo "$@" ;;
-    test) setup; cd "$here"; OMP_NUM_THREADS=$(nproc) "$python" -m pytest "$@" tests ;;
+    test) setup; cd "$here"; OMP_NUM_THREADS=$(nproc) "$python" -m pytest "$@" ;;
     *) sed -n '2,10p' "$here/launch.sh" | cut -c3-; exit 2 ;;
 esac

@@ -5,7 +5,7 @@ from grpo.group import Group, Prompt
 from grpo.journal import progress
 from grpo.policy import Policy
 from grpo.rollout import Sampling
-from grpo.sharding import gather, sample_whole, see_whole, share, unshare
+from grpo.sharding import gather, sample_whole, see_whole, share, unshare, world_size
 
 
 class Prompts:
@@ -21,7 +21,10 @@ class Prompts:
     def __call__(self, sample) -> Prompt:
         if sample.id in self.kept:
             return self.kept[sample.id]
-        pictures, text = self.task.data.build_prompt(sample, reasoning=self.reasoning)
+        try:
+            pictures, text = self.task.data.build_prompt(sample, reasoning=self.reasoning)
+        except (ValueError, OSError) as error:  # a picture whose header is whole and whose rest is not
+            raise ValueError(f"{sample.id}: {error}") from None
         prompt = self.encoder.encode(pictures, text, sample, sample.id)
         size = 0 if prompt.pixels is None else prompt.pixels.nbytes
         if size <= self.room:
@@ -39,10 +42,11 @@ def answer(
     Nothing is dropped: a prompt may be as long as it is, its pictures are scaled to the pixel limit.
     """
     mine, texts = share(samples), []
+    turns = -(-len(samples) // world_size())  # of the longest share: every turn is a collective
     # Encoded pictures are large: twice what is written at once keeps most rows busy.
     stretch = max(1, 2 * sampling.rows // group_size)
     with progress(len(mine), what, "sample") as bar:
-        for start in range(0, len(mine), stretch):
+        for start in range(0, turns, stretch):
             prompts = [prompts_of(sample) for sample in mine[start : start + stretch]]
             if policy.vision_is_frozen:
                 see_whole(policy, prompts)
@@ -51,6 +55,14 @@ def answer(
             forget_features(prompts)
             texts += [[prompts_of.encoder.decode(completion) for completion in group.completions] for group in groups]
     return unshare(gather(texts))
+
+
+def check_reward_options(task, samples: list, options: dict) -> None:
+    """Refuse an option that the task's reward does not know, before anything is generated."""
+    try:
+        task.rewards.reward("", samples[0], **options)
+    except TypeError as error:
+        raise ValueError(f"--reward_options: {error}") from None
 
 
 def forget_features(prompts: list[Prompt]) -> None:

@@ -49,6 +49,10 @@ class Packed:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(1, H, T, d), keys and values (1, H_kv, T, d) → (1, T, H, d)."""
+        grouped_key, grouped_value = key, value
+        if query.is_cuda:  # there only the kernels that take no mask know grouped heads
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         outputs, cached, start = [], [], 0
         for prompt_length, lengths in self.segments:
             if len(lengths) == 1:  # a prompt and one continuation are one causal sequence
@@ -56,7 +60,7 @@ class Packed:
             prompt = slice(start, start + prompt_length)
             prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
             if self.prompt_cache is not None:
-                cached.append((prompt_key[0], prompt_value[0]))
+                cached.append((grouped_key[0, :, prompt], grouped_value[0, :, prompt]))
             outputs.append(F.scaled_dot_product_attention(
                 query[:, :, prompt], prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=True))
             start += prompt_length

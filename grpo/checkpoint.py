@@ -3,40 +3,42 @@
 Exports are written beside their place and renamed, so that a folder that is there is whole.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-from grpo.encode import model_file
+from grpo.encode import model_file, read_json
 from grpo.policy import Policy
 
-# What the encoder reads besides the weights: copied from the starting checkpoint, byte for byte. Not
-# generation_config.json: the Hub's sets a temperature, top-p and a repetition penalty of its own.
+# What the encoder reads besides the weights: copied from the starting checkpoint, byte for byte.
 ENCODER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json",
 )
 
 
 def load_policy(model: str, dtype: torch.dtype = torch.float32) -> Policy:
     """Folder or hub name → policy with weights of `dtype` (masters are float32 whatever the file holds)."""
-    config = json.loads(model_file(model, "config.json").read_text())
+    config = read_json(model, "config.json")
     if config.get("model_type") != "qwen2_5_vl":
         raise ValueError(f"{model}: config.json has model_type {config.get('model_type')!r}; expected 'qwen2_5_vl'")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return Policy(Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype))
-    except OSError as error:
+        network, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{model}: the weights cannot be loaded: {str(error).splitlines()[0]}") from None
     finally:
         if shown:
             logging.enable_progress_bar()
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        raise ValueError(f"{model}: {len(missing)} tensors are missing from the weights, {missing[0]} first")
+    return Policy(network)
 
 
 def replace_folder(new: Path, place: Path) -> None:

@@ -101,6 +101,15 @@ def model_file(model: str, name: str) -> Path:
         raise ValueError(f"{model}: {name}: neither a folder nor a model on the hub that can be reached ({reason})") from None
 
 
+def read_json(model: str, name: str) -> dict:
+    """A checkpoint's JSON file; ValueError with its path if it holds anything else."""
+    path = model_file(model, name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
 def load_tokenizer(model: str):
     model_file(model, "tokenizer_config.json")
     try:
@@ -112,8 +121,7 @@ def load_tokenizer(model: str):
 def load_image_processor(model: str, max_pixels: int | None) -> Qwen2VLImageProcessorPil:
     """The processor class itself, from the numbers in preprocessor_config.json: the Auto class needs torchvision
     on some versions. A limit below the checkpoint's smallest picture lowers that too."""
-    path = model_file(model, "preprocessor_config.json")
-    settings = json.loads(path.read_text())
+    settings = read_json(model, "preprocessor_config.json")
     size = settings.get("size") or {}
     smallest = settings.get("min_pixels") or size.get("shortest_edge") or 4 * MIN_SIDE**2
     largest = max_pixels or settings.get("max_pixels") or size.get("longest_edge") or 12_845_056

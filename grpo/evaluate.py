@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.task import resolve_task
-from grpo.answer import Prompts, answer
+from grpo.answer import Prompts, answer, check_reward_options
 from grpo.checkpoint import load_policy
 from grpo.encode import Encoder
 from grpo.journal import Stopwatch, say, table, write_json
@@ -65,6 +65,7 @@ def main() -> None:
     task, output = resolve_task(settings.task), Path(settings.output)
     options = parse_options(settings.reward_options, "reward_options")
     samples = chosen_samples(settings, task)
+    check_reward_options(task, samples, options)
     encoder = Encoder(settings.model, settings.max_pixels)
     sampling = settings.sampling(encoder)
     device, watch = start(), Stopwatch()

@@ -61,15 +61,14 @@ class Group:
 
 def pad_rows(flat: Tensor, lengths: list[int], value: float = 0.0) -> Tensor:
     """(T,) end to end → (N, L) left-aligned, `value` elsewhere; differentiable. N = len(lengths), L the longest."""
-    rows = torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True, padding_value=value)
-    return rows
+    return torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True, padding_value=value)
 
 
 def row_mask(lengths: list[int], device=None) -> Tensor:
     """(N, L) bool: True on a completion's tokens, its end token included. Made from positions alone, so that
     a pad token that is also the end token (Qwen's is not, many others' are) cannot hide the end from training."""
-    lengths_ = torch.tensor(lengths, device=device)
-    return torch.arange(max(lengths), device=device) < lengths_[:, None]
+    ends = torch.tensor(lengths, device=device)
+    return torch.arange(max(lengths), device=device) < ends[:, None]
 
 
 def within(budget: int, items: list, cost: Callable[[object], int]) -> list[list]:

@@ -1,11 +1,13 @@
 """What a run says while it works: a progress bar for long work, one line an update, metrics as JSONL."""
 
 import json
+import math
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers.utils.logging import tqdm
 
 from grpo.sharding import rank
@@ -34,6 +36,8 @@ class Stopwatch:
     def __call__(self, phase: str):
         start = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels run on after their call: their time belongs here
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def total(self) -> float:
@@ -51,6 +55,8 @@ class Journal:
 
     def write(self, line: dict) -> None:
         if rank() == 0:
+            # a mean of nothing is not a number, and JSON has no word for that but null
+            line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 

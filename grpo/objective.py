@@ -60,6 +60,9 @@ def grpo_loss(
     is 0: hence not with `denominator`), beta without ref_logp, an unknown option.
     """
     check_choice("surrogate", surrogate, SURROGATES)
+    check_choice("aggregate", aggregate, AGGREGATES)
+    check_choice("level", level, LEVELS)
+    check_choice("kl", kl, KL_KINDS)
     mask = check_inputs(logp, advantages, mask, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy)
     if denominator is None and not mask.any():
         raise ValueError("mask is empty; it takes at least one token (or a denominator, if this is a part)")
@@ -155,6 +158,7 @@ def aggregate_loss(
 
     N counts all rows: a completion that is masked altogether adds 0 and does not raise the others' weight.
     """
+    check_choice("aggregate", how, AGGREGATES)
     if how == "sequence":
         total = sequence_mean(x, mask).sum()
     else:

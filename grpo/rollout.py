@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from grpo.attention import Decode, KeysValues, Packed
-from grpo.group import Group, Prompt
+from grpo.group import Group, Prompt, within
 from grpo.head import token_logits
 from grpo.policy import Policy
+
+
+PREFILL_TOKENS = 32_768  # of one packed pass over prompts: memory, not result
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,12 @@ class Rollout:
         ]
 
     def prefill(self, indices: list[int]) -> None:
-        """One packed pass over prompts that enter; their keys and values are written into new group slots."""
+        """Prompts that enter, in packed passes of bounded size."""
+        for some in within(PREFILL_TOKENS, indices, lambda index: len(self.prompts[index])):
+            self.prefill_pass(some)
+
+    def prefill_pass(self, indices: list[int]) -> None:
+        """One packed pass; the prompts' keys and values are written into new group slots."""
         prompts = [self.prompts[index] for index in indices]
         cache: list[list[tuple[Tensor, Tensor]]] = []
         embedded = torch.cat(self.policy.embed(prompts))[None]
@@ -157,7 +165,7 @@ class Rollout:
                 layer.prompt_key[len(self.slots) + offset, :, : key.shape[1]] = key
                 layer.prompt_value[len(self.slots) + offset, :, : value.shape[1]] = value
         ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
-        self.slots += [Slot(index, self.group_size, hidden[end]) for index, end in zip(indices, ends.tolist())]
+        self.slots += [Slot(index, self.group_size, hidden[end].clone()) for index, end in zip(indices, ends.tolist())]
 
     def admit(self) -> None:
         """Waiting rows into free places. Not for every single one: a prefill of several prompts costs less than several."""

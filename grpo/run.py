@@ -37,6 +37,7 @@ class Run:
         self.settings, self.output = settings, Path(settings.output)
         self.task: Task = resolve_task(settings.task)
         self.valid = self.load_valid()
+        self.check_metric()
         self.encoder = Encoder(settings.model, settings.max_pixels)
         self.dtype = compute_dtype(settings.dtype, self.device)
         self.policy = load_policy(settings.model)
@@ -61,6 +62,11 @@ class Run:
             samples = random.Random(settings.seed).sample(samples, settings.valid_samples)
         return samples
 
+    def check_metric(self) -> None:
+        known = self.task.rewards.metrics([""], self.valid[:1]) if self.valid else {self.settings.valid_metric: 0}
+        if self.settings.valid_metric not in known:
+            raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(known)}")
+
     def reference(self, model: str) -> Policy:
         """A frozen copy, sharded alike."""
         reference = load_policy(model).requires_grad_(False)
@@ -74,16 +80,14 @@ class Run:
                             rows=self.settings.rollout_rows)
         texts = answer(self.policy, self.prompts, self.valid, sampling, what="validate")
         metrics = self.task.rewards.metrics([text for text, in texts], self.valid)
-        if self.settings.valid_metric not in metrics:
-            raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(metrics)}")
-        score = metrics[self.settings.valid_metric]
-        if score > self.best:
-            self.best = score
+        better = metrics[self.settings.valid_metric] > self.best
+        if better:
+            self.best = metrics[self.settings.valid_metric]
             self.save()
             if rank() == 0:
                 write_json(self.output / "best.json", {"step": step, "valid": metrics})
         say(f"step {step}: validation " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            + ("  (best so far, kept)" if score == self.best else ""))
+            + ("  (best so far, kept)" if better else ""))
         return {f"valid/{name}": value for name, value in metrics.items()}
 
     def save(self) -> None:

@@ -42,7 +42,6 @@ class CommonSettings:
     max_pixels: int = setting(1280 * 28 * 28, "largest area of a picture in pixels; 28 × 28 become one token")
     max_completion_tokens: int = setting(1024, "longest completion, end token included")
     rollout_rows: int = setting(64, "completions written at once on each process: memory, not result")
-    cache_gigabytes: float = setting(4.0, "memory for encoded pictures that are kept between epochs, on each process")
     dtype: str = setting("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it",
                          choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, "of every draw: data order, curriculum, sampling noise")
@@ -56,6 +55,7 @@ class TrainingSettings(CommonSettings):
     valid_split: str = setting("valid", "split for validation; empty for none, then the last weights are kept")
     valid_samples: int = setting(0, "validate on this many, drawn by the seed; 0 for all")
     valid_metric: str = setting("f1", "which of the task's metrics decides the best checkpoint")
+    cache_gigabytes: float = setting(4.0, "memory for encoded pictures that are kept between epochs, on each process")
     train_vision: bool = setting(False, "train the vision encoder and its projector too; the papers keep them frozen")
     tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward: memory, not result")
     gradient_checkpointing: bool = setting(False, "recompute activations layer by layer: less memory, a third more time")
@@ -72,6 +72,8 @@ class TrainingSettings(CommonSettings):
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
+        if self.valid_samples < 0:
+            raise ValueError(f"--valid_samples is {self.valid_samples}; it must be 0 (all) or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup is {self.warmup}; it is a share between 0 and 1")
 
@@ -137,13 +139,13 @@ def run_program(main: Callable[[], None]) -> None:
     """Run a program; what the user can mend ends in one line and exit status 2."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise
         process = int(os.environ.get("RANK", 0))
         if process:
             # All processes usually find the same fault and the first one says it; torchrun ends the others
             # meanwhile. Whoever is still here after that has a fault of its own.
-            time.sleep(3)
+            time.sleep(10)
         print(f"error: {error}" if not process else f"error (process {process}): {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -25,6 +25,9 @@ def start() -> torch.device:
     """Join the processes torchrun has started (alone without it) and take this one's device."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+                         f"expected at most as many processes (--nproc-per-node)")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -74,6 +77,12 @@ def sharded_modules(policy: Policy) -> list[FSDPModule]:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(policy: Policy) -> None:
+    """Let go of gathered weights: after a forward without backward the root would keep its own."""
+    for module in sharded_modules(policy):
+        module.reshard()
+
+
 @contextmanager
 def whole(policy: Policy):
     """Every process holds all weights inside: forwards need no collective, so each may do as many as it likes."""
@@ -84,8 +93,8 @@ def whole(policy: Policy):
     try:
         yield policy
     finally:
+        reshard(policy)
         for module in modules:
-            module.reshard()
             module.set_reshard_after_forward(module is not policy)  # the root's are needed again at once
 
 

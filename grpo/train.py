@@ -10,7 +10,6 @@ no critic, no learned reward, no replay: a rollout is used for μ updates and fo
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from data.curriculum import LAST_BATCHES, MIXINGS, Epoch, epoch_batches, none_share
 from grpo.advantage import combine_rewards, flat_groups, group_advantages, kl_penalised_rewards, overlong_penalty
-from grpo.answer import forget_features
+from grpo.answer import check_reward_options, forget_features
 from grpo.group import Group, packs, pad_rows, row_mask
 from grpo.journal import Journal, Stopwatch, progress, say
 from grpo.objective import count_terms, mean_statistics, truncation_mask
@@ -28,12 +27,12 @@ from grpo.policy import Policy
 from grpo.rollout import Sampling
 from grpo.run import Run
 from grpo.settings import TrainingSettings, parse, parse_options, run_program, setting
-from grpo.sharding import finish, gather, rank, sample_whole, see_whole, share, total, world_size
+from grpo.sharding import finish, gather, rank, reshard, sample_whole, see_whole, share, total, world_size
 from grpo.update import idle_pack, learning_rate, make_optimizer, update
 from grpo.variants import Preset, load_objective, loss_options, resolve
 
 OVERRIDES = ("group_size", "updates", "temperature", "beta", "kl", "clip_low", "clip_high", "scale", "ddof", "eps",
-             "level", "aggregate", "truncated", "flat_groups")
+             "level", "aggregate", "truncated", "flat_groups", "surrogate", "kl_weighted", "combine", "overlong_share", "length")
 
 
 def override(help: str):
@@ -65,13 +64,18 @@ class Settings(TrainingSettings):
     temperature: Optional[float] = override("of the rollouts and of the scored distribution")
     beta: Optional[float] = override("weight of the KL to the reference")
     kl: Optional[str] = override("estimator of the KL: k1, k2, k3")
-    clip_low: Optional[float] = override("ε below 1")
-    clip_high: Optional[float] = override("ε above 1")
+    kl_weighted: Optional[bool] = override("weight the KL by the ratio, as TRL does unless told otherwise")
+    surrogate: Optional[str] = override("what the clip bounds: ppo, cispo")
+    clip_low: Optional[float] = override("ε below 1; inf for no clip")
+    clip_high: Optional[float] = override("ε above 1; inf for no clip")
     scale: Optional[str] = override("advantages are divided by: group, batch, centred-batch, leave-one-out, none")
     ddof: Optional[int] = override("of the standard deviation: 0 or 1")
     eps: Optional[float] = override("added to the standard deviation")
     level: Optional[str] = override("ratio per token or sequence")
     aggregate: Optional[str] = override("mean over sequence, token, constant")
+    length: Optional[int] = override("tokens of aggregate=constant; 0 for the completion limit")
+    combine: Optional[str] = override("reward parts: sum, or normalised each before they are summed")
+    overlong_share: Optional[float] = override("last share of the completion limit in which length is punished")
     truncated: Optional[str] = override("completions cut by the limit: kept or masked")
     flat_groups: Optional[str] = override("groups of equal rewards: kept, dropped, resampled")
 
@@ -85,6 +89,10 @@ class Settings(TrainingSettings):
         preset = self.preset()
         if preset.group_size < 2:
             raise ValueError(f"--group_size is {preset.group_size}; a group of one has no advantage: at least 2 expected")
+        if preset.temperature <= 0:
+            raise ValueError(f"--temperature is {preset.temperature}; rollouts are drawn, which takes a temperature above 0")
+        if self.validate_every < 0:
+            raise ValueError(f"--validate_every is {self.validate_every}; it must be 0 (every epoch) or more")
         if preset.updates < 1:
             raise ValueError(f"--updates is {preset.updates}; at least 1 expected")
         if self.prompts_per_rollout < 1 or self.prompts_per_rollout % world_size():
@@ -150,11 +158,16 @@ class Trainer:
         if unknown := set(self.weights) - set(rewards.WEIGHTS):
             raise ValueError(f"--reward_weights: no reward {sorted(unknown)[0]!r}; the task has {', '.join(rewards.WEIGHTS)}")
         self.reward_options = parse_options(settings.reward_options, "reward_options")
+        self.part_weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
+        self.too_long, self.longest, self.learned = 0, 0, False
 
     def rollout(self, samples: list, seed: int | str) -> list[Group]:
         """This process's groups. Prompts over the limit are dropped: a cut one would split its picture's tokens."""
         settings, preset = self.settings, self.preset
-        prompts = [prompt for prompt in map(self.run.prompts, samples) if len(prompt) <= settings.max_prompt_tokens]
+        encoded = [self.run.prompts(sample) for sample in samples]
+        prompts = [prompt for prompt in encoded if len(prompt) <= settings.max_prompt_tokens]
+        self.too_long += len(encoded) - len(prompts)
+        self.longest = max([self.longest, *map(len, encoded)])
         if self.run.policy.vision_is_frozen:
             see_whole(self.run.policy, prompts)
         sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, preset.temperature,
@@ -178,14 +191,14 @@ class Trainer:
                     raise ValueError(f"{sample.id}: reward {reward}; every part must be a finite number")
         return parts
 
-    def advantages(self, groups: list[Group], parts: Tensor, ref_logps: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Total rewards and advantages, (groups, G) each, of this process; scales over a batch see all processes."""
+    def advantages(self, groups: list[Group], parts: Tensor, ref_logps: list[Tensor] | None) -> Tensor:
+        """(groups, G) of this process; scales over a batch see all processes' rewards."""
         preset, limit = self.preset, self.settings.max_completion_tokens
-        rewards = combine_rewards(parts, torch.tensor(list(self.weights.values())), preset.combine) if groups else parts.sum(-1)
+        rewards = self.totals(parts)
         if preset.overlong_share:
             lengths = torch.tensor([group.lengths for group in groups]).reshape(rewards.shape)
             rewards = rewards + overlong_penalty(lengths, limit, max(1, round(preset.overlong_share * limit)))
-        if preset.kl_in_reward and groups:
+        if preset.kl_in_reward and ref_logps is not None and groups:
             lengths = [length for group in groups for length in group.lengths]
             logp = pad_rows(torch.cat([row for group in groups for row in group.logps]), lengths)
             ref = pad_rows(torch.cat(ref_logps).cpu(), lengths)
@@ -193,10 +206,10 @@ class Trainer:
         counts = gather([len(groups)])
         everyones = torch.tensor(gather(rewards.tolist()), dtype=torch.float64).reshape(-1, preset.group_size)
         if not len(everyones):
-            return rewards, rewards
+            return rewards
         scaled = group_advantages(everyones, preset.scale, preset.ddof, preset.eps)
         start = sum(counts[: rank()])
-        return rewards, scaled[start : start + len(groups)]
+        return scaled[start : start + len(groups)]
 
     @torch.no_grad()
     def reference_logps(self, parts: list[list[Group]]) -> list[Tensor] | None:
@@ -206,6 +219,7 @@ class Trainer:
         passes = int(total(torch.tensor(len(parts), device=self.run.device), torch.distributed.ReduceOp.MAX))
         logps = [self.reference.score(parts[i] if i < len(parts) else idle_pack(self.reference), self.preset.temperature).logp
                  for i in range(passes)]
+        reshard(self.reference)
         return logps[: len(parts)]
 
     def learn(self, parts: list[list[Group]], advantages: Tensor, ref_logps: list[Tensor] | None, rates: list[float]) -> dict:
@@ -249,49 +263,58 @@ class Trainer:
         """One rollout and its updates; returns the line for the journal."""
         watch = Stopwatch()
         with watch("rollout"):
-            groups, parts = self.drawn(samples, step)
+            drawn, drawn_parts = self.drawn(samples, step)
+        keep = self.kept(drawn_parts)
+        groups, parts = [drawn[i] for i in keep], drawn_parts[keep]
         packed = packs(groups, self.settings.tokens_per_pass)
         with watch("score"):
             ref_logps = self.reference_logps(packed)
-        rewards, advantages = self.advantages(groups, parts, ref_logps)
+        advantages = self.advantages(groups, parts, ref_logps)
         with watch("update"):
             learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
-        forget_features([group.prompt for group in groups])
+        self.learned |= bool(learned)
+        forget_features([group.prompt for group in drawn])
         seconds = {f"seconds/{phase}": round(value, 3) for phase, value in watch.seconds.items()}
-        return {**self.describe(groups, parts, rewards), **learned, "step_time": round(watch.total(), 3), **seconds}
+        return {**self.describe(drawn, drawn_parts, len(keep)), **learned, "step_time": round(watch.total(), 3), **seconds}
 
     def drawn(self, samples: list, step: int) -> tuple[list[Group], Tensor]:
-        """Groups and reward parts; flat groups are kept, dropped, or drawn again with other noise (DAPO)."""
+        """Groups and reward parts; with flat_groups=resampled, flat ones are drawn again with other noise (DAPO)."""
         groups = self.rollout(share(samples), step)
         parts = self.rewards(groups)
-        if self.preset.flat_groups == "kept":
-            return groups, parts
         tries = self.settings.resample_tries if self.preset.flat_groups == "resampled" else 0
         for attempt in range(tries):  # every process goes through every try: unsharding is a collective
-            flat = self.flat(parts)
+            flat = self.flat(parts).nonzero()[:, 0].tolist()
             again = self.rollout([groups[i].prompt.sample for i in flat], f"{step}/{attempt}")
             for i, group, part in zip(flat, again, self.rewards(again)):
                 groups[i], parts[i] = group, part
-        flat = set(self.flat(parts))
-        keep = [i for i in range(len(groups)) if i not in flat]
-        return [groups[i] for i in keep], parts[keep]
+        return groups, parts
 
-    def flat(self, parts: Tensor) -> list[int]:
-        if not len(parts):
-            return []
-        weights = torch.tensor(list(self.weights.values()))
-        return flat_groups(combine_rewards(parts, weights, self.preset.combine)).nonzero()[:, 0].tolist()
+    def totals(self, parts: Tensor) -> Tensor:
+        """(groups, G, K) reward parts → (groups, G), also of no group at all."""
+        return combine_rewards(parts, self.part_weights, self.preset.combine) if len(parts) else parts.sum(-1)
 
-    def describe(self, groups: list[Group], parts: Tensor, rewards: Tensor) -> dict:
-        """Rewards and lengths over all processes, under TRL's names."""
-        rewards = torch.tensor(gather(rewards.tolist()), dtype=torch.float64).reshape(-1, self.preset.group_size)
+    def flat(self, parts: Tensor) -> Tensor:
+        """(groups,) bool."""
+        return flat_groups(self.totals(parts)) if len(parts) else torch.zeros(0, dtype=torch.bool)
+
+    def kept(self, parts: Tensor) -> list[int]:
+        """The groups that are learned from: all, or those that are not flat."""
+        keep = torch.ones(len(parts), dtype=torch.bool) if self.preset.flat_groups == "kept" else ~self.flat(parts)
+        return keep.nonzero()[:, 0].tolist()
+
+    def describe(self, groups: list[Group], parts: Tensor, kept: int) -> dict:
+        """Rewards and lengths of everything drawn, over all processes, under TRL's names."""
+        rewards = torch.tensor(gather(self.totals(parts).tolist()), dtype=torch.float64).reshape(-1, self.preset.group_size)
+        too_long, kept = (sum(gather([count])) for count in (self.too_long, kept))
         parts = torch.tensor(gather(parts.flatten(0, 1).tolist()), dtype=torch.float64).reshape(-1, len(self.weights))
         lengths = torch.tensor(gather([n for group in groups for n in group.lengths]), dtype=torch.float64)
         finished = torch.tensor(gather([f for group in groups for f in group.finished]), dtype=torch.float64)
         if not len(rewards):
-            return {"prompts": 0}
+            return {"prompts": 0, "prompts_too_long": too_long, "groups_dropped": 0}
         return {
             "prompts": len(rewards),
+            "prompts_too_long": too_long,  # since the run began
+            "groups_dropped": len(rewards) - kept,
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(dim=1).mean().item(),
             "frac_reward_zero_std": flat_groups(rewards).double().mean().item(),
@@ -309,14 +332,15 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
     """Epochs of rollouts; validation before the first, then every so often, keeps the best checkpoint."""
     run, settings, mu = trainer.run, trainer.settings, trainer.preset.updates
     rollouts, done = curriculum.rollouts, 0
-    say(f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy samples, {rollouts} rollouts of "
+    split = f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy" if settings.predictions else len(curriculum.hard)
+    say(f"{split} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
     run.journal.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
         for index, epoch in enumerate(curriculum.epochs):
             for batch in epoch.batches:
                 if done == rollouts:
-                    return
+                    break
                 rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup, settings.schedule)
                          for i in range(mu)]
                 line = {"step": done + 1, "epoch": index, **trainer.step(batch, done, rates)}
@@ -328,12 +352,16 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
                     line |= run.validate(done)
                 run.journal.write(line)
                 say(readable(line, rollouts))
+    if not sum(gather([trainer.learned])):
+        raise ValueError(f"nothing was learned: {sum(gather([trainer.too_long]))} prompts are longer than --max_prompt_tokens "
+                         f"{settings.max_prompt_tokens} (the longest has {max(gather([trainer.longest]))} tokens), the rest gave flat groups")
 
 
 def readable(line: dict, rollouts: int) -> str:
     """One update as one line for people."""
-    if not line["prompts"]:
-        return f"{line['step']}/{rollouts}  no group to learn from (all dropped)"
+    if "loss" not in line:
+        return (f"{line['step']}/{rollouts}  no group to learn from ({line['groups_dropped']} flat ones dropped, "
+                f"{line['prompts_too_long']} prompts too long so far)")
     parts = "  ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in line.items() if name.startswith("rewards/"))
     return (f"{line['step']}/{rollouts}  reward {line['reward']:.3f} ({parts})  kl {line.get('kl', 0):.4f}  "
             f"length {line['completions/mean_length']:.0f}  flat {line['frac_reward_zero_std']:.0%}  {line['step_time']:.1f} s")
@@ -343,6 +371,7 @@ def main() -> None:
     settings = parse(Settings)
     run = Run(settings)
     samples = run.load(settings.split)
+    check_reward_options(run.task, samples, parse_options(settings.reward_options, "reward_options"))
     curriculum = Curriculum(settings, samples, run.task.data.is_none)
     train(Trainer(run, settings), curriculum)
     run.close()

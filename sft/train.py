@@ -33,7 +33,13 @@ class Settings(TrainingSettings):
     learning_rate: float = setting(1e-4, "peak of AdamW's learning rate")
     max_tokens: int = setting(2096, "prompt and response together; longer ones are dropped and counted, never cut")
     validate_every: int = setting(1, "epochs between validations")
-    minutes: float = setting(0.0, "stop after this many minutes of updates (a control of equal time); 0 for no limit")
+    minutes: float = setting(0.0, "stop after the epoch in which this many minutes are over (a control of equal time); 0 for no limit")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("batch_size", "max_tokens", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; at least 1 expected")
 
 
 def read_responses(path: str, samples: list) -> list[tuple]:
@@ -43,10 +49,14 @@ def read_responses(path: str, samples: list) -> list[tuple]:
         try:
             entry = json.loads(line)
             pairs.append((known[entry["id"]], entry["response"]))
+            if not isinstance(entry["response"], str):
+                raise TypeError
         except (json.JSONDecodeError, TypeError):
             raise ValueError(f"{path}:{number}: found {line[:60]!r}; expected a JSON object with id and response") from None
         except KeyError as error:
             raise ValueError(f"{path}:{number}: no {error}; expected id (of a sample of the split) and response") from None
+    if not pairs:
+        raise ValueError(f"{path}: no response in it; expected a JSON object with id and response a line")
     return pairs
 
 

@@ -59,7 +59,8 @@ def test_a_rollout_of_flat_groups_alone_moves_nothing_without_a_kl(folder, tmp_p
 def test_dropped_flat_groups_leave_a_step_that_says_so(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path, "--flat_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
     line = trainer.step(samples[:2], 0, [1e-3, 1e-3])
-    assert line["prompts"] == 0 and "no group to learn from" in grpo.train.readable({"step": 1, **line}, 5)
+    assert line["prompts"] == line["groups_dropped"] == 2 and line["frac_reward_zero_std"] == 1
+    assert "no group to learn from" in grpo.train.readable({"step": 1, **line}, 5)
 
 
 def test_the_first_update_of_a_rollout_is_exactly_on_policy(folder, tmp_path):
@@ -100,6 +101,24 @@ def test_a_prompt_over_the_limit_is_dropped_whole_and_not_cut(folder, tmp_path):
     groups = trainer.rollout(samples[:12], 0)
     kept = [len(trainer.run.prompts(sample)) for sample in samples[:12] if len(trainer.run.prompts(sample)) <= lengths[5]]
     assert [len(group.prompt) for group in groups] == kept and len(kept) < 12
+    assert trainer.too_long == 12 - len(kept) and trainer.longest == lengths[-1]
+
+
+def test_a_run_in_which_every_prompt_is_too_long_says_so(folder, tmp_path):
+    trainer, curriculum, _ = make(folder, tmp_path, "--max_prompt_tokens", 5, "--max_rollouts", 1)
+    with pytest.raises(ValueError, match="nothing was learned: 2 prompts are longer than --max_prompt_tokens 5"):
+        grpo.train.train(trainer, curriculum)
+
+
+def test_features_of_dropped_groups_do_not_stay_on_the_device(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path, "--flat_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
+    trainer.step(samples[:2], 0, [1e-3, 1e-3])
+    assert all(trainer.run.prompts(sample).features is None for sample in samples[:2])
+
+
+def test_rloo_without_a_kl_needs_no_reference(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path, "--objective", "rloo", "--beta", 0)
+    assert trainer.reference is None and trainer.step(samples[:2], 0, [1e-3])["prompts"] == 2
 
 
 def test_a_reward_that_raises_or_is_not_a_number_names_the_sample(folder, tmp_path, monkeypatch):

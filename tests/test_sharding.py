@@ -99,3 +99,24 @@ def test_shares_come_back_in_order():
             assert unshare([item for part in parts for item in part]) == items
         finally:
             sharding.world_size = sharding_world
+
+
+def check_answers():
+    """9 samples, one row: the first process has five turns to take, the second four."""
+    from types import SimpleNamespace
+
+    import grpo.answer
+
+    policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
+    encoder = SimpleNamespace(decode=lambda completion: completion.tolist())
+    prompts_of = lambda i: tiny_prompt(i, ((1, 4, 4),))
+    prompts_of.encoder = encoder
+    policy.freeze_vision()
+    sampling = Sampling(max_tokens=3, end_tokens=(END,), temperature=0.0, rows=1)
+    answers = grpo.answer.answer(policy, prompts_of, list(range(9)), sampling, group_size=2)
+    expected = [[c.tolist() for c in group.completions] for group in sample(tiny_policy(), [prompts_of(i) for i in range(9)], 2, sampling)]
+    assert answers == expected
+
+
+def test_samples_that_do_not_divide_are_answered_without_a_deadlock_and_in_order():
+    run_processes(check_answers, 2)
