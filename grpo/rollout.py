@@ -129,8 +129,8 @@ class Rollout:
         self.slots: list[Slot] = []
         row_slots = min(sampling.rows, len(self.waiting))
         self.max_rows = row_slots
-        # one more than the rows: a group may have no live row while its others wait
-        self.caches = self._allocate(min(row_slots + 1, len(prompts)), row_slots)
+        # A group that has no live row while its others wait leaves a row free: never more groups than rows.
+        self.caches = self._allocate(min(row_slots, len(prompts)), row_slots)
         self.hidden: Tensor | None = None  # (live rows, hidden): what predicts each row's next token
         self.decode: Decode | None = None
         self.done: list[list[Row | None]] = [[None] * group_size for _ in prompts]

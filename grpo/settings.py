@@ -7,6 +7,7 @@ from a JSON object first; the command line overrides it.
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 import time
@@ -130,7 +131,8 @@ def parse_options(text: str, name: str) -> dict[str, float]:
             options[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
             equals = ""
-        if not equals or not isinstance(options.get(key.strip()), (int, float)):
+        value = options.get(key.strip())
+        if not equals or isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"--{name}: found {item!r}; expected name=number, separated by commas")
     return options
 

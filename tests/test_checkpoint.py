@@ -111,3 +111,64 @@ def test_a_sliding_window_is_refused():
 
 def test_the_policy_is_the_stock_model_untouched():
     assert set(tiny_policy().model.state_dict()) == set(tiny_model().state_dict())
+
+
+def test_a_checkpoint_whose_weights_are_missing_is_refused_by_its_name(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="source: the weights cannot be loaded"):
+        load_policy(str(folder))
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_rather_than_filled_with_random_numbers(folder):
+    file = safe_open(folder / "model.safetensors", "pt")
+    weights = {name: file.get_tensor(name) for name in file.keys() if "layers.1.mlp" not in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="3 tensors are missing from the weights, model.*layers.1.mlp.down_proj.weight first"):
+        load_policy(str(folder))
+
+
+def test_weights_that_are_cut_off_are_refused_in_one_line(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="source: the weights cannot be loaded"):
+        load_policy(str(folder))
+
+
+def test_what_a_killed_export_left_behind_is_in_nobodys_way(folder, tmp_path):
+    policy, place = load_policy(str(folder)), tmp_path / "run" / "model"
+    for left in ("model", "model.new", "model.old"):
+        (tmp_path / "run" / left).mkdir(parents=True)
+        (tmp_path / "run" / left / "stale").write_text("")
+    export(policy.model, policy.model.state_dict(), str(folder), place)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"] and not (place / "stale").exists()
+    export(policy.model, policy.model.state_dict(), str(folder), tmp_path / "not" / "yet" / "there")
+    assert (tmp_path / "not" / "yet" / "there" / "config.json").is_file()
+
+
+def test_the_weights_that_are_exported_are_the_ones_that_are_given(folder, tmp_path):
+    policy = load_policy(str(folder))
+    export(policy.model, {n: torch.zeros_like(w) for n, w in policy.model.state_dict().items()}, str(folder), tmp_path / "model")
+    assert not any(parameter.any() for parameter in stock(tmp_path / "model").parameters())
+
+
+def test_the_last_export_is_whole_until_the_next_one_stands(tmp_path, monkeypatch):
+    import os
+
+    place, new, replace = tmp_path / "model", tmp_path / "model.new", os.replace
+    for folder, content in ((place, "first"), (new, "second")):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+
+    def killed(source, target):
+        if source == new:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(new, place)
+    assert (tmp_path / "model.old" / "file").read_text() == "first"
+
+
+def test_the_banned_tokens_are_no_weights():
+    assert "banned" not in tiny_policy().state_dict()

@@ -8,6 +8,7 @@ from data.tiny_model import write_tiny_model
 from grpo.encode import Encoder, at_least
 from grpo.group import packs
 from grpo.group import Group
+from grpo.rope import rope_positions
 
 WORDS = ["What is in the picture? a red logo, a blue cup. Step 1: <think> none"] * 3
 
@@ -96,3 +97,61 @@ def test_packs_hold_whole_groups_within_the_budget(encoder):
     cost = [group.packed_tokens for group in groups]
     parts = packs(groups, cost[0] + cost[1])
     assert [len(part) for part in parts] == [2, 1, 1] and sum(parts, []) == groups
+
+
+def test_a_prompt_carries_its_positions_its_sample_and_its_name(encoder):
+    sample = object()
+    prompt = encoder.encode([picture(), picture(40, 120)], "a red logo", sample, "train/5")
+    assert prompt.sample is sample and prompt.id == "train/5"
+    assert torch.equal(prompt.positions, rope_positions(prompt.tokens, prompt.grids, encoder.image_token, 2))
+
+
+def test_text_alone_needs_no_picture(encoder):
+    prompt = encoder.encode([], "a red logo")
+    assert prompt.pixels is None and prompt.grids is None
+    assert prompt.positions.tolist() == [list(range(len(prompt)))] * 3
+
+
+def test_either_end_token_ends_a_completion_and_its_text_is_cut_before_it(encoder):
+    ends = tuple(encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    assert encoder.end_tokens == ends
+    words = encoder.completion("a blue cup")[:-1]
+    for end in ends:
+        assert encoder.decode(torch.cat([words, torch.tensor([end])])) == "a blue cup"
+    assert encoder.decode(words) == "a blue cup"  # the limit cut it: nothing is lost
+    assert encoder.decode(words[:0]) == ""
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(folder, tmp_path):
+    for file in folder.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="no chat template"):
+        Encoder(str(tmp_path))
+
+
+def test_a_small_picture_is_enlarged_before_the_processor_sees_it(encoder):
+    small = picture(5, 9)
+    assert torch.equal(encoder.look_at([small])[0], encoder.look_at([at_least(small, 28)])[0])
+
+
+def test_without_a_limit_of_ours_the_checkpoints_own_numbers_hold(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"min_pixels": 57 * 57, "max_pixels": 85 * 85, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = Encoder(str(tmp_path)).images
+    assert (images.size["shortest_edge"], images.size["longest_edge"]) == (57 * 57, 85 * 85)
+    assert (list(images.image_mean), list(images.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    settings |= {"size": {"shortest_edge": settings.pop("min_pixels"), "longest_edge": settings.pop("max_pixels")}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = Encoder(str(tmp_path)).images
+    assert (images.size["shortest_edge"], images.size["longest_edge"]) == (57 * 57, 85 * 85)
+
+
+def test_a_limit_of_one_token_is_kept_and_a_smaller_one_refused(folder):
+    prompt = Encoder(str(folder), 28 * 28).encode([picture(90, 90), picture(28, 28)], "")
+    assert prompt.grids.tolist() == [[1, 2, 2]] * 2  # the checkpoint's smallest picture, 56 × 56, gives way
+    with pytest.raises(ValueError, match="max_pixels is 783"):
+        Encoder(str(folder), 28 * 28 - 1)

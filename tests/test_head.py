@@ -42,3 +42,20 @@ def test_a_banned_token_has_no_probability():
     hidden, weight, _ = example()
     logp, _ = completion_logp(hidden, weight, torch.full((10,), 3), 1.0, BANNED)
     assert torch.isinf(logp).all() and (logp < 0).all()
+
+
+def test_the_entropy_has_no_gradient():
+    hidden, weight, targets = example()
+    logp, entropy = completion_logp(hidden, weight, targets, 1.0, BANNED, 4)
+    assert logp.requires_grad and not entropy.requires_grad
+
+
+def test_a_bfloat16_heads_gradient_is_summed_in_float32_over_the_chunks():
+    hidden, weight, _ = example()
+    hidden, weight = hidden.detach().bfloat16().repeat(60, 1), weight.detach().bfloat16().requires_grad_()
+    targets = torch.arange(10).repeat(60).clamp(max=2)
+    gradients = []
+    for chunk in (1, 600):
+        logp, _ = completion_logp(hidden, weight, targets, 1.0, BANNED, chunk)
+        gradients.append(torch.autograd.grad(logp.sum(), weight)[0].float())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=0.2)

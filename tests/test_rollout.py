@@ -91,6 +91,8 @@ def test_top_k_and_top_p_keep_the_likely_tokens_only():
     assert set(draw(logits, uniform, sampling(top_k=2))[0].tolist()) == {1, 3}
     assert set(draw(logits, uniform, sampling(top_p=0.7))[0].tolist()) == {1, 3}
     assert set(draw(logits, uniform, sampling(top_p=0.5))[0].tolist()) == {1}
+    drawn, logps = draw(logits, uniform, sampling(top_k=2, top_p=0.9))
+    torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0])  # the full softmax's
 
 
 def test_training_rollouts_refuse_a_truncated_distribution():
@@ -108,3 +110,60 @@ def test_noise_belongs_to_seed_sample_and_index():
     base = noise("0", "train/1", 0, 4)
     assert base == noise("0", "train/1", 0, 9)[:4]
     assert len({tuple(noise(*key, 4)) for key in [("0", "train/1", 0), ("1", "train/1", 0), ("0", "train/2", 0), ("0", "train/1", 1)]}) == 4
+
+
+def test_every_token_is_drawn_with_its_own_number_of_the_completions_noise():
+    policy, prompt = tiny_policy(), prompts(1)[0]
+    with torch.no_grad():  # every token but the banned ones is as likely as any other
+        policy.model.lm_head.weight.zero_()
+    logits = torch.zeros(12, len(policy.model.lm_head.weight)).index_fill(-1, policy.banned, float("-inf"))
+    for index, completion in enumerate(sample(policy, [prompt], 3, sampling(end_tokens=()))[0].completions):
+        uniform = torch.tensor(noise("7", prompt.id, index, 12), dtype=torch.float64)
+        assert torch.equal(completion, draw(logits, uniform, sampling())[0])
+
+
+def test_a_row_that_ends_is_replaced_at_once_while_others_wait():
+    calls = []
+    groups = sample(tiny_policy(), prompts(), 4, sampling(rows=4), lambda written, ended: calls.append((written, ended)))
+    assert sum(written for written, _ in calls) == sum(n for group in groups for n in group.lengths)
+    assert sum(ended for _, ended in calls) == 5 * 4
+    left = 5 * 4
+    for written, ended in calls:
+        assert written == min(4, left)
+        left -= ended
+
+
+def test_nothing_to_continue_is_no_group():
+    assert sample(tiny_policy(), [], 4, sampling()) == []
+
+
+def test_a_rollout_builds_no_graph():
+    policy, graphs = tiny_policy(), []
+    policy.trunk_layers[0].register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    sample(policy, prompts(2), 2, sampling())
+    assert graphs and not any(graphs)
+
+
+def test_a_number_of_zero_never_draws_an_impossible_first_token():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0]])
+    assert draw(logits, torch.zeros(1, dtype=torch.float64), sampling())[0].tolist() == [1]
+
+
+def test_improbable_tokens_of_a_large_vocabulary_are_told_apart():
+    logits = torch.full((1, 100_001), -11.5)
+    logits[0, 0] = 7.0  # all but 1e-3 of the mass; the others have 1e-8 each
+    shares = logits[0].double().softmax(-1)
+    drawn, _ = draw(logits.expand(100, -1), shares[0] + (torch.arange(100, dtype=torch.float64) + 1000.5) * shares[1], sampling())
+    assert len(set(drawn.tolist())) > 95
+
+
+@pytest.mark.parametrize("changes,expected", [
+    ({"temperature": -0.1}, "temperature is -0.1"),
+    ({"rows": 0}, "rollout rows is 0"),
+    ({"top_p": 0.0}, "top_p is 0.0"),
+    ({"top_p": 1.1}, "top_p is 1.1"),
+    ({"top_k": -1}, "top_k is -1"),
+])
+def test_a_sampling_that_cannot_be_is_refused(changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        sampling(**changes)

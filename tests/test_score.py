@@ -1,3 +1,4 @@
+import pytest
 import torch
 from tiny import END, IMAGE, PAD, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
 
@@ -146,3 +147,67 @@ def test_no_two_tokens_of_a_pass_are_computed_twice():
     logp_of([group], policy)
     assert widths == [len(group.prompt) + 4 + 3 + 8]  # a completion's last token is predicted, never read
     assert (group.prompt.tokens == IMAGE).any()
+
+
+def test_groups_whose_prompt_and_completion_are_as_long_together_keep_masks_of_their_own():
+    prompts = [tiny_prompt(0, grids=(), length=5), tiny_prompt(1, grids=(), length=8)]
+    groups = [Group(prompts[0], [torch.tensor([1, 2, 3, 4, 5]), torch.tensor([6, 7])]),
+              Group(prompts[1], [torch.tensor([8, 9]), torch.tensor([1, 2, 3, 4, 5])])]  # 5 + 4 read = 8 + 1 read
+    torch.testing.assert_close(logp_of(groups), torch.cat([logp_of([group]) for group in groups]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_budget_counts_a_prompt_once_and_every_completion_by_its_own_length():
+    groups = [Group(tiny_prompt(i, grids=(), length=4), [torch.arange(n) for n in (1, 6)]) for i in range(5)]
+    assert groups[0].packed_tokens == 4 + 1 + 6
+    assert [len(part) for part in packs(groups, 22)] == [2, 2, 1] and [len(part) for part in packs(groups, 21)] == [1] * 5
+    assert [len(part) for part in packs(groups, 32)] == [2, 2, 1]  # what one pack leaves over is not the next one's
+
+
+def test_rows_are_filled_with_the_value_that_is_asked_for():
+    assert pad_rows(torch.tensor([1.0, 2.0, 3.0]), [1, 2]).tolist() == [[1, 0], [2, 3]]
+    assert pad_rows(torch.tensor([1.0, 2.0, 3.0]), [1, 2], -5.0).tolist() == [[1, -5], [2, 3]]
+
+
+def test_scores_come_in_the_groups_order_with_their_entropy_and_their_lengths():
+    policy, model, groups = tiny_policy(), tiny_model(), tiny_groups(lengths=((5, 1, 9), (3, 4, 2)))
+    scores = policy.score(groups, 0.7)
+    assert scores.lengths == [5, 1, 9, 3, 4, 2]
+    group = groups[1]
+    ids = torch.cat([group.prompt.tokens, group.completions[0]])[None]
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(), use_cache=False,
+                pixel_values=group.prompt.pixels, image_grid_thw=group.prompt.grids)
+    logits = (out.logits[0, -4:-1] / 0.7).index_fill(-1, policy.banned, -1e9)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(scores.entropy[15:18], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_that_several_prompts_bring_at_once_stay_with_their_prompts():
+    policy = tiny_policy()
+    shapes = [((1, 4, 4),), ((1, 8, 6), (1, 4, 4)), (), ((1, 4, 4),)]
+    prompts = [tiny_prompt(i, shape) for i, shape in enumerate(shapes)]
+    for prompt, together in zip(prompts, policy.embed(prompts)):
+        torch.testing.assert_close(together, policy.embed([prompt])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_kept_and_new_pictures_of_one_pack_are_each_used():
+    policy, groups = tiny_policy(), tiny_groups(lengths=((5, 1), (3, 4)))
+    policy.freeze_vision()
+    before = logp_of(groups, policy)
+    for kept in (0, 1):
+        groups[kept].prompt.features = None
+        policy.keep_features([groups[kept].prompt])
+        groups[1 - kept].prompt.features = None
+        torch.testing.assert_close(logp_of(groups, policy), before, rtol=1e-5, atol=1e-5)
+
+
+def test_kept_features_hold_no_graph_and_an_encoder_that_trains_keeps_none():
+    policy, prompt = tiny_policy(), tiny_prompt(0)
+    with pytest.raises(ValueError, match="cannot be kept"):
+        policy.keep_features([prompt])
+    policy.visual.merger.requires_grad_(False)  # the projector alone is fixed: the encoder still trains
+    with pytest.raises(ValueError, match="cannot be kept"):
+        policy.keep_features([prompt])
+    assert prompt.features is None
+    policy.freeze_vision()
+    policy.keep_features([prompt])
+    assert not prompt.features.requires_grad

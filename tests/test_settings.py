@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from grpo.settings import parse, parse_options, required, setting
+from grpo.settings import parse, parse_options, required, run_program, setting
 from grpo.train import Settings as GRPOSettings
 from grpo.update import learning_rate
 from sft.train import Settings as SFTSettings
@@ -59,6 +59,12 @@ def test_every_setting_of_a_program_has_a_help_text():
     ({"updates": 0}, "--updates is 0"),
     ({"learning_rate": 0.0}, "--learning_rate is 0"),
     ({"max_completion_tokens": 0}, "--max_completion_tokens is 0"),
+    ({"epochs": 0}, "--epochs is 0"),
+    ({"tokens_per_pass": 0}, "--tokens_per_pass is 0"),
+    ({"max_grad_norm": 0.0}, "--max_grad_norm is 0"),
+    ({"rollout_rows": 0}, "--rollout_rows is 0"),
+    ({"warmup": 1.1}, "--warmup is 1.1; it is a share"),
+    ({"warmup": -0.1}, "--warmup is -0.1; it is a share"),
     ({"objective": "more-r2"}, "did you mean 'more-r1'"),
 ])
 def test_settings_that_cannot_train_are_refused(changes, expected):
@@ -93,3 +99,53 @@ def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine_to_zero():
     assert rates[12] == pytest.approx(0.5) and rates[20] == pytest.approx(0.0)
     assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
     assert [learning_rate(step, 20, 1.0, 0.0, "constant") for step in (0, 19)] == [1.0, 1.0]
+
+
+def test_words_before_the_recipe_count_like_words_after_it(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"epochs": 7, "flag": True}))
+    assert parse(Small, ["--model", "m", "--epochs", "2", "--config", str(tmp_path / "recipe.json")]) == Small("m", 2, True)
+
+
+@pytest.mark.parametrize("content,expected", [
+    (None, "recipe.json: .*expected a JSON object of settings"),
+    ("{epochs: 7", "recipe.json: .*expected a JSON object of settings"),
+    ("[7]", "recipe.json: found a list; expected a JSON object of settings"),
+])
+def test_a_recipe_that_cannot_be_read_is_refused_by_its_name(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ValueError, match=expected):
+        parse(Small, ["--model", "m", "--config", str(tmp_path / "recipe.json")])
+
+
+def test_a_recipe_without_its_name_is_refused():
+    with pytest.raises(ValueError, match="--config: expected a file name"):
+        parse(Small, ["--model", "m", "--config"])
+
+
+def test_an_option_that_is_no_number_is_refused_and_a_last_comma_forgiven():
+    assert parse_options("x=1, ", "reward_options") == {"x": 1} and parse_options("", "reward_options") == {}
+    for text in ("x=true", "x=NaN", "x=[1]", 'x="long"', "x=long", "x=", "x=1,x=long"):
+        with pytest.raises(ValueError, match="--reward_options: found"):
+            parse_options(text, "reward_options")
+
+
+@pytest.mark.parametrize("fault", [ValueError, FileNotFoundError])
+def test_a_fault_that_the_user_can_mend_ends_in_one_line_and_status_2(monkeypatch, capsys, fault):
+    def main():
+        raise fault("no such split")
+
+    for name in ("GRPO_TRACEBACK", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_program(main)
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: no such split\n"
+    monkeypatch.setenv("GRPO_TRACEBACK", "1")
+    with pytest.raises(fault):
+        run_program(main)
+
+
+def test_without_a_warm_up_the_cosine_starts_at_once_and_the_shortest_one_is_a_step():
+    assert learning_rate(0, 20, 1.0, 0.0, "cosine") == 1.0 and learning_rate(10, 20, 1.0, 0.0, "cosine") == pytest.approx(0.5)
+    assert [learning_rate(step, 3, 1.0, 0.05, "cosine") for step in (0, 1)] == [1.0, 1.0]
+    assert learning_rate(4, 4, 1.0, 1.0, "cosine") == 1.0

@@ -53,6 +53,7 @@ def check_rollout(path):
     prompts = [tiny_prompt(i, ((1, 4, 4),), length=4 + 3 * i) for i in range(5)]  # 3 and 2: unequal work
     groups = sample_whole(policy, share(prompts), 3, SAMPLING)
     assert all(isinstance(p, DTensor) for p in policy.parameters())  # sharded again
+    policy.score(tiny_groups())  # a rollout before the first forward leaves the root able to start
     tokens = unshare(gather([[c.tolist() for c in group.completions] for group in groups]))
     if torch.distributed.get_rank() == 0:
         torch.save(tokens, path)

@@ -1,0 +1,65 @@
+"""Prompts are encoded once, every sample is answered in order, and nothing is kept that need not be."""
+
+from types import SimpleNamespace
+
+import torch
+from tiny import END, tiny_policy, tiny_prompt
+
+from grpo.answer import Ended, Prompts, answer
+from grpo.rollout import Sampling, sample
+
+SAMPLING = Sampling(max_tokens=6, end_tokens=(END, *range(20)), temperature=0.8, rows=4, seed="3")
+
+
+class Encoder:
+    """Tiny prompts instead of pictures and text; a text is its tokens."""
+
+    def __init__(self):
+        self.encoded = []
+
+    def encode(self, pictures, text, sample, id):
+        self.encoded.append((text, id))
+        return tiny_prompt(sample.seed, ((1, 4, 4),) if sample.seed % 2 else (), name=id)
+
+    def decode(self, completion):
+        return str(completion.tolist())
+
+
+def task():
+    return SimpleNamespace(data=SimpleNamespace(build_prompt=lambda sample, reasoning: ([], f"{sample.id} {reasoning}")))
+
+
+def samples(count):
+    return [SimpleNamespace(id=f"test/{i}", seed=i) for i in range(count)]
+
+
+def test_every_sample_is_answered_in_order_and_whole_groups_come_back():
+    for frozen in (False, True):
+        policy = tiny_policy()
+        if frozen:
+            policy.freeze_vision()
+        seven, prompts_of = samples(7), Prompts(Encoder(), task(), cache_bytes=10**9)
+        texts = answer(policy, prompts_of, seven, SAMPLING, group_size=3)  # 5 prompts, then 2
+        groups = sample(policy, [tiny_prompt(s.seed, ((1, 4, 4),) if s.seed % 2 else (), name=s.id) for s in seven], 3, SAMPLING)
+        assert texts == [[str(completion.tolist()) for completion in group.completions] for group in groups]
+        assert len(prompts_of.kept) == 7 and all(prompt.features is None for prompt in prompts_of.kept.values())
+
+
+def test_a_prompt_is_encoded_once_while_the_cache_has_room_and_again_after():
+    encoder, pair = Encoder(), samples(4)[1::2]  # two with a picture
+    size = tiny_prompt(1, ((1, 4, 4),)).pixels.nbytes
+    prompts_of = Prompts(encoder, task(), reasoning=False, cache_bytes=size * 1.5)
+    first = [prompts_of(sample) for sample in pair]
+    again = [prompts_of(sample) for sample in pair]
+    assert first[0] is again[0] and first[1] is not again[1]
+    assert encoder.encoded == [("test/1 False", "test/1")] + [("test/3 False", "test/3")] * 2
+    exact = Prompts(Encoder(), task(), cache_bytes=size)
+    assert exact(pair[0]) is exact(pair[0])
+
+
+def test_the_bar_moves_by_whole_samples():
+    moved = []
+    ended = Ended(SimpleNamespace(update=moved.append), 3)
+    for count in (2, 2, 5, 0):
+        ended(9, count)
+    assert moved == [0, 1, 2, 0]

@@ -1,0 +1,68 @@
+"""One step: its rate, its clipping, what decays, and what a process does that has nothing to do."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_groups, tiny_policy
+
+from grpo.update import make_optimizer, update
+
+
+def step(policy, packs, scale=1.0, rate=0.5, limit=1e9, optimizer=None):
+    optimizer = optimizer or torch.optim.SGD(policy.parameters(), lr=7.0)
+    return update(policy, optimizer, packs, lambda _, scores: -scale * scores.logp.mean(), 0.8, limit, rate)
+
+
+def moved(policy):
+    """The step of plain SGD at rate 1 is the gradient."""
+    return torch.cat([(p - q).flatten() for p, q in zip(tiny_policy().parameters(), policy.parameters())]).detach()
+
+
+def test_a_step_is_taken_at_the_rate_that_is_given_and_leaves_no_gradient():
+    whole, half = tiny_policy(), tiny_policy()
+    norm = step(whole, [tiny_groups()], rate=1.0)
+    step(half, [tiny_groups()], rate=0.5)
+    assert float(moved(whole).norm()) == pytest.approx(norm, rel=1e-3)
+    torch.testing.assert_close(moved(half), moved(whole) / 2, rtol=1e-3, atol=1e-6)
+    assert all(parameter.grad is None for parameter in whole.parameters())
+
+
+def test_a_gradient_is_scaled_down_to_the_limit_and_its_norm_told_as_it_was():
+    plain, clipped = tiny_policy(), tiny_policy()
+    norm = step(plain, [tiny_groups()], rate=1.0)
+    assert step(clipped, [tiny_groups()], rate=1.0, limit=norm / 4) == pytest.approx(norm)
+    torch.testing.assert_close(moved(clipped), moved(plain) / 4, rtol=1e-3, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match="the gradient norm is (inf|nan) at learning rate 0.5"):
+        step(policy, [tiny_groups()], scale=float("inf"))
+    assert not moved(policy).any() and all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_a_process_with_fewer_packs_joins_the_longest_ones_forwards_and_adds_nothing(monkeypatch):
+    alone, among_others, forwards = tiny_policy(), tiny_policy(), []
+    step(alone, [tiny_groups()])
+
+    def longest(values, op):
+        assert op == torch.distributed.ReduceOp.MAX and int(values) == 1
+        return torch.tensor(3)
+
+    monkeypatch.setattr("grpo.update.total", longest)
+    among_others.register_forward_hook(lambda *_: forwards.append(1))
+    step(among_others, [tiny_groups()])
+    assert len(forwards) == 3
+    torch.testing.assert_close(moved(among_others), moved(alone), rtol=1e-5, atol=1e-7)
+
+
+def test_weights_decay_and_biases_and_norms_do_not():
+    policy = tiny_policy()
+    policy.freeze_vision()
+    settings = SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95)
+    matrices, vectors = make_optimizer(policy, settings).param_groups
+    assert matrices["weight_decay"] == 0.3 and {p.ndim for p in matrices["params"]} == {2}
+    assert vectors["weight_decay"] == 0 and {p.ndim for p in vectors["params"]} == {1}
+    assert len(matrices["params"]) + len(vectors["params"]) == sum(p.requires_grad for p in policy.parameters())
+    assert (matrices["lr"], matrices["betas"]) == (1e-3, (0.9, 0.95))
