@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -16,12 +17,16 @@ from grpo.sharding import rank
 def say(text: str) -> None:
     """A line on the first process's terminal, above any progress bar."""
     if rank() == 0:
-        tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # wipe the bar; its next update draws it below
+        print(text, flush=True)
 
 
 def progress(total: int, what: str, unit: str):
     """A bar with rate and time left on the first process; nothing where the output is not a terminal."""
-    return tqdm(total=total, desc=what, unit=unit, leave=False, dynamic_ncols=True,
+    # says 80 × 24 where a terminal does not know its size (many containers'); left to itself the bar draws nothing there
+    columns, lines = shutil.get_terminal_size()
+    return tqdm(total=total, desc=what, unit=unit, leave=False, ncols=columns, nrows=lines,
                 disable=rank() != 0 or not sys.stderr.isatty())
 
 

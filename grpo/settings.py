@@ -141,6 +141,12 @@ def run_program(main: Callable[[], None]) -> None:
     """Run a program; what the user can mend ends in one line and exit status 2."""
     try:
         main()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # Under torchrun all is written and the process group is closed; taking the interpreter down around what
+            # is left of its communication threads aborts now and then ("terminate called without an active exception").
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except (ValueError, OSError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise

@@ -109,6 +109,29 @@ def test_an_evaluation_writes_a_prediction_for_every_sample_in_order(folder):
     assert metrics["accuracy"] == sum(line["correct"] for line in predictions) / 12
 
 
+def test_in_a_terminal_a_bar_shows_the_work_and_the_result_stands_below_it(folder, tmp_path):
+    import pty
+
+    terminal, end = pty.openpty()
+    words = [sys.executable, "-m", "grpo.train", "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE",
+             "--output", tmp_path, "--max_rollouts", 2, "--prompts_per_rollout", 2, "--group_size", 2, *COMMON]
+    process = subprocess.Popen(list(map(str, words)), stdout=end, stderr=end, close_fds=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    text = shown.decode(errors="replace")
+    assert process.wait(timeout=60) == 0, text
+    assert "GRPO:" in text and "rollout:" in text and "validate:" in text and "2/2  reward" in text
+
+
 def test_one_process_and_two_give_the_same_answers(folder, tmp_path):
     words = ["--model", folder / "grpo" / "model", "--data", folder / "world" / "MORE", *COMMON]
     succeed("grpo.evaluate", *words, "--output", tmp_path / "two", processes=2)
