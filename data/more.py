@@ -15,7 +15,6 @@ spill over its edge.
 import ast
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,5 +270,6 @@ def _field(fields: dict, names: tuple[str, ...], kind: type, where: str):
 
 
 if __name__ == "__main__":
-    from data.more_check import main  # here, since it reads with what stands above
-    sys.exit(main())
+    import runpy
+
+    runpy.run_module("data.more_check", run_name="__main__")  # a program of its own, which reads with what stands above

@@ -97,3 +97,7 @@ def table(labels: tuple[str, ...], reports: dict[str, SplitReport]) -> str:
     lines += [f"| {name:{width}} | " + " | ".join(f"{count:7,}" for count in counts) + " |"
               for name, counts in rows]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
