@@ -7,7 +7,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=["grpo", "sft", "data", "rewards"],
-    # The tests pass on torch 2.13 with transformers 5.8.0 and 5.23.0; constraints.txt has what the demo was measured with.
+    # The tests pass on torch 2.13 with transformers 5.17 and 5.23, those of the engine on 5.8; constraints.txt has what the demo was measured with.
     install_requires=["torch>=2.11", "transformers>=5.8,<6", "safetensors", "pillow>=10.1", "numpy", "tokenizers"],
     extras_require={"test": ["pytest"], "benchmark": ["trl==1.16.0"]},
 )
