@@ -5,6 +5,7 @@ Exports are written beside their place and renamed, so that a folder that is the
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,20 +23,28 @@ ENCODER_FILES = (
 )
 
 
+@contextmanager
+def without_bars():
+    """transformers' own bars for loading and saving would stand between ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_policy(model: str, dtype: torch.dtype = torch.float32) -> Policy:
     """Folder or hub name → policy with weights of `dtype` (masters are float32 whatever the file holds)."""
     config = read_json(model, "config.json")
     if config.get("model_type") != "qwen2_5_vl":
         raise ValueError(f"{model}: config.json has model_type {config.get('model_type')!r}; expected 'qwen2_5_vl'")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        network, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        with without_bars():
+            network, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{model}: the weights cannot be loaded: {str(error).splitlines()[0]}") from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
         raise ValueError(f"{model}: {len(missing)} tensors are missing from the weights, {missing[0]} first")
     return Policy(network)
@@ -56,11 +65,8 @@ def export(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str
     new = place.with_name(place.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    model.save_pretrained(new, state_dict=weights)
-    if shown:
-        logging.enable_progress_bar()
+    with without_bars():
+        model.save_pretrained(new, state_dict=weights)
     for name in ENCODER_FILES:
         if Path(source).is_dir():
             if (Path(source) / name).is_file():

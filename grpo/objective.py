@@ -70,21 +70,15 @@ def grpo_loss(
         raise ValueError(f"ref_logp is None; beta = {beta} takes the reference's log-probabilities")
     # The padding is overwritten before anything is computed: 0 · NaN is NaN, in values and in gradients.
     logp = logp.masked_fill(~mask, 0.0)
-    old_logp, ref_logp, entropy = (
-        None if x is None else x.detach().masked_fill(~mask, 0.0)
-        for x in (logp if old_logp is None else old_logp, ref_logp, entropy)
-    )
+    old_logp, ref_logp, entropy = (None if x is None else x.detach().masked_fill(~mask, 0.0)
+                                   for x in (logp if old_logp is None else old_logp, ref_logp, entropy))
     A = advantages.unsqueeze(1)  # (N, 1): an outcome reward gives every token the same advantage
     r = probability_ratio(logp, old_logp, mask, level)  # (N, L)
-    if surrogate == "ppo":
-        gain = ppo_surrogate(r, A, clip_low, clip_high)
-    else:
-        gain = cispo_surrogate(r, A, logp, clip_low, clip_high)
+    gain = (ppo_surrogate(r, A, clip_low, clip_high) if surrogate == "ppo"
+            else cispo_surrogate(r, A, logp, clip_low, clip_high))
     divergence = None if ref_logp is None else kl_estimate(logp, ref_logp, kl)
-    per_token = -gain
-    if beta:
-        per_token = per_token + beta * (r * divergence if kl_weighted else divergence)
-    loss = aggregate_loss(per_token, mask, aggregate, denominator, length)
+    penalty = beta * (r * divergence if kl_weighted else divergence) if beta else 0.0
+    loss = aggregate_loss(penalty - gain, mask, aggregate, denominator, length)
     return loss, sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entropy)
 
 

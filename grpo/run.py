@@ -1,6 +1,7 @@
 """What both trainers do around their loops: load, freeze, shard, validate, keep the best, name what was written."""
 
 import dataclasses
+import json
 import random
 import sys
 from pathlib import Path
@@ -25,6 +26,25 @@ def record_settings(settings, folder: Path) -> None:
     if rank() == 0:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
         write_json(folder / "settings.json", {"settings": dataclasses.asdict(settings), "versions": versions})
+
+
+def read_lines(path: str, samples: list, field: str, kind: type) -> list[tuple]:
+    """(sample, value of `field`) of every line of a JSONL file of {id, field, …}. ValueError names the line that does not fit."""
+    known, pairs, expected = {sample.id: sample for sample in samples}, [], f"expected a JSON object with id and {field}"
+    with open(path, encoding="utf-8") as file:  # by the file's own lines: splitlines() would cut at U+2028 too
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                pairs.append((known[entry["id"]], entry[field]))
+                if not isinstance(entry[field], kind):
+                    raise TypeError
+            except (json.JSONDecodeError, TypeError):
+                raise ValueError(f"{path}:{number}: found {line[:60]!r}; {expected}") from None
+            except KeyError as error:
+                raise ValueError(f"{path}:{number}: no {error}; {expected}, of a sample of the split") from None
+    if not pairs:
+        raise ValueError(f"{path}: empty; {expected} a line")
+    return pairs
 
 
 class Run:

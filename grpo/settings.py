@@ -59,7 +59,7 @@ class TrainingSettings(CommonSettings):
     cache_gigabytes: float = setting(4.0, "memory for encoded pictures that are kept between epochs, on each process")
     train_vision: bool = setting(False, "train the vision encoder and its projector too; the papers keep them frozen")
     tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward: memory, not result")
-    gradient_checkpointing: bool = setting(False, "recompute activations layer by layer: less memory, a third more time")
+    gradient_checkpointing: bool = setting(False, "recompute activations layer by layer: less memory, more time")
     warmup: float = setting(0.05, "share of the updates in which the learning rate rises")
     schedule: str = setting("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     weight_decay: float = setting(0.1, "AdamW's, on matrices only")

@@ -9,9 +9,7 @@ What is kept of GRPO: group-normalised advantages, the clipped ratio, the KL to 
 no critic, no learned reward, no replay: a rollout is used for μ updates and forgotten.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import torch
@@ -25,7 +23,7 @@ from grpo.journal import Journal, Stopwatch, progress, say
 from grpo.objective import count_terms, mean_statistics, truncation_mask
 from grpo.policy import Policy
 from grpo.rollout import Sampling
-from grpo.run import Run
+from grpo.run import Run, read_lines
 from grpo.settings import TrainingSettings, parse, parse_options, run_program, setting
 from grpo.sharding import finish, gather, rank, reshard, sample_whole, see_whole, share, total, world_size
 from grpo.update import idle_pack, learning_rate, make_optimizer, update
@@ -105,16 +103,8 @@ class Settings(TrainingSettings):
 
 def read_predictions(path: str, samples: list) -> tuple[list, list]:
     """(hard, easy): the samples that grpo.evaluate got wrong and right. Those it did not answer are in neither."""
-    known, hard, easy = {sample.id: sample for sample in samples}, [], []
-    for number, line in enumerate(Path(path).open(encoding="utf-8"), 1):  # splitlines() would cut at U+2028 too
-        try:
-            entry = json.loads(line)
-            (easy if entry["correct"] else hard).append(known[entry["id"]])
-        except (json.JSONDecodeError, TypeError):
-            raise ValueError(f"{path}:{number}: found {line[:60]!r}; expected grpo.evaluate's JSON lines") from None
-        except KeyError as error:
-            raise ValueError(f"{path}:{number}: no {error}; expected id (of a sample of the split) and correct") from None
-    return hard, easy
+    answered = read_lines(path, samples, "correct", bool)
+    return [sample for sample, right in answered if not right], [sample for sample, right in answered if right]
 
 
 class Curriculum:

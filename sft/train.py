@@ -16,7 +16,7 @@ import torch
 
 from grpo.group import Group, packs
 from grpo.journal import Stopwatch, progress, say
-from grpo.run import Run
+from grpo.run import Run, read_lines
 from grpo.settings import TrainingSettings, parse, run_program, setting
 from grpo.sharding import finish, rank, share, total
 from grpo.update import learning_rate, make_optimizer, update
@@ -42,29 +42,11 @@ class Settings(TrainingSettings):
                 raise ValueError(f"--{name} is {getattr(self, name)}; at least 1 expected")
 
 
-def read_responses(path: str, samples: list) -> list[tuple]:
-    """(sample, response) for every line of a JSONL file. ValueError names the line that does not fit."""
-    known, pairs = {sample.id: sample for sample in samples}, []
-    for number, line in enumerate(Path(path).open(encoding="utf-8"), 1):  # splitlines() would cut at U+2028 too
-        try:
-            entry = json.loads(line)
-            pairs.append((known[entry["id"]], entry["response"]))
-            if not isinstance(entry["response"], str):
-                raise TypeError
-        except (json.JSONDecodeError, TypeError):
-            raise ValueError(f"{path}:{number}: found {line[:60]!r}; expected a JSON object with id and response") from None
-        except KeyError as error:
-            raise ValueError(f"{path}:{number}: no {error}; expected id (of a sample of the split) and response") from None
-    if not pairs:
-        raise ValueError(f"{path}: no response in it; expected a JSON object with id and response a line")
-    return pairs
-
-
 def training_pairs(run: Run) -> list[tuple]:
     """What is learned: the expert's responses, or the gold answers of all (or the named) samples."""
     settings, samples = run.settings, run.load(run.settings.split)
     if settings.responses:
-        return read_responses(settings.responses, samples)
+        return read_lines(settings.responses, samples, "response", str)
     if settings.samples:
         wanted = set(json.loads(Path(settings.samples).read_text(encoding="utf-8")))
         samples = [sample for sample in samples if sample.id in wanted]

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
 import grpo.train
+from grpo.run import read_lines
 from grpo.settings import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +160,22 @@ BAD = {
     "an output that is a file": (["--output", __file__], "test_pipeline.py"),
     "an unknown reward": (["--reward_weights", "fromat=1"], "fromat"),
 }
+
+
+@pytest.mark.parametrize("line,expected", [
+    ("{broken", "2: found '{broken'; expected a JSON object with id and correct"),
+    ('{"id": "test/0", "correct": null}', "2: found .*; expected a JSON object with id and correct"),
+    ('{"id": "test/0"}', "2: no 'correct'; expected a JSON object with id and correct"),
+    ('{"id": "test/99", "correct": true}', "2: no 'test/99'; .* of a sample of the split"),
+])
+def test_a_line_about_no_sample_is_refused_by_its_number(tmp_path, line, expected):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"id": "test/0", "correct": true, "completion": "a\u2028b"}\n' + line)
+    with pytest.raises(ValueError, match="predictions.jsonl:" + expected):
+        read_lines(str(path), [SimpleNamespace(id="test/0")], "correct", bool)
+    path.write_text("")
+    with pytest.raises(ValueError, match="predictions.jsonl: empty"):
+        read_lines(str(path), [], "correct", bool)
 
 
 @pytest.mark.parametrize("words,expected", BAD.values(), ids=BAD.keys())
