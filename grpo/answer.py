@@ -11,11 +11,13 @@ from grpo.sharding import gather, sample_whole, see_whole, share, unshare, world
 class Prompts:
     """Samples → prompts, each encoded once as long as the cache has room (a picture costs more than its text).
 
-    cache_bytes bounds the pixels that are kept; what came first stays.
+    cache_bytes bounds what is kept, pixels or features; what came first stays. With keep_features, what a frozen
+    vision encoder has seen is kept in the pixels' place and it sees no picture twice in the whole run; features then
+    come from whichever batch was first, which may change their last bits from one run to another.
     """
 
-    def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0):
-        self.encoder, self.task, self.reasoning = encoder, task, reasoning
+    def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0, keep_features: bool = False):
+        self.encoder, self.task, self.reasoning, self.keep_features = encoder, task, reasoning, keep_features
         self.room, self.kept = cache_bytes, {}
 
     def __call__(self, sample) -> Prompt:
@@ -26,11 +28,29 @@ class Prompts:
         except (ValueError, OSError) as error:  # a picture whose header is whole and whose rest is not
             raise ValueError(f"{sample.id}: {error}") from None
         prompt = self.encoder.encode(pictures, text, sample, sample.id)
-        size = 0 if prompt.pixels is None else prompt.pixels.nbytes
-        if size <= self.room:
-            self.kept[sample.id] = prompt
-            self.room -= size
+        self.keep(prompt)
         return prompt
+
+    def keep(self, prompt: Prompt) -> bool:
+        """Whether there was room. Counted again if it was there already, with pixels and not yet with features."""
+        size = sum(part.nbytes for part in (prompt.pixels, prompt.features) if part is not None)
+        if size > self.room:
+            return False
+        self.kept[prompt.id] = prompt
+        self.room -= size
+        return True
+
+    def settle(self, prompts: list[Prompt]) -> None:
+        """After use: features leave the accelerator; they are forgotten, or kept in host memory instead of the pixels."""
+        for prompt in prompts:
+            features, prompt.features = prompt.features, None
+            if features is None or not self.keep_features:
+                continue
+            if self.kept.pop(prompt.id, None):
+                self.room += (prompt.pixels if prompt.pixels is not None else features).nbytes
+            pixels, prompt.pixels, prompt.features = prompt.pixels, None, features.cpu()
+            if not self.keep(prompt):
+                prompt.pixels, prompt.features = pixels, None
 
 
 def answer(
@@ -52,7 +72,7 @@ def answer(
                 see_whole(policy, prompts)
             ended = Ended(bar, group_size)
             groups: list[Group] = sample_whole(policy, prompts, group_size, sampling, ended)
-            forget_features(prompts)
+            prompts_of.settle(prompts)
             texts += [[prompts_of.encoder.decode(completion) for completion in group.completions] for group in groups]
     return unshare(gather(texts))
 
@@ -63,12 +83,6 @@ def check_reward_options(task, samples: list, options: dict) -> None:
         task.rewards.reward("", samples[0], **options)
     except TypeError as error:
         raise ValueError(f"--reward_options: {error}") from None
-
-
-def forget_features(prompts: list[Prompt]) -> None:
-    """Image features live on the accelerator: kept prompts must not keep them there."""
-    for prompt in prompts:
-        prompt.features = None
 
 
 class Ended:

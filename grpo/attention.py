@@ -36,7 +36,8 @@ class Packed:
     """
 
     def __init__(self, segments: list[tuple[int, list[int]]], prompt_cache: list | None = None):
-        self.segments = segments
+        # a prompt and one continuation are one causal sequence
+        self.segments = [(p + lengths[0], []) if len(lengths) == 1 else (p, lengths) for p, lengths in segments]
         self.prompt_cache = prompt_cache
         self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
 
@@ -49,33 +50,33 @@ class Packed:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(1, H, T, d), keys and values (1, H_kv, T, d) → (1, T, H, d)."""
-        grouped_key, grouped_value = key, value
-        if query.is_cuda:  # there only the kernels that take no mask know grouped heads
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        outputs, cached, start = [], [], 0
+        sizes = [size for prompt, continuations in self.segments for size in (prompt, *continuations)]
+        # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole, one for every slice
+        queries, keys, values = (iter(x.split(sizes, dim=2)) for x in (query, key, value))
+        outputs, cached = [], []
         for prompt_length, lengths in self.segments:
-            if len(lengths) == 1:  # a prompt and one continuation are one causal sequence
-                prompt_length, lengths = prompt_length + lengths[0], []
-            prompt = slice(start, start + prompt_length)
-            prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
+            prompt_key, prompt_value = next(keys), next(values)
             if self.prompt_cache is not None:
-                cached.append((grouped_key[0, :, prompt], grouped_value[0, :, prompt]))
-            outputs.append(F.scaled_dot_product_attention(
-                query[:, :, prompt], prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=True))
-            start += prompt_length
-            for length in filter(None, lengths):
-                own = slice(start, start + length)
-                outputs.append(F.scaled_dot_product_attention(
-                    query[:, :, own],
-                    torch.cat([prompt_key, key[:, :, own]], dim=2),
-                    torch.cat([prompt_value, value[:, :, own]], dim=2),
-                    attn_mask=self._lower_right(length, prompt_length + length, query.device),
-                    scale=scaling, enable_gqa=True))
-                start += length
+                cached.append((prompt_key[0], prompt_value[0]))
+            outputs.append(attention(next(queries), prompt_key, prompt_value, scaling))
+            for length in lengths:
+                own_query, own_key, own_value = next(queries), next(keys), next(values)
+                if length:
+                    outputs.append(attention(
+                        own_query, torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2),
+                        scaling, self._lower_right(length, prompt_length + length, query.device)))
         if self.prompt_cache is not None:
             self.prompt_cache.append(cached)
         return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """torch's own, causal or by `mask`; (1, H, T, d) with keys and values (1, H_kv, S, d) → (1, H, T, d)."""
+    grouped = not query.is_cuda
+    if query.is_cuda:  # there only the kernels that take no mask know grouped heads
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
 
 
 @dataclass
@@ -92,37 +93,48 @@ class KeysValues:
     own_value: Tensor
 
 
+def as_bias(mask: Tensor) -> Tensor:
+    """(n, k) bool → (n, 1, 1, k) float32: 0 where True, −∞ elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None, None]
+
+
 class Decode:
-    """One token for each of B live rows: a product with the shared prompt, a product with the row's own keys.
+    """One token for each of B live rows: attention to the shared prompt, attention to the row's own keys.
 
     The G rows of a group are G more queries on the *same* prompt keys, so the prompt is read once a step for
-    all of them. Softmax runs over both parts together.
+    all of them. The two parts are joined by their masses, so that nothing as wide as a prompt is ever regrouped.
 
-    caches        KeysValues of every layer; live rows are its first B row slots, live groups its first group slots
-    prompt_mask   (groups, P max) bool: True on a prompt's tokens (prompts of unequal length share one product)
-    own_length    (B,) tokens of each row that are already cached: where this step's token goes
-    group_of_row  (B,) group slot of each row
+    caches          KeysValues of every layer; live rows are its first B row slots, live groups its first group slots
+    prompt_lengths  tokens of each live group's prompt (prompts of unequal length share one product)
+    own_lengths     tokens of each row that are already cached: where this step's token goes
+    group_of_row    group slot of each row
     """
 
-    def __init__(self, caches: list[KeysValues], prompt_mask: Tensor, own_length: Tensor, group_of_row: Tensor):
-        self.caches, self.prompt_mask = caches, prompt_mask
-        self.set_rows(own_length, group_of_row)
+    def __init__(self, caches: list[KeysValues], prompt_lengths: list[int], own_lengths: list[int], group_of_row: list[int]):
+        device, longest = caches[0].prompt_key.device, caches[0].prompt_key.shape[2]
+        self.caches, self.groups = caches, len(prompt_lengths)
+        self.prompt_bias = as_bias(torch.arange(longest) < torch.tensor(prompt_lengths)[:, None]).to(device)
+        # Rows by group, (groups, R) with R the most rows of one group; spare places repeat row 0.
+        members = [[row for row, group in enumerate(group_of_row) if group == g] for g in range(self.groups)]
+        most = max(map(len, members))
+        self.row_at = torch.tensor([rows + [0] * (most - len(rows)) for rows in members], device=device)
+        self.group_of_row = torch.tensor(group_of_row, device=device)
+        self.place_of_row = torch.tensor([members[g].index(row) for row, g in enumerate(group_of_row)], device=device)
+        self.every_row = torch.arange(len(group_of_row), device=device)
+        self.own_length = torch.tensor(own_lengths, device=device)
+        self.width = max(own_lengths) + 1  # kept beside the tensor: asking the device would wait for it
+        self.see_own()
 
-    def set_rows(self, own_length: Tensor, group_of_row: Tensor) -> None:
-        """Arrange the rows by group, (groups, R) with R the most rows of one group; spare places repeat row 0."""
-        self.own_length, self.group_of_row = own_length, group_of_row
-        members = F.one_hot(group_of_row, len(self.prompt_mask)).cumsum(0)  # (B, groups)
-        self.place_of_row = members.gather(1, group_of_row[:, None])[:, 0] - 1
-        self.row_at = group_of_row.new_zeros(len(self.prompt_mask), int(members[-1].max()))
-        self.row_at[group_of_row, self.place_of_row] = torch.arange(len(group_of_row), device=group_of_row.device)
-        self.advance(0)
+    def advance(self) -> None:
+        """Every row has got one more token."""
+        self.own_length = self.own_length + 1
+        self.width += 1
+        self.see_own()
 
-    def advance(self, tokens: int = 1) -> None:
-        """Every row has got `tokens` more."""
-        self.own_length = self.own_length + tokens
-        self.width = int(self.own_length.max()) + 1
+    def see_own(self) -> None:
+        """This step's own token is seen, what a slot held before is not."""
         steps = torch.arange(self.width, device=self.own_length.device)
-        self.own_mask = steps <= self.own_length[:, None]  # this step's own token included
+        self.own_bias = as_bias(steps <= self.own_length[:, None])
 
     def _by_group(self, rows: Tensor) -> Tensor:
         """(B, H_kv, r, n) → (groups, H_kv, R·r, n): r query heads share a key head."""
@@ -134,21 +146,29 @@ class Decode:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(B, H, 1, d), keys and values (B, H_kv, 1, d) → (B, 1, H, d)."""
-        cache, rows, groups = self.caches[layer], len(query), len(self.prompt_mask)
-        every = torch.arange(rows, device=query.device)
-        cache.own_key[every, :, self.own_length] = key[:, :, 0]
-        cache.own_value[every, :, self.own_length] = value[:, :, 0]
+        cache, rows, groups = self.caches[layer], len(query), self.groups
+        cache.own_key[self.every_row, :, self.own_length] = key[:, :, 0]
+        cache.own_value[self.every_row, :, self.own_length] = value[:, :, 0]
 
         heads_per_key = query.shape[1] // key.shape[1]
         q = (query[:, :, 0] * scaling).unflatten(1, (-1, heads_per_key))  # (B, H_kv, r, d)
-        to_prompt = self._by_group(q) @ cache.prompt_key[:groups].transpose(2, 3)
-        to_prompt = to_prompt.masked_fill(~self.prompt_mask[:, None, None], float("-inf"))
-        to_own = q @ cache.own_key[:rows, :, : self.width].transpose(2, 3)
-        to_own = to_own.masked_fill(~self.own_mask[:, None, None], float("-inf"))
+        prompt = partial_attention(self._by_group(q), cache.prompt_key[:groups], cache.prompt_value[:groups], self.prompt_bias)
+        own = partial_attention(q, cache.own_key[:rows, :, : self.width], cache.own_value[:rows, :, : self.width], self.own_bias)
+        (prompt_sum, prompt_mass, prompt_top), (own_sum, own_mass, own_top) = (
+            self._by_row(prompt, heads_per_key).split([q.shape[-1], 1, 1], -1), own.split([q.shape[-1], 1, 1], -1))
+        top = torch.maximum(prompt_top, own_top)
+        prompt_share, own_share = (prompt_top - top).exp(), (own_top - top).exp()
+        output = (prompt_sum * prompt_share + own_sum * own_share) / (prompt_mass * prompt_share + own_mass * own_share)
+        return output.to(value.dtype).flatten(1, 2)[:, None]
 
-        scores = torch.cat([self._by_row(to_prompt, heads_per_key), to_own], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-        prompt_weights, own_weights = weights.split([to_prompt.shape[-1], self.width], dim=-1)
-        from_prompt = self._by_group(prompt_weights) @ cache.prompt_value[:groups]
-        output = self._by_row(from_prompt, heads_per_key) + own_weights @ cache.own_value[:rows, :, : self.width]
-        return output.flatten(1, 2)[:, None]
+
+def partial_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention to a part of the keys, in float32, ready to be joined with another part.
+
+    (…, q, d), (…, k, d), (…, k, d), bias (…, 1, k) of 0 and −∞ → (…, q, d + 2): Σ exp(score − top) · value,
+    Σ exp(score − top), top.
+    """
+    scores = (query @ key.transpose(-1, -2)).float().add_(bias)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return torch.cat([(weights.to(value.dtype) @ value).float(), weights.sum(-1, keepdim=True), top], dim=-1)

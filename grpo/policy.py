@@ -40,8 +40,7 @@ class Policy(nn.Module):
         if any(kind != "full_attention" for kind in text.layer_types):
             raise ValueError(f"the model's layers are {sorted(set(text.layer_types))}; only full_attention is supported")
         text._attn_implementation = "layout"
-        banned = [self.config.image_token_id, self.config.video_token_id]
-        self.register_buffer("banned", torch.tensor(banned), persistent=False)
+        self.banned = (self.config.image_token_id, self.config.video_token_id)  # no completion can hold them
 
     @property
     def visual(self) -> nn.Module:
@@ -53,7 +52,7 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.banned.device
+        return self.model.lm_head.weight.device
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -95,7 +94,7 @@ class Policy(nn.Module):
             vectors = table(prompt.tokens.to(self.device))
             if features is not None:
                 at = (prompt.tokens == self.config.image_token_id).nonzero()[:, 0].to(self.device)
-                vectors = vectors.index_copy(0, at, features.to(vectors.dtype))
+                vectors = vectors.index_copy(0, at, features.to(vectors))
             embedded.append(vectors)
         return embedded
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.attention import Decode, KeysValues, Packed
@@ -97,25 +98,45 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax.
-
-    Inverse of the cumulative distribution: one number a token, so a completion's noise is a plain list.
-    """
-    logps = logits.log_softmax(-1)
+    """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax."""
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
+    elif sampling.top_k or sampling.top_p < 1:
+        tokens = invert(keep_top(logits, sampling.top_k, sampling.top_p).softmax(-1), uniform)
     else:
-        kept = logits
-        if sampling.top_k or sampling.top_p < 1:
-            kept = keep_top(logits, sampling.top_k, sampling.top_p)
-        # float64: a float32 running sum over 152k tokens would lose the improbable ones
-        cumulative = kept.softmax(-1).double().cumsum(-1)
-        whole = cumulative[:, -1:]
-        # A number next to 1 times the sum may round to the sum itself, which no place exceeds.
-        wanted = torch.minimum(uniform[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
-        # right=True: the first place that *exceeds* the number, never one of probability 0
-        tokens = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
-    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
+        tokens = invert(logits.softmax(-1), uniform)
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+BLOCK = 512
+
+
+def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution: (B, V), (B,) numbers in [0, 1) → (B,) places, none of probability 0.
+
+    One number a token, so a completion's noise is a plain list. First the block of BLOCK places, then the place in
+    it: a running sum over 152k places would take most of a step. Sums are float64: float32 would lose the improbable.
+    """
+    blocks = F.pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    ends = blocks.sum(-1).double().cumsum(-1)  # of the blocks
+    block, before = first_beyond(ends, uniform * ends[:, -1])
+    inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
+    # The number lies within the block's own sum, which this sum may miss by a rounding: scaled from the one to the other.
+    share = (uniform * ends[:, -1] - before) / (ends.gather(1, block[:, None])[:, 0] - before)
+    return block * BLOCK + first_beyond(inside, share * inside[:, -1])[0]
+
+
+def first_beyond(cumulative: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, n) running sums, (B,) numbers → the first place whose sum exceeds the number, and the sum before it.
+
+    right=True: *exceeds*, so never a place that adds nothing. A number that rounding has made the whole sum, which no
+    place exceeds, is taken one step below it.
+    """
+    whole = cumulative[:, -1:]
+    wanted = torch.minimum(wanted[:, None], whole.nextafter(torch.zeros_like(whole)))
+    place = torch.searchsorted(cumulative, wanted, right=True)
+    before = torch.where(place > 0, cumulative.gather(1, (place - 1).clamp(min=0)), 0.0)
+    return place[:, 0], before[:, 0]
 
 
 class Rollout:
@@ -189,8 +210,9 @@ class Rollout:
         logits = token_logits(self.hidden, weight, sampling.temperature or 1.0, self.policy.banned)
         uniform = torch.tensor([row.noise[len(row.tokens)] for row in self.rows], dtype=torch.float64)
         tokens, logps = draw(logits, uniform.to(logits.device), sampling)
-        for row, token, logp in zip(self.rows, tokens.tolist(), logps.tolist()):
-            row.tokens.append(token)
+        # one transfer from the device a step; float64 holds every token id exactly
+        for row, token, logp in zip(self.rows, *torch.stack([tokens.double(), logps.double()]).tolist()):
+            row.tokens.append(int(token))
             row.logps.append(logp)
         written = len(self.rows)
         for place in reversed(range(written)):
@@ -221,14 +243,13 @@ class Rollout:
 
     def arrange(self) -> Decode:
         """The layout of a decode step for the rows that live now; kept until one comes or goes."""
-        device = self.policy.device
-        lengths = torch.tensor([len(self.prompts[slot.prompt]) for slot in self.slots], device=device)
-        longest = self.caches[0].prompt_key.shape[2]
-        mask = torch.arange(longest, device=device) < lengths[:, None]
         slot_of = {slot.prompt: at for at, slot in enumerate(self.slots)}
-        group_of_row = torch.tensor([slot_of[row.prompt] for row in self.rows], device=device)
-        own_length = torch.tensor([len(row.tokens) - 1 for row in self.rows], device=device)
-        return Decode(self.caches, mask, own_length, group_of_row)
+        return Decode(
+            self.caches,
+            prompt_lengths=[len(self.prompts[slot.prompt]) for slot in self.slots],
+            own_lengths=[len(row.tokens) - 1 for row in self.rows],
+            group_of_row=[slot_of[row.prompt] for row in self.rows],
+        )
 
     def read(self) -> None:
         """Feed every live row's last token; the new hidden states predict the next ones."""

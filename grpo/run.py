@@ -65,7 +65,7 @@ class Run:
             self.policy.freeze_vision()
         set_gradient_checkpointing(self.policy, settings.gradient_checkpointing)
         shard(self.policy, self.dtype, self.device)
-        self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30)
+        self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
         self.journal = Journal(settings.output)
         record_settings(settings, self.output)
         self.best = float("-inf")
@@ -90,7 +90,7 @@ class Run:
     def reference(self, model: str) -> Policy:
         """A frozen copy, sharded alike."""
         reference = load_policy(model).requires_grad_(False)
-        return shard(reference, self.dtype, self.device)
+        return shard(reference, self.dtype, self.device, self.settings.offload_reference)
 
     def validate(self, step: int) -> dict:
         """Greedy metrics on the validation samples; a new best is exported to <output>/model."""

@@ -57,6 +57,10 @@ class TrainingSettings(CommonSettings):
     valid_samples: int = setting(0, "validate on this many, drawn by the seed; 0 for all")
     valid_metric: str = setting("f1", "which of the task's metrics decides the best checkpoint")
     cache_gigabytes: float = setting(4.0, "memory for encoded pictures that are kept between epochs, on each process")
+    keep_features: bool = setting(False, "keep a frozen vision encoder's features between epochs in the pixels' place, so "
+                                  "that it sees no picture twice; two runs then agree to rounding, not to the bit")
+    offload_reference: bool = setting(False, "keep the reference's weights in host memory between its layers' turns")
+    offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory between its steps")
     train_vision: bool = setting(False, "train the vision encoder and its projector too; the papers keep them frozen")
     tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward: memory, not result")
     gradient_checkpointing: bool = setting(False, "recompute activations layer by layer: less memory, more time")

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from grpo.group import Group
+from grpo.memory import enough_memory
 from grpo.policy import Policy
 from grpo.rollout import sample
 
@@ -59,16 +60,23 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def shard(policy: Policy, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Spread float32 masters over all processes; compute in `dtype`; gradients are reduced in float32."""
-    policy.to(device)
-    if world_size() == 1 and dtype == torch.float32:
+def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False) -> Policy:
+    """Spread float32 masters over all processes; compute in `dtype`; gradients are reduced in float32.
+
+    offload: on a GPU, the weights wait in host memory and each layer's visit the device for its turn.
+    """
+    offload = offload and device.type == "cuda"
+    if not offload:
+        policy.to(device)
+    if world_size() == 1 and dtype == torch.float32 and not offload:
         return policy
     mesh = dist.init_device_mesh(device.type, (world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy()
     for layer in policy.trunk_layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, **options)
+    fully_shard(policy, **options)
     register_fsdp_forward_method(policy, "call_inside")
     return policy
 
@@ -100,13 +108,13 @@ def whole(policy: Policy):
 
 def sample_whole(policy: Policy, *arguments, **keywords) -> list[Group]:
     """`sample` on sharded weights."""
-    with whole(policy):
+    with enough_memory("in a rollout", "lower --rollout_rows or --max_completion_tokens"), whole(policy):
         return policy.call_inside(sample, *arguments, **keywords)
 
 
 def see_whole(policy: Policy, prompts) -> None:
     """`keep_features` on sharded weights, where pictures may be distributed unequally."""
-    with whole(policy):
+    with enough_memory("in the vision encoder", "lower --max_pixels"), whole(policy):
         policy.call_inside(Policy.keep_features, prompts)
 
 

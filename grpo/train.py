@@ -17,16 +17,17 @@ from torch import Tensor
 
 from data.curriculum import LAST_BATCHES, MIXINGS, Epoch, epoch_batches, none_share
 from grpo.advantage import combine_rewards, flat_groups, group_advantages, kl_penalised_rewards, overlong_penalty
-from grpo.answer import check_reward_options, forget_features
+from grpo.answer import check_reward_options
 from grpo.group import Group, packs, pad_rows, row_mask
 from grpo.journal import Journal, Stopwatch, progress, say
+from grpo.memory import enough_memory
 from grpo.objective import count_terms, mean_statistics, truncation_mask
 from grpo.policy import Policy
 from grpo.rollout import Sampling
 from grpo.run import Run, read_lines
 from grpo.settings import TrainingSettings, parse, parse_options, run_program, setting
 from grpo.sharding import finish, gather, rank, reshard, sample_whole, see_whole, share, total, world_size
-from grpo.update import idle_pack, learning_rate, make_optimizer, update
+from grpo.update import idle_pack, learning_rate, make_optimizer, pass_over, update
 from grpo.variants import Preset, load_objective, loss_options, resolve
 
 OVERRIDES = ("group_size", "updates", "temperature", "beta", "kl", "clip_low", "clip_high", "scale", "ddof", "eps",
@@ -207,8 +208,11 @@ class Trainer:
         if self.reference is None:
             return None
         passes = int(total(torch.tensor(len(parts), device=self.run.device), torch.distributed.ReduceOp.MAX))
-        logps = [self.reference.score(parts[i] if i < len(parts) else idle_pack(self.reference), self.preset.temperature).logp
-                 for i in range(passes)]
+        packs = parts + [idle_pack(self.reference)] * (passes - len(parts))
+        logps = []
+        for pack in packs:
+            with enough_memory(*pass_over(pack)):
+                logps.append(self.reference.score(pack, self.preset.temperature).logp)
         reshard(self.reference)
         return logps[: len(parts)]
 
@@ -263,7 +267,7 @@ class Trainer:
         with watch("update"):
             learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
         self.learned |= bool(learned)
-        forget_features([group.prompt for group in drawn])
+        self.run.prompts.settle([group.prompt for group in drawn])
         seconds = {f"seconds/{phase}": round(value, 3) for phase, value in watch.seconds.items()}
         return {**self.describe(drawn, drawn_parts, len(keep)), **learned, "step_time": round(watch.total(), 3), **seconds}
 

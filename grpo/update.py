@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.group import Group, Prompt
+from grpo.memory import enough_memory, keep_state_on_host
 from grpo.policy import Policy, Scores
 from grpo.sharding import clip_gradients, total, world_size
 
@@ -18,7 +19,10 @@ def make_optimizer(policy: Policy, settings) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2))
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2))
+    if settings.offload_optimizer:
+        keep_state_on_host(optimizer)
+    return optimizer
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
@@ -37,6 +41,13 @@ def idle_pack(policy: Policy) -> list[Group]:
     return [Group(Prompt(tokens, torch.zeros(3, 1, dtype=torch.long)), [tokens])]
 
 
+def pass_over(pack: list[Group]) -> tuple[str, str]:
+    """What is being done and what to lower, should the memory not do."""
+    tokens = sum(group.packed_tokens for group in pack)
+    smaller = "lower --tokens_per_pass" if len(pack) > 1 else "one group is all there is in it: lower --group_size or --max_completion_tokens"
+    return f"in a packed pass of {tokens} tokens", f"{smaller}, or set --gradient_checkpointing True"
+
+
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, packs: list[list[Group]],
     loss_of_pack: Callable[[int, Scores], Tensor], temperature: float, max_grad_norm: float, rate: float,
@@ -48,11 +59,11 @@ def update(
     """
     passes = int(total(torch.tensor(len(packs), device=policy.device), torch.distributed.ReduceOp.MAX))
     for index in range(passes):
-        if index < len(packs):
-            loss = loss_of_pack(index, policy.score(packs[index], temperature))
-        else:
-            loss = 0.0 * policy.score(idle_pack(policy)).logp.sum()
-        (loss * world_size()).backward()  # sharding averages over processes; the losses are parts of one sum
+        pack = packs[index] if index < len(packs) else idle_pack(policy)
+        with enough_memory(*pass_over(pack)):
+            scores = policy.score(pack, temperature)
+            loss = loss_of_pack(index, scores) if index < len(packs) else 0.0 * scores.logp.sum()
+            (loss * world_size()).backward()  # sharding averages over processes; the losses are parts of one sum
     norm = clip_gradients(policy, max_grad_norm)
     if not math.isfinite(norm):
         optimizer.zero_grad()

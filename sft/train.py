@@ -18,7 +18,7 @@ from grpo.group import Group, packs
 from grpo.journal import Stopwatch, progress, say
 from grpo.run import Run, read_lines
 from grpo.settings import TrainingSettings, parse, run_program, setting
-from grpo.sharding import finish, rank, share, total
+from grpo.sharding import finish, rank, see_whole, share, total
 from grpo.update import learning_rate, make_optimizer, update
 
 
@@ -71,8 +71,12 @@ def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
         losses.append(loss.detach())
         return loss
 
+    prompts = [group.prompt for group in groups]
+    if run.settings.keep_features and run.policy.vision_is_frozen:
+        see_whole(run.policy, prompts)
     parts = packs(groups, run.settings.tokens_per_pass)
     norm = update(run.policy, optimizer, parts, loss_of_pack, 1.0, run.settings.max_grad_norm, rate)
+    run.prompts.settle(prompts)
     return {"loss": float(total(sum(losses))), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens}
 
 

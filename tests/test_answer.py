@@ -57,6 +57,31 @@ def test_a_prompt_is_encoded_once_while_the_cache_has_room_and_again_after():
     assert exact(pair[0]) is exact(pair[0])
 
 
+def test_kept_features_take_the_pixels_place_and_a_picture_is_seen_once_in_a_run():
+    policy, three, seen = tiny_policy(), samples(6)[1::2], []
+    policy.freeze_vision()
+    policy.visual.register_forward_pre_hook(lambda *a: seen.append(1))
+    prompts_of = Prompts(Encoder(), task(), cache_bytes=10**9, keep_features=True)
+    first = answer(policy, prompts_of, three, SAMPLING)
+    again = answer(policy, prompts_of, three, SAMPLING)
+    assert first == again == answer(policy, Prompts(Encoder(), task()), three, SAMPLING)
+    assert len(seen) == 2  # the last line's uncached one is the second
+    kept = prompts_of.kept.values()
+    assert len(kept) == 3 and all(prompt.pixels is None and prompt.features is not None for prompt in kept)
+    assert prompts_of.room == 10**9 - sum(prompt.features.nbytes for prompt in kept)
+
+
+def test_features_without_room_are_forgotten_and_the_pixels_stay_with_the_prompt():
+    policy, three = tiny_policy(), samples(6)[1::2]
+    policy.freeze_vision()
+    prompts_of = Prompts(Encoder(), task(), cache_bytes=100, keep_features=True)
+    prompts = [prompts_of(sample) for sample in three]
+    policy.keep_features(prompts)
+    prompts_of.settle(prompts)
+    assert not prompts_of.kept and prompts_of.room == 100
+    assert all(prompt.pixels is not None and prompt.features is None for prompt in prompts)
+
+
 def test_the_bar_moves_by_whole_samples():
     moved = []
     ended = Ended(SimpleNamespace(update=moved.append), 3)

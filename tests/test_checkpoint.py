@@ -44,7 +44,7 @@ def test_exported_weights_load_in_stock_transformers_and_give_the_same_logits(fo
     positions = torch.arange(len(groups[0].prompt))
     groups[0].prompt.positions = positions.expand(3, -1)
     expected = torch.cat(plain_logp(exported, groups[0], ban=False))
-    policy.banned = policy.banned[:0]
+    policy.banned = ()
     torch.testing.assert_close(policy.score(groups).logp, expected, rtol=1e-5, atol=1e-5)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
         assert (tmp_path / "model" / name).read_bytes() == (folder / name).read_bytes()

@@ -2,11 +2,12 @@ import torch
 
 from grpo.head import CompletionLogp, completion_logp
 
-BANNED = torch.tensor([3, 11])
+BANNED = (3, 11)
+ON = torch.tensor(BANNED)
 
 
 def plain(hidden, weight, targets, temperature):
-    logits = (hidden @ weight.T / temperature).index_fill(-1, BANNED, float("-inf"))
+    logits = (hidden @ weight.T / temperature).index_fill(-1, ON, float("-inf"))
     logps = logits.log_softmax(-1)
     kept = [i for i in range(len(weight)) if i not in BANNED]
     return logps.gather(-1, targets[:, None])[:, 0], -(logps[:, kept].exp() * logps[:, kept]).sum(-1)
@@ -19,13 +20,13 @@ def example():
     return hidden, weight, targets
 
 
-def test_values_and_gradients_equal_the_plain_softmax_whatever_the_chunk():
+def test_values_and_gradients_equal_the_plain_softmax_whatever_the_tile():
     hidden, weight, targets = example()
     upstream = torch.randn(10)
     logp, entropy = plain(hidden, weight, targets, 0.7)
     expected = torch.autograd.grad((logp * upstream).sum(), [hidden, weight])
-    for chunk in (1, 3, 10, 64):
-        chunked, chunked_entropy = completion_logp(hidden, weight, targets, 0.7, BANNED, chunk)
+    for tile in ((1, 1), (3, 4), (4, 6), (10, 17), (64, 64)):
+        chunked, chunked_entropy = completion_logp(hidden, weight, targets, 0.7, BANNED, tile)
         torch.testing.assert_close(chunked, logp.float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(chunked_entropy, entropy.float(), rtol=1e-4, atol=1e-5)
         for found, wanted in zip(torch.autograd.grad((chunked * upstream).sum(), [hidden, weight]), expected):
@@ -34,7 +35,7 @@ def test_values_and_gradients_equal_the_plain_softmax_whatever_the_chunk():
 
 def test_a_frozen_head_computes_no_weight_gradient():
     hidden, weight, targets = example()
-    logp, _ = completion_logp(hidden, weight.detach(), targets, 1.0, BANNED, 4)
+    logp, _ = completion_logp(hidden, weight.detach(), targets, 1.0, BANNED, (4, 8))
     assert CompletionLogp.backward(logp.grad_fn, torch.ones(10), None)[1] is None
 
 
@@ -46,7 +47,7 @@ def test_a_banned_token_has_no_probability():
 
 def test_the_entropy_has_no_gradient():
     hidden, weight, targets = example()
-    logp, entropy = completion_logp(hidden, weight, targets, 1.0, BANNED, 4)
+    logp, entropy = completion_logp(hidden, weight, targets, 1.0, BANNED, (4, 8))
     assert logp.requires_grad and not entropy.requires_grad
 
 
@@ -55,7 +56,7 @@ def test_a_bfloat16_heads_gradient_is_summed_in_float32_over_the_chunks():
     hidden, weight = hidden.detach().bfloat16().repeat(60, 1), weight.detach().bfloat16().requires_grad_()
     targets = torch.arange(10).repeat(60).clamp(max=2)
     gradients = []
-    for chunk in (1, 600):
-        logp, _ = completion_logp(hidden, weight, targets, 1.0, BANNED, chunk)
+    for tile in ((1, 17), (600, 17)):
+        logp, _ = completion_logp(hidden, weight, targets, 1.0, BANNED, tile)
         gradients.append(torch.autograd.grad(logp.sum(), weight)[0].float())
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=0.2)

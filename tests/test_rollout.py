@@ -116,7 +116,7 @@ def test_every_token_is_drawn_with_its_own_number_of_the_completions_noise():
     policy, prompt = tiny_policy(), prompts(1)[0]
     with torch.no_grad():  # every token but the banned ones is as likely as any other
         policy.model.lm_head.weight.zero_()
-    logits = torch.zeros(12, len(policy.model.lm_head.weight)).index_fill(-1, policy.banned, float("-inf"))
+    logits = torch.zeros(12, len(policy.model.lm_head.weight)).index_fill(-1, torch.tensor(policy.banned), float("-inf"))
     for index, completion in enumerate(sample(policy, [prompt], 3, sampling(end_tokens=()))[0].completions):
         uniform = torch.tensor(noise("7", prompt.id, index, 12), dtype=torch.float64)
         assert torch.equal(completion, draw(logits, uniform, sampling())[0])
@@ -147,6 +147,15 @@ def test_a_rollout_builds_no_graph():
 def test_a_number_of_zero_never_draws_an_impossible_first_token():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0]])
     assert draw(logits, torch.zeros(1, dtype=torch.float64), sampling())[0].tolist() == [1]
+
+
+def test_drawing_by_blocks_draws_what_one_running_sum_would():
+    random = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4000, 1337, generator=random, dtype=torch.float64)
+    uniform = torch.rand(4000, generator=random, dtype=torch.float64)
+    expected = torch.searchsorted(logits.softmax(-1).cumsum(-1), uniform[:, None], right=True)[:, 0]
+    drawn, _ = draw(logits.float(), uniform, sampling())
+    assert (drawn == expected).float().mean() > 0.999  # the rest lies within a float32 rounding of a step
 
 
 def test_improbable_tokens_of_a_large_vocabulary_are_told_apart():

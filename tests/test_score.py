@@ -26,7 +26,7 @@ def test_a_packed_pass_equals_plain_forwards_one_by_one_in_values_and_gradients(
 
 def test_with_the_ban_off_a_packed_pass_equals_the_plain_softmax():
     policy, groups = tiny_policy(), tiny_groups()
-    policy.banned = torch.tensor([], dtype=torch.long)
+    policy.banned = ()
     plain = torch.cat([row for group in groups for row in plain_logp(tiny_model(), group, ban=False)])
     torch.testing.assert_close(logp_of(groups, policy), plain, rtol=1e-5, atol=1e-5)
 
@@ -176,7 +176,7 @@ def test_scores_come_in_the_groups_order_with_their_entropy_and_their_lengths():
     ids = torch.cat([group.prompt.tokens, group.completions[0]])[None]
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(), use_cache=False,
                 pixel_values=group.prompt.pixels, image_grid_thw=group.prompt.grids)
-    logits = (out.logits[0, -4:-1] / 0.7).index_fill(-1, policy.banned, -1e9)
+    logits = (out.logits[0, -4:-1] / 0.7).index_fill(-1, torch.tensor(policy.banned), -1e9)
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(scores.entropy[15:18], expected, rtol=1e-4, atol=1e-4)
 

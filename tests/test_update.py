@@ -60,9 +60,47 @@ def test_a_process_with_fewer_packs_joins_the_longest_ones_forwards_and_adds_not
 def test_weights_decay_and_biases_and_norms_do_not():
     policy = tiny_policy()
     policy.freeze_vision()
-    settings = SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95)
+    settings = SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95, offload_optimizer=False)
     matrices, vectors = make_optimizer(policy, settings).param_groups
     assert matrices["weight_decay"] == 0.3 and {p.ndim for p in matrices["params"]} == {2}
     assert vectors["weight_decay"] == 0 and {p.ndim for p in vectors["params"]} == {1}
     assert len(matrices["params"]) + len(vectors["params"]) == sum(p.requires_grad for p in policy.parameters())
     assert (matrices["lr"], matrices["betas"]) == (1e-3, (0.9, 0.95))
+
+
+def test_running_out_of_memory_says_which_setting_to_lower(monkeypatch):
+    one_group, two_groups = [tiny_groups(lengths=((5, 1),))], [tiny_groups()]
+    for too_much in (lambda *_: torch.empty(2**50), lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory"))):
+        policy = tiny_policy()
+        monkeypatch.setattr(policy, "trunk", too_much)
+        with pytest.raises(ValueError, match=r"^out of memory in a packed pass of \d+ tokens; lower --tokens_per_pass"):
+            step(policy, two_groups)
+        with pytest.raises(ValueError, match="lower --group_size or --max_completion_tokens"):
+            step(policy, one_group)
+
+
+def test_another_fault_than_memory_is_left_as_it_is(monkeypatch):
+    policy = tiny_policy()
+    monkeypatch.setattr(policy, "trunk", lambda *_: raise_(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="^shapes do not fit"):
+        step(policy, [tiny_groups()])
+
+
+def raise_(error):
+    raise error
+
+
+def test_moments_that_wait_in_host_memory_are_with_the_weights_for_the_step(monkeypatch):
+    """Host and device are told apart by the order of the moves: there is no device here."""
+    policy, moves = tiny_policy(), []
+    settings = SimpleNamespace(weight_decay=0.0, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95, offload_optimizer=True)
+    optimizer = make_optimizer(policy, settings)
+    step(policy, [tiny_groups()], optimizer=optimizer)
+    moments = {id(value) for state in optimizer.state.values() for value in state.values() if value.ndim}
+    real = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: moves.append((id(self), a)) or real(self, *a, **k))
+    monkeypatch.setattr(torch.optim.adam, "adam", lambda *_, **__: moves.append("step"))
+    optimizer.step()
+    at = moves.index("step")
+    assert {name for name, _ in moves[:at]} >= moments and all(a == (torch.device("cpu"),) for _, a in moves[:at])
+    assert {name for name, _ in moves[at + 1 :]} >= moments and all(a == ("cpu",) for _, a in moves[at + 1 :])

@@ -1,0 +1,58 @@
+"""Random Qwen2.5-VL checkpoints in the proportions that the benchmarks ask for, and prompts of an exact length.
+
+big-head   45M parameters, almost all in the real vocabulary's 151,936 rows: hidden 256, 6 layers, head tied
+trunk      7B's proportions, where the layers dominate: hidden 512, 12 layers, vocabulary 8,192, head not tied; the
+           vision encoder has 7B's proportion in width (192) and a quarter of it in depth (4)
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.tiny_model import model_config, token_ids, write_settings, write_tokenizer, write_weights
+
+SHAPES = {
+    "big-head": dict(hidden=256, layers=6, heads=4, key_value_heads=2, intermediate=704, vision_hidden=64,
+                     vision_depth=2, tied=True, vocabulary=151_936),
+    "trunk": dict(hidden=512, layers=12, heads=8, key_value_heads=2, intermediate=2688, vision_hidden=192,
+                  vision_depth=4, tied=False, vocabulary=8_192),
+    # for warming up, and for trying a benchmark's code
+    "small": dict(hidden=64, layers=2, heads=2, key_value_heads=1, intermediate=128, vision_hidden=32,
+                  vision_depth=2, tied=True, vocabulary=1_024),
+}
+WORD = "word"
+
+
+def write_model(folder: Path, shape: str) -> Path:
+    """The checkpoint, unless it is there already. Its tokenizer knows few words; the embedding has all the rows."""
+    numbers = dict(SHAPES[shape])
+    if (folder / "model.safetensors").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = numbers.pop("vocabulary")
+    write_tokenizer(folder, [f" {WORD}"] * 50, vocabulary=300)
+    write_settings(folder, 28 * 28, 1280 * 28 * 28)
+    config = model_config(token_ids(folder), initial_std=0.02, **numbers) | {"vocab_size": vocabulary}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_weights(folder, seed=0)
+    return folder
+
+
+def pictures(seed: int, side: int, count: int = 2) -> list[Image.Image]:
+    """Noise, side × side pixels: (side / 28)² tokens each."""
+    random = np.random.default_rng(seed)
+    return [Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def words_for(encoder, tokens: int, side: int) -> str:
+    """The text with which a prompt of two such pictures has exactly so many tokens."""
+    empty = len(encoder.encode(pictures(0, side), ""))
+    if tokens < empty:
+        raise ValueError(f"a prompt with two pictures of {side} pixels has at least {empty} tokens; {tokens} asked for")
+    text = f" {WORD}" * (tokens - empty)
+    found = len(encoder.encode(pictures(0, side), text))
+    if found != tokens:
+        raise ValueError(f"the prompt has {found} tokens instead of {tokens}")
+    return text
