@@ -111,7 +111,7 @@ def check_answers():
     policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
     encoder = SimpleNamespace(decode=lambda completion: completion.tolist())
     prompts_of = lambda i: tiny_prompt(i, ((1, 4, 4),))
-    prompts_of.encoder = encoder
+    prompts_of.encoder, prompts_of.settle = encoder, lambda prompts: None
     policy.freeze_vision()
     sampling = Sampling(max_tokens=3, end_tokens=(END,), temperature=0.0, rows=1)
     answers = grpo.answer.answer(policy, prompts_of, list(range(9)), sampling, group_size=2)

@@ -1,5 +1,6 @@
 """One step: its rate, its clipping, what decays, and what a process does that has nothing to do."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -99,7 +100,7 @@ def test_moments_that_wait_in_host_memory_are_with_the_weights_for_the_step(monk
     moments = {id(value) for state in optimizer.state.values() for value in state.values() if value.ndim}
     real = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: moves.append((id(self), a)) or real(self, *a, **k))
-    monkeypatch.setattr(torch.optim.adam, "adam", lambda *_, **__: moves.append("step"))
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "adam", lambda *_, **__: moves.append("step"))
     optimizer.step()
     at = moves.index("step")
     assert {name for name, _ in moves[:at]} >= moments and all(a == (torch.device("cpu"),) for _, a in moves[:at])
