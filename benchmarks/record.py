@@ -1,4 +1,4 @@
-"""Where measured figures go: one JSON line each in results.jsonl, from which RESULTS.md is written."""
+"""What every benchmark needs: where figures go (results.jsonl, and from it RESULTS.md), and the peak of memory."""
 
 import datetime
 import json
@@ -44,3 +44,33 @@ def append(benchmark: str, settings: dict, figures: list[dict], summary: str = "
             "commit": commit(), "settings": settings, "figures": figures, "summary": summary}
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class PeakMemory:
+    """Peak of this process's resident set in bytes since `start`, less what it was then (Linux)."""
+
+    def start(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+        self.before = self.read("VmRSS")
+
+    def beyond(self) -> int:
+        return self.read("VmHWM") - self.before
+
+    @staticmethod
+    def read(field: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+
+def without_vision_operators() -> None:
+    """Let torchvision be imported beside a torch for which it was not built: it declares operators that are not there."""
+    import torch
+
+    register = torch.library.register_fake
+
+    def lenient(name, *arguments, **keywords):
+        if isinstance(name, str) and name.startswith("torchvision::"):
+            return lambda function: function
+        return register(name, *arguments, **keywords)
+
+    torch.library.register_fake = lenient

@@ -18,11 +18,14 @@ SHAPES = {
                      vision_depth=2, tied=True, vocabulary=151_936),
     "trunk": dict(hidden=512, layers=12, heads=8, key_value_heads=2, intermediate=2688, vision_hidden=192,
                   vision_depth=4, tied=False, vocabulary=8_192),
+    "middle": dict(hidden=256, layers=6, heads=4, key_value_heads=2, intermediate=1344, vision_hidden=96,
+                   vision_depth=2, tied=False, vocabulary=8_192),
     # for warming up, and for trying a benchmark's code
     "small": dict(hidden=64, layers=2, heads=2, key_value_heads=1, intermediate=128, vision_hidden=32,
                   vision_depth=2, tied=True, vocabulary=1_024),
 }
 WORD = "word"
+MODELS = Path("runs/benchmarks")  # where the checkpoints are written
 
 
 def write_model(folder: Path, shape: str) -> Path:

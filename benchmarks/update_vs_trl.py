@@ -21,8 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.record import append
-from benchmarks.shapes import write_model
+from benchmarks.record import PeakMemory, append, without_vision_operators
+from benchmarks.shapes import MODELS, write_model
 
 G, PROMPTS, UPDATES, BETA, TEMPERATURE = 8, 2, 2, 0.001, 0.8
 # name, shape, tokens of the prompt (two pictures included), pixels a side, tokens of a completion
@@ -36,22 +36,6 @@ CASES = {
 TARGETS = {"big-head-200": 8, "big-head-800": 25, "trunk-800-64": 6, "trunk-800-256": 3.5}
 TOKENS_PER_PASS = 4096
 INSTALL = "TRL 1.16 is missing; install it beside torch and torchvision: pip install 'trl==1.16.0' torchvision"
-
-
-class PeakMemory:
-    """Peak of this process's resident set in bytes since `start`, less what it was then (Linux)."""
-
-    def start(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-        self.before = self.read("VmRSS")
-
-    def beyond(self) -> int:
-        return self.read("VmHWM") - self.before
-
-    @staticmethod
-    def read(field: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
 
 
 def trained_bytes(model) -> int:
@@ -103,20 +87,6 @@ def our_step(folder: Path, case: str) -> dict:
 
 
 # ── TRL ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def without_vision_operators() -> None:
-    """Let torchvision be imported beside a torch for which it was not built: it declares operators that are not there."""
-    import torch
-
-    register = torch.library.register_fake
-
-    def lenient(name, *arguments, **keywords):
-        if isinstance(name, str) and name.startswith("torchvision::"):
-            return lambda function: function
-        return register(name, *arguments, **keywords)
-
-    torch.library.register_fake = lenient
 
 
 def trl_trainer(folder: Path, case: str):
@@ -230,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(TARGETS), choices=list(CASES))
     parser.add_argument("--side", choices=("ours", "trl"), help="only this one, as JSON")
-    parser.add_argument("--models", type=Path, default=Path("runs/benchmarks"), help="folder for the random checkpoints")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder for the random checkpoints")
     parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl")
     settings = parser.parse_args()
     if settings.side:

@@ -189,12 +189,16 @@ class Rollout:
         self.slots += [Slot(index, self.group_size, hidden[end].clone()) for index, end in zip(indices, ends.tolist())]
 
     def admit(self) -> None:
-        """Waiting rows into free places. Not for every single one: a prefill of several prompts costs less than several."""
-        free = self.max_rows - len(self.rows)
-        if not self.waiting or (self.rows and free < max(1, self.max_rows // 8)):
+        """Waiting rows into free places; those whose prompt is cached at once.
+
+        New prompts wait until an eighth of the places is free: a prefill of several costs less than several.
+        """
+        free, entering, cached = self.max_rows - len(self.rows), [], {slot.prompt for slot in self.slots}
+        patient = self.rows and free < self.max_rows // 8
+        while self.waiting and len(entering) < free and not (patient and self.waiting[0][0] not in cached):
+            entering.append(self.waiting.popleft())
+        if not entering:
             return
-        entering = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        cached = {slot.prompt for slot in self.slots}
         if new := [p for p in dict.fromkeys(p for p, _ in entering) if p not in cached]:
             self.prefill(new)
         hidden_of = {slot.prompt: slot.last_hidden for slot in self.slots}

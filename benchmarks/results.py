@@ -1,0 +1,44 @@
+"""benchmarks/RESULTS.md from results.jsonl: of every benchmark the last run on each machine, its date, versions, table.
+
+    python -m benchmarks.results
+"""
+
+import json
+
+from benchmarks.record import RESULTS
+
+
+def cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(rows: list[dict]) -> list[str]:
+    """A Markdown table; bytes become megabytes."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    megabytes = lambda name, value: round(value / 1e6) if name.endswith("bytes") and isinstance(value, (int, float)) else value
+    head = [name.replace("_bytes", ", MB").replace("_", " ") for name in names]
+    body = [[cell(megabytes(name, row.get(name, ""))) for name in names] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+
+
+def main() -> None:
+    runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    last = {(run["benchmark"], run["machine"]): run for run in runs}
+    lines = ["# Measured", "", "Written by `python -m benchmarks.results` from `results.jsonl`, which every benchmark appends to with `--record`.",
+             "What each one measures, and how, stands at the top of its file. Times on shared machines are noisy: compare within a table.", ""]
+    for (name, machine), run in last.items():
+        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+        settings = ", ".join(f"{name} {cell(value)}" for name, value in run["settings"].items())
+        lines += [f"## {name}", "", f"`python -m benchmarks.{name}`, {run['date']}, {machine}, {versions}, at {run['commit']}; {settings}.", ""]
+        lines += [*table(run["figures"]), ""]
+        lines += [f"**{line}**\n" for line in run["summary"].split("; ") if line]
+        if name == "growth":
+            lines += ["![seconds over G](growth.svg)", ""]
+    RESULTS.with_name("RESULTS.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print(f"wrote {RESULTS.with_name('RESULTS.md')}")
+
+
+if __name__ == "__main__":
+    main()
