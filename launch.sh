@@ -49,7 +49,7 @@ title() { printf '\n\033[1m── %s\033[0m\n' "$*"; }
 # What the demo sets apart from the papers' settings: it is a thousandth of their size and learns from nothing.
 train=4800
 stage_1="--train_vision True --epochs 16 --batch_size 32 --learning_rate 2e-3 --validate_every 4"
-stage_2="--learning_rate 2e-4 --max_rollouts 50 --validate_every 10 --reward_options min_length=150"
+stage_2="--learning_rate 2e-4 --max_rollouts 50 --validate_every 10 --reward_options min_length=150 --journal_every 5"
 
 demo() {
     local seed=0 output=runs/demo
@@ -86,6 +86,7 @@ demo() {
     many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
     title "result"
     one grpo.compare zero_shot="$output/zero_shot" sft="$output/sft" grpo="$output/grpo" --output "$output/results.json"
+    one grpo.report "$output/stage_1" "$output/stage_2" "$output/zero_shot" "$output/sft" "$output/grpo" --output "$output/report.html"
 }
 
 processes_and_threads() {

@@ -91,7 +91,7 @@ class Ended:
     def __init__(self, bar, group_size: int):
         self.bar, self.group_size, self.count = bar, group_size, 0
 
-    def __call__(self, written: int, ended: int) -> None:
+    def __call__(self, written: int, ended: int, spared: int) -> None:
         before = self.count // self.group_size
         self.count += ended
         self.bar.update(self.count // self.group_size - before)

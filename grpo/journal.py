@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -23,11 +24,40 @@ def say(text: str) -> None:
 
 
 def progress(total: int, what: str, unit: str):
-    """A bar with rate and time left on the first process; nothing where the output is not a terminal."""
+    """A bar with rate and time left on the first process; where the output is no terminal, a plain line now and then."""
+    if rank() == 0 and not sys.stderr.isatty():
+        return PlainProgress(total, what, unit)
     # says 80 × 24 where a terminal does not know its size (many containers'); left to itself the bar draws nothing there
     columns, lines = shutil.get_terminal_size()
-    return tqdm(total=total, desc=what, unit=unit, leave=False, ncols=columns, nrows=lines,
-                disable=rank() != 0 or not sys.stderr.isatty())
+    return tqdm(total=total, desc=what, unit=unit, leave=False, ncols=columns, nrows=lines, disable=rank() != 0)
+
+
+class PlainProgress:
+    """A bar's stand-in for logs: what takes less than LINE_SECONDS says nothing, longer work one line in so many."""
+
+    LINE_SECONDS = 30.0
+
+    def __init__(self, total: int, what: str, unit: str):
+        self.total, self.what, self.unit, self.n = total, what, unit, 0
+        self.start = self.said = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def set_postfix(self, **_) -> None:
+        """A bar shows these beside it; a log has them in the update's own line."""
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        now = time.monotonic()
+        if self.n and now - self.said >= self.LINE_SECONDS:
+            self.said, rate = now, self.n / (now - self.start)
+            left = round(max(0, self.total - self.n) / rate)
+            print(f"{self.what}: {self.n}/{self.total} {self.unit}s, {rate:.3g} a second, "
+                  f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
 
 
 class Stopwatch:
@@ -50,20 +80,53 @@ class Stopwatch:
 
 
 class Journal:
-    """`metrics.jsonl` in the run's folder: one JSON object an update, written by the first process."""
+    """`metrics.jsonl` in the run's folder: one JSON object an update, written by the first process.
 
-    def __init__(self, output: str, name: str = "metrics.jsonl"):
+    With `events` the same numbers go into TensorBoard event files in <output>/tensorboard: "on", "off", or "auto",
+    which is on where tensorboard is installed.
+    """
+
+    def __init__(self, output: str, name: str = "metrics.jsonl", events: str = "off"):
         self.path = Path(output) / name
+        self.events = None
         if rank() == 0:
+            self.events = open_events(self.path.parent / "tensorboard", events)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
 
     def write(self, line: dict) -> None:
         if rank() == 0:
-            # a mean of nothing is not a number, and JSON has no word for that but null
-            line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.path, line)
+            if self.events:
+                for name, value in line.items():
+                    if name != "step" and isinstance(value, (int, float)):
+                        self.events.add_scalar(name, value, line.get("step", 0))
+                self.events.flush()
+
+
+def append_line(path: Path, content: dict) -> None:
+    """One JSON object as one whole line: a single write at the file's end, so that a reader who comes in between finds
+    only whole lines, or (a full disk) a last one without its end, which is to be left out."""
+    # a mean of nothing is not a number, and JSON has no word for that but null
+    content = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in content.items()}
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(file, json.dumps(content).encode() + b"\n")
+    finally:
+        os.close(file)
+
+
+def open_events(folder: Path, choice: str):
+    """A writer of TensorBoard events, or None; ValueError if they are asked for and tensorboard is not there."""
+    if choice == "off":
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if choice == "on":
+            raise ValueError("--tensorboard on: tensorboard is not installed (pip install 'grpo-vlm[tensorboard]')") from None
+        return None
+    return SummaryWriter(str(folder))
 
 
 def write_json(path: Path, content) -> None:

@@ -155,6 +155,7 @@ class Rollout:
         self.hidden: Tensor | None = None  # (live rows, hidden): what predicts each row's next token
         self.decode: Decode | None = None
         self.done: list[list[Row | None]] = [[None] * group_size for _ in prompts]
+        self.spared = 0  # tokens that ended rows will not write, of the limit's
 
     def _allocate(self, groups: int, rows: int) -> list[KeysValues]:
         text, weight = self.policy.config.text_config, self.policy.model.lm_head.weight
@@ -229,6 +230,7 @@ class Rollout:
         """A row has ended: the last live row takes its place, and likewise for its group if it was the last."""
         row, last = self.rows[place], len(self.rows) - 1
         self.done[row.prompt][row.index] = row
+        self.spared += self.sampling.max_tokens - len(row.tokens)
         for cache in self.caches if place != last else ():
             cache.own_key[place] = cache.own_key[last]
             cache.own_value[place] = cache.own_value[last]
@@ -283,9 +285,10 @@ class Rollout:
 @torch.no_grad()
 def sample(
     policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling,
-    on_tokens: Callable[[int, int], None] | None = None,
+    on_tokens: Callable[[int, int, int], None] | None = None,
 ) -> list[Group]:
-    """Continue every prompt `group_size` times. `on_tokens(tokens written, rows ended)` is called every step.
+    """Continue every prompt `group_size` times. Every step calls `on_tokens(tokens written, rows ended,
+    tokens that these rows have not written of their limit)`.
 
     Sharded weights must be whole meanwhile: `sharding.sample_whole` sees to it.
     """
@@ -294,10 +297,10 @@ def sample(
     rollout = Rollout(policy, prompts, group_size, sampling)
     while rollout.waiting or rollout.rows:
         rollout.admit()
-        live = len(rollout.rows)
+        live, spared = len(rollout.rows), rollout.spared
         written = rollout.write()
         if on_tokens:
-            on_tokens(written, live - len(rollout.rows))
+            on_tokens(written, live - len(rollout.rows), rollout.spared - spared)
         if rollout.rows:
             rollout.read()
         else:

@@ -1,13 +1,8 @@
 """What both trainers do around their loops: load, freeze, shard, validate, keep the best, name what was written."""
 
-import dataclasses
 import json
 import random
-import sys
 from pathlib import Path
-
-import torch
-import transformers
 
 from data.task import Task, resolve_task
 from grpo.answer import Prompts, answer
@@ -15,6 +10,7 @@ from grpo.checkpoint import export, load_policy
 from grpo.encode import Encoder
 from grpo.journal import Journal, say, write_json
 from grpo.policy import Policy
+from grpo.provenance import what_ran
 from grpo.rollout import Sampling
 from grpo.settings import TrainingSettings
 from grpo.sharding import compute_dtype, rank, shard, start, whole_weights
@@ -22,10 +18,9 @@ from grpo.update import set_gradient_checkpointing
 
 
 def record_settings(settings, folder: Path) -> None:
-    """settings.json: what ran, with which versions, so that it can be run again."""
+    """settings.json: what ran, so that it can be run again."""
     if rank() == 0:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-        write_json(folder / "settings.json", {"settings": dataclasses.asdict(settings), "versions": versions})
+        write_json(folder / "settings.json", what_ran(settings))
 
 
 def read_lines(path: str, samples: list, field: str, kind: type) -> list[tuple]:
@@ -66,7 +61,7 @@ class Run:
         set_gradient_checkpointing(self.policy, settings.gradient_checkpointing)
         shard(self.policy, self.dtype, self.device)
         self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
-        self.journal = Journal(settings.output)
+        self.journal = Journal(settings.output, events=settings.tensorboard)
         record_settings(settings, self.output)
         self.best = float("-inf")
 

@@ -70,6 +70,8 @@ class TrainingSettings(CommonSettings):
     adam_beta1: float = setting(0.9, "AdamW β₁")
     adam_beta2: float = setting(0.95, "AdamW β₂")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    tensorboard: str = setting("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
+                               choices=("auto", "on", "off"))
 
     def check(self) -> None:
         """Refuse what no training can be done with."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from data.curriculum import LAST_BATCHES, MIXINGS, Epoch, epoch_batches, none_share
 from grpo.advantage import combine_rewards, flat_groups, group_advantages, kl_penalised_rewards, overlong_penalty
 from grpo.answer import check_reward_options
+from grpo.diary import Diary
 from grpo.group import Group, packs, pad_rows, row_mask
 from grpo.journal import Journal, Stopwatch, progress, say
 from grpo.memory import enough_memory
@@ -57,6 +58,9 @@ class Settings(TrainingSettings):
     reward_weights: str = setting("", "name=number[,name=number]; others keep the task's weight")
     reward_options: str = setting("", "options of the task's reward, name=number[,name=number]")
     validate_every: int = setting(0, "rollouts between validations; 0: at the end of every epoch")
+    journal_every: int = setting(10, "rollouts between records of whole groups in rollouts.jsonl; the first and last are always there")
+    journal_groups: int = setting(4, "groups of one record; 0 for no journal of rollouts")
+    journal_megabytes: float = setting(64.0, "largest rollouts.jsonl: a run that outgrows it keeps every second record")
     resample_tries: int = setting(3, "for flat_groups=resampled: how often a flat group is drawn again before it is dropped")
     group_size: Optional[int] = override("G, completions a prompt")
     updates: Optional[int] = override("μ, updates a rollout")
@@ -92,6 +96,9 @@ class Settings(TrainingSettings):
             raise ValueError(f"--temperature is {preset.temperature}; rollouts are drawn, which takes a temperature above 0")
         if self.validate_every < 0:
             raise ValueError(f"--validate_every is {self.validate_every}; it must be 0 (every epoch) or more")
+        if self.journal_every < 1 or self.journal_groups < 0 or self.journal_megabytes <= 0:
+            raise ValueError(f"--journal_every {self.journal_every} --journal_groups {self.journal_groups} --journal_megabytes "
+                             f"{self.journal_megabytes}: expected at least 1, at least 0, above 0")
         if preset.updates < 1:
             raise ValueError(f"--updates is {preset.updates}; at least 1 expected")
         if self.prompts_per_rollout < 1 or self.prompts_per_rollout % world_size():
@@ -151,6 +158,8 @@ class Trainer:
         self.reward_options = parse_options(settings.reward_options, "reward_options")
         self.part_weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
         self.too_long, self.longest, self.learned = 0, 0, False
+        self.diary = Diary(run, self.preset.temperature, settings.journal_every, settings.journal_groups,
+                           int(settings.journal_megabytes * 2**20))
 
     def rollout(self, samples: list, seed: int | str) -> list[Group]:
         """This process's groups. Prompts over the limit are dropped: a cut one would split its picture's tokens."""
@@ -163,9 +172,12 @@ class Trainer:
             see_whole(self.run.policy, prompts)
         sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, preset.temperature,
                             rows=settings.rollout_rows, seed=f"{settings.seed}/{seed}").check_training()
-        with progress(len(prompts) * preset.group_size, "rollout", "completion") as bar:
-            return sample_whole(self.run.policy, prompts, preset.group_size, sampling,
-                                lambda written, ended: bar.update(ended))
+        most = len(prompts) * preset.group_size * settings.max_completion_tokens
+        with progress(most, "rollout", "token") as bar:
+            def count(written: int, ended: int, spared: int) -> None:
+                bar.total -= spared  # what ended early will not be written: time left is an upper bound that sinks
+                bar.update(written)
+            return sample_whole(self.run.policy, prompts, preset.group_size, sampling, count)
 
     def rewards(self, groups: list[Group]) -> Tensor:
         """(groups, G, K) unweighted parts. An error in a task's reward names its sample."""
@@ -238,10 +250,12 @@ class Trainer:
             for name, value in statistics.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
             losses.append(loss.detach())
+            bar.update()
             return loss
 
-        norms = [update(self.run.policy, self.optimizer, parts, loss_of_pack, self.preset.temperature,
-                        self.settings.max_grad_norm, rate) for rate in rates]
+        with progress(len(parts) * len(rates), "update", "pass") as bar:
+            norms = [update(self.run.policy, self.optimizer, parts, loss_of_pack, self.preset.temperature,
+                            self.settings.max_grad_norm, rate) for rate in rates]
         names = sorted({name for names in gather([list(sums)]) for name in names})
         summed = total(torch.tensor([float(sums.get(name, 0.0)) for name in names], dtype=torch.float64, device=device))
         loss = total(torch.tensor(float(sum(losses)), device=device)) / len(rates)
@@ -253,7 +267,7 @@ class Trainer:
         truncated = torch.tensor([not finished for group in part for finished in group.finished])
         return truncation_mask(row_mask([n for group in part for n in group.lengths]), truncated, self.preset.truncated)
 
-    def step(self, samples: list, step: int, rates: list[float]) -> dict:
+    def step(self, samples: list, step: int, rates: list[float], epoch: int = 0) -> dict:
         """One rollout and its updates; returns the line for the journal."""
         watch = Stopwatch()
         with watch("rollout"):
@@ -264,8 +278,12 @@ class Trainer:
         with watch("score"):
             ref_logps = self.reference_logps(packed)
         advantages = self.advantages(groups, parts, ref_logps)
+        with watch("journal"):
+            watched = self.diary.begin(step, epoch, groups)
         with watch("update"):
             learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
+        with watch("journal"):
+            self.diary.end(watched, dict(zip(self.weights, parts.unbind(-1))), self.totals(parts), advantages, ref_logps)
         self.learned |= bool(learned)
         self.run.prompts.settle([group.prompt for group in drawn])
         seconds = {f"seconds/{phase}": round(value, 3) for phase, value in watch.seconds.items()}
@@ -329,6 +347,7 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
     split = f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy" if settings.predictions else len(curriculum.hard)
     say(f"{split} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
+    trainer.diary.last = rollouts - 1
     run.journal.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
         for index, epoch in enumerate(curriculum.epochs):
@@ -337,7 +356,7 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
                     break
                 rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup, settings.schedule)
                          for i in range(mu)]
-                line = {"step": done + 1, "epoch": index, **trainer.step(batch, done, rates)}
+                line = {"step": done + 1, "epoch": index, **trainer.step(batch, done, rates, index)}
                 done += 1
                 bar.update()
                 last_of_epoch = batch is epoch.batches[-1]

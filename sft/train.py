@@ -98,7 +98,7 @@ def train(run: Run, pairs: list[tuple]) -> None:
                 done += 1
                 run.journal.write({"step": done, "epoch": epoch, **line, "step_time": watch.total()})
                 bar.update()
-                bar.set_postfix(loss=f"{line.get('loss', 0):.3f}")
+                say(f"{done}/{steps}  loss {line.get('loss', float('nan')):.4f}  rate {rate:.2g}  {watch.total():.1f} s")
         report_dropped(epoch, int(total(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
         out_of_time = agreed(settings.minutes and clock.total() > 60 * settings.minutes, run.device)
         if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs or out_of_time:

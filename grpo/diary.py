@@ -1,0 +1,159 @@
+"""The journal of rollouts: every so often a few groups whole, for people to read (`rollouts.jsonl`, shown by grpo.report).
+
+A record is one line, {"step", "epoch", "groups": [{id, prompt, target, pictures, box, text, entity, completions}]}, and a
+completion {text, pieces, finished, parts, reward, advantage, logp, ref_logp, ratio}; the last four of them and `pieces`
+have one entry a token. `logp` is the log-probability when the rollout begins, under the scored distribution (at the
+rollouts' temperature), `ratio` what all μ updates of this rollout have made of it, π_after/π_before. The objective never
+sees that ratio: for μ = 1 its own is 1 throughout, and for μ > 1 it stops before the last update. So the recorded groups,
+and only they, are scored twice more, before and after, in the same packs: in bfloat16 other packs alone would move a ratio.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grpo.group import Group, packs
+from grpo.journal import append_line, say
+from grpo.run import Run
+from grpo.sharding import gather, rank, reshard, total
+from grpo.update import idle_pack
+
+
+@dataclass
+class Watched:
+    """The groups of one record that this process holds, between `begin` and `end`.
+
+    places  of the watched groups among all of this process's `groups`
+    packs   the watched groups as they are scored
+    before  (C,) log-probabilities of each of their completions, before the updates
+    """
+
+    step: int
+    epoch: int
+    groups: list[Group]
+    places: list[int]
+    packs: list[list[Group]]
+    before: list[Tensor]
+
+
+class Diary:
+    """Writes the records of one training run; `begin` and `end` stand around a rollout's updates, on every process.
+
+    every   rollouts between records; the first and the last rollout are always recorded
+    groups  of a record, over all processes; 0 for no journal of rollouts
+    limit   bytes. A file that would outgrow it loses every second record, and from then on half as many are
+            written: what is kept is spread evenly over the whole run, however long it becomes.
+    """
+
+    def __init__(self, run: Run, temperature: float, every: int, groups: int, limit: int):
+        self.run, self.temperature = run, temperature
+        self.every, self.groups, self.limit = every, groups, limit
+        self.last = -1
+        self.path = Path(run.output) / "rollouts.jsonl"
+        if rank() == 0:
+            self.path.unlink(missing_ok=True)
+
+    def begin(self, step: int, epoch: int, groups: list[Group]) -> Watched | None:
+        """Before the updates of rollout `step`, from 0; None where it is not recorded."""
+        if not self.groups or (step % self.every and step != self.last):
+            return None
+        places = self.choose(groups)
+        some = packs([groups[place] for place in places], self.run.settings.tokens_per_pass)
+        return Watched(step, epoch, groups, places, some, self.score(some))
+
+    def choose(self, groups: list[Group]) -> list[int]:
+        """Those with the smallest hash of their sample's id, whichever process drew them: a choice without taste, and
+        the same sample is preferred whenever it comes round, so that one can be followed through the epochs."""
+        order = [(hashlib.sha256(group.prompt.id.encode()).hexdigest(), rank(), i) for i, group in enumerate(groups)]
+        return [place for _, owner, place in sorted(gather(order))[: self.groups] if owner == rank()]
+
+    @torch.no_grad()
+    def score(self, some: list[list[Group]]) -> list[Tensor]:
+        """(C,) a completion. Every process joins every forward."""
+        policy, rows = self.run.policy, []
+        passes = int(total(torch.tensor(len(some), device=policy.device), torch.distributed.ReduceOp.MAX))
+        for index in range(passes):
+            scores = policy.score(some[index] if index < len(some) else idle_pack(policy), self.temperature)
+            rows += scores.logp.cpu().split(scores.lengths) if index < len(some) else []
+        reshard(policy)
+        return rows
+
+    def end(self, watched: Watched | None, parts: dict[str, Tensor], rewards: Tensor, advantages: Tensor,
+            ref_logps: list[Tensor] | None) -> None:
+        """After the updates. `parts`, `rewards`, `advantages` are (groups, G) of all this process's groups, `ref_logps`
+        their completions' tokens end to end, in any number of tensors."""
+        if watched is None:
+            return
+        change = [(after - before).exp() for after, before in zip(self.score(watched.packs), watched.before)]
+        ref_rows = ref_logps and torch.cat(ref_logps).cpu().split([n for group in watched.groups for n in group.lengths])
+        described, row = [], 0
+        for place in watched.places:
+            group, completions = watched.groups[place], []
+            for i in range(len(group.completions)):
+                completions.append({
+                    **self.words(group, i),
+                    "parts": {name: float(values[place, i]) for name, values in parts.items()},
+                    "reward": float(rewards[place, i]), "advantage": round(float(advantages[place, i]), 5),
+                    "logp": numbers(watched.before[row], 4), "ratio": numbers(change[row], 6),
+                    "ref_logp": numbers(ref_rows[place * len(group.completions) + i], 4) if ref_rows else None})
+                row += 1
+            described.append({**describe(group, self.run), "completions": completions})
+        self.write({"step": watched.step + 1, "epoch": watched.epoch, "groups": gather(described)})
+
+    def words(self, group: Group, i: int) -> dict:
+        tokens, encoder = group.completions[i], self.run.encoder
+        return {"text": encoder.decode(tokens), "pieces": text_pieces(encoder.tokenizer, tokens.tolist()),
+                "finished": bool(group.finished[i])}
+
+    def write(self, record: dict) -> None:
+        if rank() or not record["groups"]:
+            return
+        size = len(json.dumps(record)) + 1
+        if size > self.limit:
+            return say(f"rollout {record['step']} is not recorded: {size} bytes, and --journal_megabytes allows {self.limit}")
+        while self.path.exists() and self.path.stat().st_size + size > self.limit:
+            self.thin()
+        append_line(self.path, record)
+
+    def thin(self) -> None:
+        """Every second record goes; written beside and renamed, so that a reader sees the old file or the new one."""
+        with self.path.open("rb") as file:
+            kept = file.readlines()[::2]
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_bytes(b"".join(kept) if len(kept) > 1 else b"")
+        new.replace(self.path)
+        self.every *= 2
+
+
+def describe(group: Group, run: Run) -> dict:
+    """What there is to show of a prompt: its text as the model sees it and, of the sample, what tasks commonly have."""
+    sample, tokenizer = group.prompt.sample, run.encoder.tokenizer
+    prompt = tokenizer.decode(group.prompt.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    image = getattr(sample, "image", None)
+    box = getattr(sample, "box", None)
+    return {
+        "id": group.prompt.id, "prompt": re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", prompt), "target": run.task.data.target(sample),
+        "pictures": [str(Path(image).absolute())] if image else [], "box": list(box) if box else None,
+        "text": getattr(sample, "text", None), "entity": getattr(sample, "entity", None),
+    }
+
+
+def numbers(values: Tensor, digits: int) -> list[float | None]:
+    return [round(value, digits) if math.isfinite(value) else None for value in values.tolist()]
+
+
+def text_pieces(tokenizer, tokens: list[int]) -> list[str]:
+    """The text of each token; joined they are the text of all. A character of several tokens stands with its last one."""
+    pieces, start = [""] * len(tokens), 0
+    for i in range(len(tokens)):
+        piece = tokenizer.decode(tokens[start : i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        # The mark of an unfinished character; more than a character's four bytes long it is no unfinished one.
+        if not piece.endswith("\ufffd") or i + 1 == len(tokens) or i - start >= 4:
+            pieces[i], start = piece, i + 1
+    return pieces
