@@ -253,7 +253,7 @@ class Trainer:
             bar.update()
             return loss
 
-        with progress(len(parts) * len(rates), "update", "pass") as bar:
+        with progress(len(parts) * len(rates), "update", "pack") as bar:
             norms = [update(self.run.policy, self.optimizer, parts, loss_of_pack, self.preset.temperature,
                             self.settings.max_grad_norm, rate) for rate in rates]
         names = sorted({name for names in gather([list(sums)]) for name in names})

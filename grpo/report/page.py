@@ -1,0 +1,54 @@
+"""Runs → one HTML page that needs nothing else: style, script and data are inside it, and it asks for nothing.
+
+Model text can be anything. It stands in the page only as JSON with every "<" escaped, the script puts it on the screen
+as text and never as markup, and a content policy lets no other script run than the page's own.
+"""
+
+import base64
+import hashlib
+import json
+from html import escape
+from pathlib import Path
+
+from grpo.report.pictures import Pictures
+from grpo.report.read import Run
+
+HERE = Path(__file__).parent
+SCRIPTS = ("dom.js", "charts.js", "rollouts.js", "page.js")
+
+
+def run_data(run: Run) -> dict:
+    return {"name": run.name, "kind": run.kind, "folder": str(run.folder), "columns": run.columns, "rollouts": run.rollouts,
+            "recorded": run.recorded, "evaluation": run.evaluation, "best": run.best, "warnings": run.warnings,
+            **{name: run.what_ran.get(name) for name in
+               ("settings", "versions", "commit", "data_hash", "model_hash", "processes", "started")}}
+
+
+def picture_data(runs: list[Run], pictures: Pictures) -> dict[str, dict]:
+    """The embedded pictures of all recorded groups by path, the newest records first in line for room."""
+    records = sorted((record for run in runs for record in run.rollouts), key=lambda record: -record["step"])
+    paths = [path for record in records for group in record["groups"] for path in group.get("pictures") or () if isinstance(path, str)]
+    return {path: pictures(path) for path in dict.fromkeys(paths)}
+
+
+def report_data(runs: list[Run], pictures: Pictures, made: str, live: bool = False) -> dict:
+    return {"made": made, "live": live, "runs": [run_data(run) for run in runs], "pictures": picture_data(runs, pictures)}
+
+
+def as_json(data) -> str:
+    """JSON that may stand inside a script element: no "<" can end it or open a comment."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def render(data: dict) -> str:
+    """The whole page."""
+    script = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
+    asks = "'self'" if data["live"] else "'none'"
+    policy = (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+              f"connect-src {asks}; base-uri 'none'; form-action 'none'")
+    parts = {"TITLE": escape(", ".join(run["name"] for run in data["runs"])), "POLICY": policy,
+             "STYLE": (HERE / "page.css").read_text(encoding="utf-8"), "SCRIPT": script, "DATA": as_json(data)}
+    page = (HERE / "page.html").read_text(encoding="utf-8")
+    head, *rest = page.split("{{")  # in one go, so that nothing inside a part is taken for a place
+    return head + "".join(parts[name] + text for name, text in (piece.split("}}", 1) for piece in rest))

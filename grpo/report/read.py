@@ -1,0 +1,148 @@
+"""Run folders → plain data for the page. Runs may still be writing: a last line without its end is left for later."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FILES = ("metrics.jsonl", "settings.json", "metrics.json")  # any of them makes a folder a run or an evaluation
+SHOWN_BYTES = 12 * 2**20  # of rollouts in one page; beyond it records are left out, evenly over the run
+
+
+@dataclass
+class Run:
+    """One folder that grpo.train, sft.train or grpo.evaluate wrote.
+
+    columns   {name: one value or None a line of metrics.jsonl}; `step` is always there
+    rollouts  records of rollouts.jsonl, as grpo/diary.py describes them
+    """
+
+    name: str
+    folder: Path
+    what_ran: dict = field(default_factory=dict)
+    columns: dict[str, list] = field(default_factory=dict)
+    rollouts: list[dict] = field(default_factory=list)
+    recorded: int = 0
+    evaluation: dict = field(default_factory=dict)
+    best: dict = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        if "reward" in self.columns or self.rollouts:
+            return "GRPO"
+        return "SFT" if self.columns else "evaluation"
+
+
+def find_runs(words: list[str]) -> list[Path]:
+    """The folders named, or the runs directly inside them. ValueError names one that holds neither."""
+    folders = []
+    for word in words:
+        folder = Path(word)
+        inside = sorted(path for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
+        if is_run(folder):
+            folders.append(folder)
+        elif inside:
+            folders += inside
+        else:
+            what = "no such folder" if not folder.is_dir() else f"no {', '.join(FILES)} in it or in a folder inside"
+            raise ValueError(f"{word}: {what}; expected what grpo.train, sft.train or grpo.evaluate wrote")
+    return list(dict.fromkeys(folder.absolute() for folder in folders))
+
+
+def is_run(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).is_file() for name in FILES)
+
+
+def short_names(folders: list[Path]) -> list[str]:
+    """As few of the last parts of each path as tell them apart."""
+    names = [folder.name for folder in folders]
+    for depth in range(2, 20):
+        if len(set(names)) == len(names):
+            break
+        names = ["/".join(folder.parts[-depth:]) if names.count(name) > 1 else name for folder, name in zip(folders, names)]
+    return names
+
+
+def read_run(folder: Path, name: str) -> Run:
+    run = Run(name, folder)
+    run.what_ran = read_object(folder / "settings.json", run.warnings)
+    run.evaluation = {key: value for key, value in read_object(folder / "metrics.json", run.warnings).items() if is_number(value)}
+    run.best = read_object(folder / "best.json", run.warnings)
+    rows = [row for row in read_lines(folder / "metrics.jsonl", run.warnings) if is_number(row.get("step"))]
+    run.columns = columns(rows, read_lines(folder / "curriculum.jsonl", run.warnings))
+    records = [record for record in read_lines(folder / "rollouts.jsonl", run.warnings) if is_record(record)]
+    run.rollouts, run.recorded = spread(records, SHOWN_BYTES), len(records)
+    return run
+
+
+def read_object(path: Path, warnings: list[str]) -> dict:
+    """A JSON object, {} where there is none yet."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as problem:
+        warnings.append(f"{path.name} cannot be read: {problem}")
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_lines(path: Path, warnings: list[str]) -> list[dict]:
+    """The whole lines of a JSONL file. A broken one in between (a disk that was full) is left out and told."""
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return []
+    found = []
+    for number, line in enumerate(text.split(b"\n")[:-1], 1):  # what stands after the last line's end is not whole yet
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            warnings.append(f"{path.name}:{number}: not a whole line of JSON; left out")
+    return [line for line in found if isinstance(line, dict)]
+
+
+def columns(rows: list[dict], epochs: list[dict]) -> dict[str, list]:
+    """Rows → columns of numbers in the order in which names first appear; the curriculum's ratio joins by its epoch."""
+    ratio = {epoch.get("epoch"): epoch["easy"] / epoch["hard"] for epoch in epochs if epoch.get("hard") and is_number(epoch.get("easy"))}
+    mixed = any(ratio.values())
+    for row in rows:
+        if mixed and row.get("epoch") in ratio:
+            row["curriculum/easy_per_hard"] = ratio[row["epoch"]]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = {name: [shorter(row.get(name)) for row in rows] for name in names}
+    return {name: values for name, values in table.items() if name == "step" or any(value is not None for value in values)}
+
+
+def shorter(value) -> float | int | None:
+    if not is_number(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_record(record: dict) -> bool:
+    """Whether the page can show it: another program's line must not break the page."""
+    groups = record.get("groups")
+    return is_number(record.get("step")) and isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("id"), str) and isinstance(group.get("completions"), list)
+        and all(is_completion(completion) for completion in group["completions"]) for group in groups)
+
+
+def is_completion(completion) -> bool:
+    return (isinstance(completion, dict) and isinstance(completion.get("pieces"), list)
+            and all(isinstance(piece, str) for piece in completion["pieces"])
+            and is_number(completion.get("advantage")) and is_number(completion.get("reward")))
+
+
+def spread(records: list[dict], budget: int) -> list[dict]:
+    """Records that fit the budget together, evenly spread, the first and the last among them."""
+    sizes = [len(json.dumps(record)) for record in records]
+    kept = list(range(len(records)))
+    while sum(sizes[i] for i in kept) > budget and len(kept) > 2:
+        kept = sorted({*kept[::2], kept[-1]})
+    return [records[i] for i in kept]

@@ -1,0 +1,90 @@
+"""`--live`: the same page on this machine's loopback address, asking every few seconds for what is new."""
+
+import json
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
+from urllib.parse import parse_qs, urlsplit
+
+from grpo.report.page import as_json, picture_data, render, report_data, run_data
+from grpo.report.pictures import Pictures
+from grpo.report.read import Run, find_runs, read_run, short_names
+
+
+class Reader:
+    """Reads the runs anew for each request, pictures once."""
+
+    def __init__(self, words: list[str]):
+        self.words, self.pictures, self.lock = words, Pictures(), Lock()
+
+    def runs(self) -> list[Run]:
+        folders = find_runs(self.words)
+        return [read_run(folder, name) for folder, name in zip(folders, short_names(folders))]
+
+    def page(self) -> str:
+        with self.lock:
+            return render(report_data(self.runs(), self.pictures, time.strftime("%Y-%m-%d %H:%M"), live=True))
+
+    def news(self, known: list[dict]) -> dict:
+        """What the page does not have yet. `known` says of each run: name, number of metric lines, last recorded step.
+
+        {"restart": true} where the page's runs are no longer these: another set, or one that began anew.
+        """
+        with self.lock:
+            runs = self.runs()
+            same = [run.name for run in runs] == [entry["name"] for entry in known]
+            if not same or any(len(run.columns.get("step", ())) < entry["lines"] for run, entry in zip(runs, known)):
+                return {"restart": True}
+            for run, entry in zip(runs, known):
+                run.columns = {name: values[entry["lines"] :] for name, values in run.columns.items()}
+                run.rollouts = [record for record in run.rollouts if record["step"] > entry["recorded"]]
+            return {"made": time.strftime("%Y-%m-%d %H:%M:%S"), "runs": [run_data(run) for run in runs],
+                    "pictures": picture_data(runs, self.pictures)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / is the page, GET /news?known=… what is new as JSON."""
+
+    def __init__(self, *arguments, reader: Reader):
+        self.reader = reader
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        # A page from elsewhere whose name points to this machine must not read the runs.
+        host, _, port = self.headers.get("Host", "").rpartition(":")
+        if host not in ("127.0.0.1", "localhost") or port != str(self.server.server_port):
+            return self.answer(403, "text/plain", "this server answers to 127.0.0.1 only")
+        url = urlsplit(self.path)
+        try:
+            if url.path == "/":
+                self.answer(200, "text/html", self.reader.page())
+            elif url.path == "/news":
+                self.answer(200, "application/json", as_json(self.reader.news(read_known(url.query))))
+            else:
+                self.answer(404, "text/plain", "nothing here")
+        except (ValueError, KeyError, TypeError, OSError) as problem:
+            self.answer(400, "text/plain", str(problem))
+
+    def answer(self, status: int, kind: str, text: str) -> None:
+        body = text.encode(errors="replace")
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        """A line a poll would be noise."""
+
+
+def read_known(query: str) -> list[dict]:
+    known = json.loads(parse_qs(query)["known"][0])
+    return [{"name": str(entry["name"]), "lines": int(entry["lines"]), "recorded": float(entry["recorded"])} for entry in known]
+
+
+def server(words: list[str], port: int) -> ThreadingHTTPServer:
+    """Bound to loopback; port 0 takes a free one. OSError if the port is taken."""
+    find_runs(words)
+    return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, reader=Reader(words)))
