@@ -126,6 +126,8 @@ def open_events(folder: Path, choice: str):
         if choice == "on":
             raise ValueError("--tensorboard on: tensorboard is not installed (pip install 'grpo-vlm[tensorboard]')") from None
         return None
+    for old in folder.glob("events.out.tfevents.*"):  # like metrics.jsonl, they begin anew with the run
+        old.unlink()
     return SummaryWriter(str(folder))
 
 
