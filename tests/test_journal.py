@@ -59,6 +59,16 @@ def test_without_a_terminal_long_work_says_a_plain_line_now_and_then(capsys, mon
                     ((150, 170), (300, 140), (450, 110))]
 
 
+def test_all_processes_but_the_first_are_quiet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grpo.journal, "rank", lambda: 1)
+    monkeypatch.setattr(PlainProgress, "LINE_SECONDS", 0.0)
+    grpo.journal.say("a line")
+    with grpo.journal.progress(3, "rollout", "token") as bar:
+        bar.update(3)
+    Journal(tmp_path / "run", events="auto").write({"step": 1})
+    assert capsys.readouterr() == ("", "") and not (tmp_path / "run").exists()
+
+
 def test_the_tokens_bar_ends_full_however_early_completions_end():
     done, most = [0], [0]
 

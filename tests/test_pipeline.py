@@ -131,7 +131,8 @@ def test_in_a_terminal_a_bar_shows_the_work_and_the_result_stands_below_it(folde
         shown += piece
     text = shown.decode(errors="replace")
     assert process.wait(timeout=60) == 0, text
-    assert "GRPO:" in text and "rollout:" in text and "validate:" in text and "2/2  reward" in text
+    assert "GRPO:" in text and "validate:" in text and "update:" in text and "2/2  reward" in text
+    assert "rollout:" in text and "token/s" in text  # tokens with their rate
 
 
 def test_one_process_and_two_give_the_same_answers(folder, tmp_path):
