@@ -239,3 +239,7 @@ def test_the_pieces_of_a_text_join_to_it_and_no_character_is_torn(text):
 
 def test_a_character_of_several_tokens_stands_with_its_last_one():
     assert text_pieces(Bytes(), list("é🙂".encode())) == ["", "é", "", "", "", "🙂"]
+
+
+def test_bytes_that_are_no_text_do_not_pile_up_on_the_last_token():
+    assert max(map(len, text_pieces(Bytes(), [0xFF] * 20))) == 5

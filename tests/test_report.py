@@ -47,7 +47,7 @@ def write_run(folder, steps=40, records=(1, 11, 21), groups=None, **settings):
     folder.mkdir(parents=True)
     Image.new("RGB", (60, 40), "orange").save(folder / "picture.png")
     lines = [{"step": 0, "valid/f1": 0.5}]
-    lines += [{"step": i, "epoch": (i - 1) // 20, "reward": 1 + i / steps, "kl": None if i == 3 else 0.01 * (i % 7), "step_time": 1.5}
+    lines += [{"step": i, "epoch": (i - 1) // 20, "reward": 1 + i / steps, "kl": {3: None, 2500: 1.0, 3000: -1.0}.get(i, 0.01 * (i % 7)), "step_time": 1.5}
               | ({"valid/f1": 0.5 + i / 100} if i % 10 == 0 else {}) for i in range(1, steps + 1)]
     write_lines(folder / "metrics.jsonl", lines)
     groups = groups or [group("train/1", folder / "picture.png"), group("train/2", "/nowhere/gone.png")]
@@ -232,7 +232,7 @@ def test_five_thousand_steps_are_drawn_by_the_pixel(opened, tmp_path):
     drawn, points, width = page.run(f"const p = {chart('reward')}; return [+p.dataset.drawn, +p.dataset.points, p.closest('svg').clientWidth]")
     assert points == 5000 and width <= drawn <= 4 * width
     raw = page.run("return document.querySelector('[data-metric=kl] path.raw').getAttribute('d').match(/ [0-9.]+/g).map(Number)")
-    assert min(raw) < 20 and max(raw) > 110  # no peak is lost
+    assert min(raw) < 25 and max(raw) > 110  # no single peak is lost
     seconds = page.run("const start = performance.now(); drawCharts(); return (performance.now() - start) / 1000")
     assert seconds < 2
 
