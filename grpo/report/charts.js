@@ -60,9 +60,11 @@ function pointsOf(run, metric) {
   return run.points[metric].points;
 }
 
-// An exponential mean that starts without a pull to zero; few points are shown as they are.
-function smooth(points, weight) {
-  if (!weight || points.length < DOTS) return points;
+// An exponential mean that starts without a pull to zero, over a share of the run that the slider sets: at most a
+// tenth. Few points are shown as they are.
+function smooth(points, slider) {
+  if (!slider || points.length < DOTS) return points;
+  const weight = 1 - 1 / (1 + slider ** 2 * points.length / 10);
   let mean = 0, mass = 0;
   return points.map(([step, value]) => {
     mean = weight * mean + (1 - weight) * value;
@@ -148,14 +150,15 @@ class Chart {
   y(value) { return TOP + (1 - (value - this.low) / (this.high - this.low)) * (HEIGHT - TOP - BOTTOM); }
 
   grid() {
-    const across = ticks(this.low, this.high, 4), along = ticks(this.first, this.end, Math.max(2, Math.floor(this.width / 90)));
+    const across = ticks(this.low, this.high, 4), along = ticks(this.first, this.end, Math.max(3, Math.floor(this.width / 75)));
     const step = across[1] - across[0] || Math.abs(across[0]) || 1;
     return [
       ...across.flatMap((value) => [
         drawing("line", { class: "rule", x1: LEFT, x2: this.width - RIGHT, y1: this.y(value), y2: this.y(value) }),
         drawing("text", { class: "tick", x: LEFT - 6, y: this.y(value) + 3.5, "text-anchor": "end" }, tickText(value, step))]),
       ...along.filter(Number.isInteger).map((value) =>
-        drawing("text", { class: "tick", x: this.x(value), y: HEIGHT - 5, "text-anchor": "middle" }, value.toLocaleString("en"))),
+        drawing("text", { class: "tick", x: Math.min(this.x(value), this.width - 16), y: HEIGHT - 5, "text-anchor": "middle" },
+          value.toLocaleString("en"))),
     ];
   }
 

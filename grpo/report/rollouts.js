@@ -98,10 +98,12 @@ function promptView(group, scale, tint) {
       element("dt", {}, "Reward"), element("dd", {}, `${short(mean(rewards))} mean, ${short(Math.min(...rewards))} to ${short(Math.max(...rewards))}`)),
     element("details", { class: "whole-prompt", open: !group.text }, element("summary", {}, "Prompt as the model reads it"),
       element("pre", { tabindex: 0 }, group.prompt || "")),
-    tintLegend(scale, tint));
+    tintLegend(scale, tint, group));
 }
 
-function tintLegend(scale, tint) {
+function tintLegend(scale, tint, group) {
+  if (tint === TINTS.push && group.completions.every((c) => !c.advantage))
+    return element("p", { class: "tints" }, "A flat group: equal rewards, no advantage, nothing to tint.");
   return element("div", { class: "tints", title: tint.about },
     element("p", {}, tint.name), element("div", { class: "scale" + (tint.high ? "" : " half"), "aria-hidden": "true" }),
     element("p", { class: "ends" }, element("span", {}, `−${short(scale)} ${tint.low}`),
