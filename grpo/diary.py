@@ -132,15 +132,19 @@ class Diary:
 
 
 def describe(group: Group, run: Run) -> dict:
-    """What there is to show of a prompt: its text as the model sees it and, of the sample, what tasks commonly have."""
+    """What there is to show of a prompt: its text as the model reads it and, of the sample, what tasks commonly have.
+
+    A task of one's own may have none of it, or other things under these names: then the prompt's text has to do.
+    """
     sample, tokenizer = group.prompt.sample, run.encoder.tokenizer
     prompt = tokenizer.decode(group.prompt.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    image = getattr(sample, "image", None)
-    box = getattr(sample, "box", None)
+    images, box = getattr(sample, "images", None) or [getattr(sample, "image", None)], getattr(sample, "box", None)
+    is_box = isinstance(box, (tuple, list)) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
+    words = {name: getattr(sample, name, None) for name in ("text", "entity")}
     return {
         "id": group.prompt.id, "prompt": re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", prompt), "target": run.task.data.target(sample),
-        "pictures": [str(Path(image).absolute())] if image else [], "box": list(box) if box else None,
-        "text": getattr(sample, "text", None), "entity": getattr(sample, "entity", None),
+        "pictures": [str(Path(image).absolute()) for image in images if isinstance(image, (str, Path))],
+        "box": list(box) if is_box else None, **{name: word if isinstance(word, str) else None for name, word in words.items()},
     }
 
 

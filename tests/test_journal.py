@@ -12,7 +12,8 @@ from test_loop import make, weights
 from test_pipeline import folder, lines  # noqa: F401  (the fixture)
 
 import grpo.journal
-from grpo.diary import Diary, text_pieces
+from grpo.diary import Diary, describe, text_pieces
+from grpo.group import Group, Prompt
 from grpo.journal import Journal, PlainProgress, append_line
 from grpo.provenance import commit, fingerprint
 from grpo.rollout import Sampling, sample
@@ -200,6 +201,18 @@ def test_many_processes_record_the_same_groups_as_one(folder, tmp_path):
         for a, b in zip(group["completions"], by_name[group["id"]]["completions"]):
             assert a["pieces"] == b["pieces"] and a["advantage"] == pytest.approx(b["advantage"], abs=1e-4)
             assert a["ratio"] == pytest.approx(b["ratio"], abs=1e-3) and a["ref_logp"] == pytest.approx(b["ref_logp"], abs=1e-3)
+
+
+@pytest.mark.parametrize("sample,expected", [
+    (SimpleNamespace(), ([], None, None)),
+    (SimpleNamespace(images=["/a.png", "/b.png"], box=(0, 0, 1, 1), text="words"), (["/a.png", "/b.png"], [0, 0, 1, 1], "words")),
+    (SimpleNamespace(image=object(), box="left", text=["words"]), ([], None, None)),
+])
+def test_a_sample_of_ones_own_task_is_shown_by_what_it_has(sample, expected):
+    group = Group(Prompt(torch.tensor([65, 66]), torch.zeros(3, 2), sample=sample, id="mine/0"), [])
+    run = SimpleNamespace(encoder=SimpleNamespace(tokenizer=Bytes()), task=SimpleNamespace(data=SimpleNamespace(target=lambda _: "yes")))
+    shown = describe(group, run)
+    assert (shown["pictures"], shown["box"], shown["text"]) == expected and (shown["prompt"], shown["target"]) == ("AB", "yes")
 
 
 def bare_diary(tmp_path, limit, every=1) -> Diary:

@@ -97,7 +97,9 @@ def test_what_is_left_out_of_a_full_page_is_spread_over_the_run():
 
 def test_another_programs_record_does_not_break_the_page(tmp_path):
     folder = write_run(tmp_path / "run")
-    write_lines(folder / "rollouts.jsonl", [{"step": 1, "groups": [{"id": 3}]}, {"step": 2}, {"step": 3, "groups": [group("train/9")]}])
+    strange = [{"step": 1, "groups": [{"id": 3}]}, {"step": 2}, {"step": 4, "groups": [group("train/9", box=[1])]},
+               {"step": 5, "groups": [group("train/9", text=5)]}, {"step": 6, "groups": [group("train/9", completions=[])]}]
+    write_lines(folder / "rollouts.jsonl", [*strange, {"step": 3, "groups": [group("train/9")]}])
     assert [record["step"] for record in read_run(folder, "run").rollouts] == [3]
 
 

@@ -27,7 +27,7 @@ def run_data(run: Run) -> dict:
 def picture_data(runs: list[Run], pictures: Pictures) -> dict[str, dict]:
     """The embedded pictures of all recorded groups by path, the newest records first in line for room."""
     records = sorted((record for run in runs for record in run.rollouts), key=lambda record: -record["step"])
-    paths = [path for record in records for group in record["groups"] for path in group.get("pictures") or () if isinstance(path, str)]
+    paths = [path for record in records for group in record["groups"] for path in group.get("pictures") or ()]
     return {path: pictures(path) for path in dict.fromkeys(paths)}
 
 

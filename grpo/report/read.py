@@ -14,7 +14,7 @@ class Run:
     """One folder that grpo.train, sft.train or grpo.evaluate wrote.
 
     columns   {name: one value or None a line of metrics.jsonl}; `step` is always there
-    rollouts  records of rollouts.jsonl, as grpo/diary.py describes them
+    rollouts  records of rollouts.jsonl, as grpo/diary.py describes them; of `recorded` ones those that are shown
     """
 
     name: str
@@ -23,6 +23,7 @@ class Run:
     columns: dict[str, list] = field(default_factory=dict)
     rollouts: list[dict] = field(default_factory=list)
     recorded: int = 0
+    rollouts_state: tuple = ()
     evaluation: dict = field(default_factory=dict)
     best: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -64,15 +65,21 @@ def short_names(folders: list[Path]) -> list[str]:
     return names
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str, before: Run | None = None) -> Run:
+    """All that the page shows of a run. `before`, an earlier reading, saves reading rollouts that are the same."""
     run = Run(name, folder)
     run.what_ran = read_object(folder / "settings.json", run.warnings)
     run.evaluation = {key: value for key, value in read_object(folder / "metrics.json", run.warnings).items() if is_number(value)}
     run.best = read_object(folder / "best.json", run.warnings)
     rows = [row for row in read_lines(folder / "metrics.jsonl", run.warnings) if is_number(row.get("step"))]
     run.columns = columns(rows, read_lines(folder / "curriculum.jsonl", run.warnings))
-    records = [record for record in read_lines(folder / "rollouts.jsonl", run.warnings) if is_record(record)]
-    run.rollouts, run.recorded = spread(records, SHOWN_BYTES), len(records)
+    path = folder / "rollouts.jsonl"
+    run.rollouts_state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
+    if before and before.rollouts_state == run.rollouts_state:
+        run.rollouts, run.recorded = before.rollouts, before.recorded
+    else:
+        records = [record for record in read_lines(path, run.warnings) if is_record(record)]
+        run.rollouts, run.recorded = spread(records, SHOWN_BYTES), len(records)
     return run
 
 
@@ -128,9 +135,16 @@ def is_number(value) -> bool:
 def is_record(record: dict) -> bool:
     """Whether the page can show it: another program's line must not break the page."""
     groups = record.get("groups")
-    return is_number(record.get("step")) and isinstance(groups, list) and all(
-        isinstance(group, dict) and isinstance(group.get("id"), str) and isinstance(group.get("completions"), list)
-        and all(is_completion(completion) for completion in group["completions"]) for group in groups)
+    return is_number(record.get("step")) and isinstance(groups, list) and all(map(is_group, groups))
+
+
+def is_group(group) -> bool:
+    if not isinstance(group, dict) or not isinstance(group.get("id"), str):
+        return False
+    words = [group.get(name) or "" for name in ("prompt", "target", "text", "entity")] + list(group.get("pictures") or ())
+    box, completions = group.get("box") or [0, 0, 0, 0], group.get("completions")
+    return (all(isinstance(word, str) for word in words) and isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+            and isinstance(completions, list) and len(completions) > 0 and all(map(is_completion, completions)))
 
 
 def is_completion(completion) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
@@ -13,14 +14,16 @@ from grpo.report.read import Run, find_runs, read_run, short_names
 
 
 class Reader:
-    """Reads the runs anew for each request, pictures once."""
+    """Reads the runs anew for each request, pictures once and rollouts when there are more."""
 
     def __init__(self, words: list[str]):
-        self.words, self.pictures, self.lock = words, Pictures(), Lock()
+        self.words, self.pictures, self.lock, self.before = words, Pictures(), Lock(), {}
 
     def runs(self) -> list[Run]:
         folders = find_runs(self.words)
-        return [read_run(folder, name) for folder, name in zip(folders, short_names(folders))]
+        for folder, name in zip(folders, short_names(folders)):
+            self.before[folder] = read_run(folder, name, self.before.get(folder))
+        return [self.before[folder] for folder in folders]
 
     def page(self) -> str:
         with self.lock:
@@ -36,9 +39,9 @@ class Reader:
             same = [run.name for run in runs] == [entry["name"] for entry in known]
             if not same or any(len(run.columns.get("step", ())) < entry["lines"] for run, entry in zip(runs, known)):
                 return {"restart": True}
-            for run, entry in zip(runs, known):
-                run.columns = {name: values[entry["lines"] :] for name, values in run.columns.items()}
-                run.rollouts = [record for record in run.rollouts if record["step"] > entry["recorded"]]
+            runs = [replace(run, columns={name: values[entry["lines"] :] for name, values in run.columns.items()},
+                            rollouts=[record for record in run.rollouts if record["step"] > entry["recorded"]])
+                    for run, entry in zip(runs, known)]
             return {"made": time.strftime("%Y-%m-%d %H:%M:%S"), "runs": [run_data(run) for run in runs],
                     "pictures": picture_data(runs, self.pictures)}
 
