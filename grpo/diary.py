@@ -20,9 +20,10 @@ from torch import Tensor
 
 from grpo.group import Group, packs
 from grpo.journal import append_line, say
+from grpo.memory import enough_memory
 from grpo.run import Run
 from grpo.sharding import gather, rank, reshard, total
-from grpo.update import idle_pack
+from grpo.update import idle_pack, pass_over
 
 
 @dataclass
@@ -79,7 +80,9 @@ class Diary:
         policy, rows = self.run.policy, []
         passes = int(total(torch.tensor(len(some), device=policy.device), torch.distributed.ReduceOp.MAX))
         for index in range(passes):
-            scores = policy.score(some[index] if index < len(some) else idle_pack(policy), self.temperature)
+            pack = some[index] if index < len(some) else idle_pack(policy)
+            with enough_memory(*pass_over(pack)):
+                scores = policy.score(pack, self.temperature)
             rows += scores.logp.cpu().split(scores.lengths) if index < len(some) else []
         reshard(policy)
         return rows
