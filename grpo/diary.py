@@ -60,19 +60,20 @@ class Diary:
         if rank() == 0:
             self.path.unlink(missing_ok=True)
 
-    def begin(self, step: int, epoch: int, groups: list[Group]) -> Watched | None:
-        """Before the updates of rollout `step`, from 0; None where it is not recorded."""
+    def begin(self, step: int, epoch: int, groups: list[Group], advantages: Tensor) -> Watched | None:
+        """Before the updates of rollout `step`, from 0; None where it is not recorded. `advantages` (groups, G)."""
         if not self.groups or (step % self.every and step != self.last):
             return None
-        places = self.choose(groups)
+        places = self.choose(groups, advantages)
         some = packs([groups[place] for place in places], self.run.settings.tokens_per_pass)
         return Watched(step, epoch, groups, places, some, self.score(some))
 
-    def choose(self, groups: list[Group]) -> list[int]:
-        """Those with the smallest hash of their sample's id, whichever process drew them: a choice without taste, and
-        the same sample is preferred whenever it comes round, so that one can be followed through the epochs."""
-        order = [(hashlib.sha256(group.prompt.id.encode()).hexdigest(), rank(), i) for i, group in enumerate(groups)]
-        return [place for _, owner, place in sorted(gather(order))[: self.groups] if owner == rank()]
+    def choose(self, groups: list[Group], advantages: Tensor) -> list[int]:
+        """Groups that teach before flat ones, else those with the smallest hash of their sample's id, whichever process
+        drew them: a choice without taste, and one sample is preferred whenever it comes round, to be followed."""
+        flat = [not any(row) for row in advantages.tolist()]
+        order = [(flat[i], hashlib.sha256(group.prompt.id.encode()).hexdigest(), rank(), i) for i, group in enumerate(groups)]
+        return [place for *_, owner, place in sorted(gather(order))[: self.groups] if owner == rank()]
 
     @torch.no_grad()
     def score(self, some: list[list[Group]]) -> list[Tensor]:

@@ -279,7 +279,7 @@ class Trainer:
             ref_logps = self.reference_logps(packed)
         advantages = self.advantages(groups, parts, ref_logps)
         with watch("journal"):
-            watched = self.diary.begin(step, epoch, groups)
+            watched = self.diary.begin(step, epoch, groups, advantages)
         with watch("update"):
             learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
         with watch("journal"):

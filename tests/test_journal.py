@@ -215,6 +215,14 @@ def test_a_sample_of_ones_own_task_is_shown_by_what_it_has(sample, expected):
     assert (shown["pictures"], shown["box"], shown["text"]) == expected and (shown["prompt"], shown["target"]) == ("AB", "yes")
 
 
+def test_groups_that_teach_are_recorded_before_flat_ones(tmp_path):
+    groups = [Group(Prompt(torch.tensor([1]), torch.zeros(3, 1), id=f"train/{i}"), []) for i in range(6)]
+    advantages = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [-1.0, 1.0], [0.0, 0.0]])
+    chosen = bare_diary(tmp_path, 500).choose(groups, advantages)
+    assert len(chosen) == 4 and set(chosen[:2]) == {1, 4}
+    assert bare_diary(tmp_path, 500).choose(groups[::-1], advantages.flip(0)) == [5 - i for i in chosen]  # by name, not by place
+
+
 def bare_diary(tmp_path, limit, every=1) -> Diary:
     return Diary(SimpleNamespace(output=tmp_path), 1.0, every, 4, limit)
 

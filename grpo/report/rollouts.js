@@ -41,7 +41,7 @@ function buildBrowser() {
       element("label", { class: "tint" }, "Tint ", tints)),
     element("div", { class: "strip", id: "strip" }, strip()),
     element("p", { class: "keys" }, key("j"), key("k"), " next and previous sample · ", key("↓"), key("↑"), " next and previous step · ",
-      key("u"), " unfold · a square is a sample, darker for more reward"),
+      key("u"), " unfold · a square is a recorded group, stronger for more reward, ringed where it is flat; groups that teach are recorded first"),
     element("div", { id: "group", class: "group", tabindex: -1 }));
   show(Math.min(browser.at, browser.groups.length - 1), false);
 }
@@ -56,7 +56,7 @@ function strip() {
   return browser.run.rollouts.map((record) => element("div", { class: "column" },
     record.groups.map((group) => {
       const index = at++, share = high > low ? (rewards[index] - low) / (high - low) : 1;
-      return element("button", { type: "button", class: "cell", tabindex: -1, "data-at": index, style: `--share:${(12 + 88 * share).toFixed(0)}%`,
+      return element("button", { type: "button", class: group.completions.some((c) => c.advantage) ? "cell" : "cell flat", tabindex: -1, "data-at": index, style: `--share:${(12 + 88 * share).toFixed(0)}%`,
         title: `step ${record.step}, ${group.id}: mean reward ${short(rewards[index])}`, onclick: () => show(index) });
     }), element("span", { class: "tick" }, String(record.step))));
 }
