@@ -41,7 +41,7 @@ function buildBrowser() {
       element("label", { class: "tint" }, "Tint ", tints)),
     element("div", { class: "strip", id: "strip" }, strip()),
     element("p", { class: "keys" }, key("j"), key("k"), " next and previous sample · ", key("↓"), key("↑"), " next and previous step · ",
-      key("u"), " unfold · a square is a recorded group, stronger for more reward, ringed where it is flat; groups that teach are recorded first"),
+      key("u"), " unfold · a square is a recorded group, stronger for more reward, a ring where it is flat"),
     element("div", { id: "group", class: "group", tabindex: -1 }));
   show(Math.min(browser.at, browser.groups.length - 1), false);
 }
