@@ -1,11 +1,12 @@
-"""The journal of rollouts: every so often a few groups whole, for people to read (`rollouts.jsonl`, shown by grpo.report).
+"""The journal of rollouts: every so often a few groups whole, for people to read (`rollouts.jsonl`; see grpo.report).
 
-A record is one line, {"step", "epoch", "groups": [{id, prompt, target, pictures, box, text, entity, completions}]}, and a
-completion {text, pieces, finished, parts, reward, advantage, logp, ref_logp, ratio}; the last four of them and `pieces`
+A record is one line, {"step", "epoch", "groups": [{id, prompt, target, pictures, box, text, entity, completions}]},
+and a completion {text, pieces, finished, parts, reward, advantage, logp, ratio, ref_logp}; the last three and `pieces`
 have one entry a token. `logp` is the log-probability when the rollout begins, under the scored distribution (at the
-rollouts' temperature), `ratio` what all μ updates of this rollout have made of it, π_after/π_before. The objective never
-sees that ratio: for μ = 1 its own is 1 throughout, and for μ > 1 it stops before the last update. So the recorded groups,
-and only they, are scored twice more, before and after, in the same packs: in bfloat16 other packs alone would move a ratio.
+rollouts' temperature), `ratio` what all μ updates of this rollout have made of it, π_after/π_before. The objective
+never sees that ratio: for μ = 1 its own is 1 throughout, and for μ > 1 it stops before the last update. So the recorded
+groups, and only they, are scored twice more, before and after, in the same packs: in bfloat16 other packs alone would
+move a ratio.
 """
 
 import hashlib
@@ -72,7 +73,8 @@ class Diary:
         """Groups that teach before flat ones, else those with the smallest hash of their sample's id, whichever process
         drew them: a choice without taste, and one sample is preferred whenever it comes round, to be followed."""
         flat = [not any(row) for row in advantages.tolist()]
-        order = [(flat[i], hashlib.sha256(group.prompt.id.encode()).hexdigest(), rank(), i) for i, group in enumerate(groups)]
+        names = [hashlib.sha256(group.prompt.id.encode()).hexdigest() for group in groups]
+        order = [(flat[i], names[i], rank(), i) for i in range(len(groups))]
         return [place for *_, owner, place in sorted(gather(order))[: self.groups] if owner == rank()]
 
     @torch.no_grad()
@@ -95,7 +97,8 @@ class Diary:
         if watched is None:
             return
         change = [(after - before).exp() for after, before in zip(self.score(watched.packs), watched.before)]
-        ref_rows = ref_logps and torch.cat(ref_logps).cpu().split([n for group in watched.groups for n in group.lengths])
+        lengths = [length for group in watched.groups for length in group.lengths]
+        ref_rows = ref_logps and torch.cat(ref_logps).cpu().split(lengths)
         described, row = [], 0
         for place in watched.places:
             group, completions = watched.groups[place], []
@@ -120,7 +123,7 @@ class Diary:
             return
         size = len(json.dumps(record)) + 1
         if size > self.limit:
-            return say(f"rollout {record['step']} is not recorded: {size} bytes, and --journal_megabytes allows {self.limit}")
+            return say(f"rollout {record['step']} is not recorded: {size} bytes, --journal_megabytes allows {self.limit}")
         while self.path.exists() and self.path.stat().st_size + size > self.limit:
             self.thin()
         append_line(self.path, record)
@@ -146,9 +149,11 @@ def describe(group: Group, run: Run) -> dict:
     is_box = isinstance(box, (tuple, list)) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
     words = {name: getattr(sample, name, None) for name in ("text", "entity")}
     return {
-        "id": group.prompt.id, "prompt": re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", prompt), "target": run.task.data.target(sample),
+        "id": group.prompt.id, "prompt": re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", prompt),
+        "target": run.task.data.target(sample),
         "pictures": [str(Path(image).absolute()) for image in images if isinstance(image, (str, Path))],
-        "box": list(box) if is_box else None, **{name: word if isinstance(word, str) else None for name, word in words.items()},
+        "box": list(box) if is_box else None,
+        **{name: word if isinstance(word, str) else None for name, word in words.items()},
     }
 
 
@@ -157,7 +162,7 @@ def numbers(values: Tensor, digits: int) -> list[float | None]:
 
 
 def text_pieces(tokenizer, tokens: list[int]) -> list[str]:
-    """The text of each token; joined they are the text of all. A character of several tokens stands with its last one."""
+    """The text of each token; joined they are the whole text. A character of several tokens stands with the last."""
     pieces, start = [""] * len(tokens), 0
     for i in range(len(tokens)):
         piece = tokenizer.decode(tokens[start : i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 def progress(total: int, what: str, unit: str):
-    """A bar with rate and time left on the first process; where the output is no terminal, a plain line now and then."""
+    """A bar with rate and time left on the first process; where there is no terminal, a plain line now and then."""
     if rank() == 0 and not sys.stderr.isatty():
         return PlainProgress(total, what, unit)
     # says 80 × 24 where a terminal does not know its size (many containers'); left to itself the bar draws nothing there
@@ -108,7 +108,8 @@ def append_line(path: Path, content: dict) -> None:
     """One JSON object as one whole line: a single write at the file's end, so that a reader who comes in between finds
     only whole lines, or (a full disk) a last one without its end, which is to be left out."""
     # a mean of nothing is not a number, and JSON has no word for that but null
-    content = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in content.items()}
+    missing = {name for name, value in content.items() if isinstance(value, float) and not math.isfinite(value)}
+    content = {name: None if name in missing else value for name, value in content.items()}
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(file, json.dumps(content).encode() + b"\n")
@@ -124,7 +125,8 @@ def open_events(folder: Path, choice: str):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         if choice == "on":
-            raise ValueError("--tensorboard on: tensorboard is not installed (pip install 'grpo-vlm[tensorboard]')") from None
+            how = "pip install 'grpo-vlm[tensorboard]'"
+            raise ValueError(f"--tensorboard on: tensorboard is not installed ({how})") from None
         return None
     for old in folder.glob("events.out.tfevents.*"):  # like metrics.jsonl, they begin anew with the run
         old.unlink()

@@ -58,7 +58,7 @@ class Settings(TrainingSettings):
     reward_weights: str = setting("", "name=number[,name=number]; others keep the task's weight")
     reward_options: str = setting("", "options of the task's reward, name=number[,name=number]")
     validate_every: int = setting(0, "rollouts between validations; 0: at the end of every epoch")
-    journal_every: int = setting(10, "rollouts between records of whole groups in rollouts.jsonl; the first and last are always there")
+    journal_every: int = setting(10, "rollouts between records of whole groups in rollouts.jsonl; the last is one too")
     journal_groups: int = setting(4, "groups of one record; 0 for no journal of rollouts")
     journal_megabytes: float = setting(64.0, "largest rollouts.jsonl: a run that outgrows it keeps every second record")
     resample_tries: int = setting(3, "for flat_groups=resampled: how often a flat group is drawn again before it is dropped")
@@ -283,7 +283,8 @@ class Trainer:
         with watch("update"):
             learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
         with watch("journal"):
-            self.diary.end(watched, dict(zip(self.weights, parts.unbind(-1))), self.totals(parts), advantages, ref_logps)
+            named = dict(zip(self.weights, parts.unbind(-1)))
+            self.diary.end(watched, named, self.totals(parts), advantages, ref_logps)
         self.learned |= bool(learned)
         self.run.prompts.settle([group.prompt for group in drawn])
         seconds = {f"seconds/{phase}": round(value, 3) for phase, value in watch.seconds.items()}

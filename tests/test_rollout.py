@@ -124,7 +124,8 @@ def test_every_token_is_drawn_with_its_own_number_of_the_completions_noise():
 
 def test_a_row_that_ends_is_replaced_at_once_while_others_wait():
     calls = []
-    groups = sample(tiny_policy(), prompts(), 4, sampling(rows=4), lambda written, ended: calls.append((written, ended)))
+    groups = sample(tiny_policy(), prompts(), 4, sampling(rows=4),
+                    lambda written, ended, spared: calls.append((written, ended)))
     assert sum(written for written, _ in calls) == sum(n for group in groups for n in group.lengths)
     assert sum(ended for _, ended in calls) == 5 * 4
     left = 5 * 4

@@ -26,8 +26,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run or an evaluation, or a folder of such")
     parser.add_argument("--output", type=Path, help="file to write (default: report.html in the first RUN)")
-    parser.add_argument("--live", action="store_true", help="serve the page on 127.0.0.1 and refresh it as the runs go on")
-    parser.add_argument("--port", type=int, default=8770, help="for --live; 0 takes any free port (default: %(default)s)")
+    parser.add_argument("--live", action="store_true",
+                        help="serve the page on 127.0.0.1 and refresh it as the runs go on")
+    parser.add_argument("--port", type=int, default=8770,
+                        help="for --live; 0 takes any free port (default: %(default)s)")
     return parser.parse_args(words)
 
 

@@ -18,8 +18,8 @@ SCRIPTS = ("dom.js", "charts.js", "rollouts.js", "page.js")
 
 
 def run_data(run: Run) -> dict:
-    return {"name": run.name, "kind": run.kind, "folder": str(run.folder), "columns": run.columns, "rollouts": run.rollouts,
-            "recorded": run.recorded, "evaluation": run.evaluation, "best": run.best, "warnings": run.warnings,
+    return {"name": run.name, "kind": run.kind, "folder": str(run.folder), "columns": run.columns,
+            "rollouts": run.rollouts, "recorded": run.recorded, "evaluation": run.evaluation, "best": run.best, "warnings": run.warnings,
             **{name: run.what_ran.get(name) for name in
                ("settings", "versions", "commit", "data_hash", "model_hash", "processes", "started")}}
 
@@ -27,12 +27,14 @@ def run_data(run: Run) -> dict:
 def picture_data(runs: list[Run], pictures: Pictures) -> dict[str, dict]:
     """The embedded pictures of all recorded groups by path, the newest records first in line for room."""
     records = sorted((record for run in runs for record in run.rollouts), key=lambda record: -record["step"])
-    paths = [path for record in records for group in record["groups"] for path in group.get("pictures") or ()]
+    groups = [group for record in records for group in record["groups"]]
+    paths = [path for group in groups for path in group.get("pictures") or ()]
     return {path: pictures(path) for path in dict.fromkeys(paths)}
 
 
 def report_data(runs: list[Run], pictures: Pictures, made: str, live: bool = False) -> dict:
-    return {"made": made, "live": live, "runs": [run_data(run) for run in runs], "pictures": picture_data(runs, pictures)}
+    return {"made": made, "live": live, "runs": [run_data(run) for run in runs],
+            "pictures": picture_data(runs, pictures)}
 
 
 def as_json(data) -> str:

@@ -61,7 +61,8 @@ def short_names(folders: list[Path]) -> list[str]:
     for depth in range(2, 20):
         if len(set(names)) == len(names):
             break
-        names = ["/".join(folder.parts[-depth:]) if names.count(name) > 1 else name for folder, name in zip(folders, names)]
+        longer = ["/".join(folder.parts[-depth:]) for folder in folders]
+        names = [long if names.count(name) > 1 else name for long, name in zip(longer, names)]
     return names
 
 
@@ -69,7 +70,8 @@ def read_run(folder: Path, name: str, before: Run | None = None) -> Run:
     """All that the page shows of a run. `before`, an earlier reading, saves reading rollouts that are the same."""
     run = Run(name, folder)
     run.what_ran = read_object(folder / "settings.json", run.warnings)
-    run.evaluation = {key: value for key, value in read_object(folder / "metrics.json", run.warnings).items() if is_number(value)}
+    metrics = read_object(folder / "metrics.json", run.warnings)
+    run.evaluation = {name: value for name, value in metrics.items() if is_number(value)}
     run.best = read_object(folder / "best.json", run.warnings)
     rows = [row for row in read_lines(folder / "metrics.jsonl", run.warnings) if is_number(row.get("step"))]
     run.columns = columns(rows, read_lines(folder / "curriculum.jsonl", run.warnings))
@@ -111,15 +113,16 @@ def read_lines(path: Path, warnings: list[str]) -> list[dict]:
 
 
 def columns(rows: list[dict], epochs: list[dict]) -> dict[str, list]:
-    """Rows → columns of numbers in the order in which names first appear; the curriculum's ratio joins by its epoch."""
-    ratio = {epoch.get("epoch"): epoch["easy"] / epoch["hard"] for epoch in epochs if epoch.get("hard") and is_number(epoch.get("easy"))}
+    """Rows → columns of numbers in the order of first appearance; the curriculum's ratio joins by its epoch."""
+    told = [epoch for epoch in epochs if is_number(epoch.get("hard")) and epoch["hard"] and is_number(epoch.get("easy"))]
+    ratio = {epoch.get("epoch"): epoch["easy"] / epoch["hard"] for epoch in told}
     mixed = any(ratio.values())
     for row in rows:
         if mixed and row.get("epoch") in ratio:
             row["curriculum/easy_per_hard"] = ratio[row["epoch"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = {name: [shorter(row.get(name)) for row in rows] for name in names}
-    return {name: values for name, values in table.items() if name == "step" or any(value is not None for value in values)}
+    return {name: values for name, values in table.items() if name == "step" or values.count(None) < len(values)}
 
 
 def shorter(value) -> float | int | None:
@@ -143,7 +146,9 @@ def is_group(group) -> bool:
         return False
     words = [group.get(name) or "" for name in ("prompt", "target", "text", "entity")] + list(group.get("pictures") or ())
     box, completions = group.get("box") or [0, 0, 0, 0], group.get("completions")
-    return (all(isinstance(word, str) for word in words) and isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        return False
+    return (all(isinstance(word, str) for word in words)
             and isinstance(completions, list) and len(completions) > 0 and all(map(is_completion, completions)))
 
 
