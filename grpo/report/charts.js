@@ -1,139 +1,46 @@
 // Curves: one small chart a metric, the runs on top of each other, one cursor through all of them.
 
-const SECTIONS = [
-  ["Reward", ["reward", "rewards/*", "reward_std"]],
-  ["Validation", ["valid/f1", "valid/*"]],
-  ["Policy", ["kl", "entropy", "ratio_mean", "clip_ratio/*"]],
-  ["Completions", ["completions/*"]],
-  ["Groups and curriculum", ["frac_reward_zero_std", "curriculum/*", "groups_dropped", "prompts", "prompts_too_long"]],
-  ["Optimisation", ["loss", "grad_norm", "learning_rate", "num_tokens"]],
-  ["Seconds", ["step_time", "seconds/*"]],
-  ["Others", ["*"]],
-];
-
-const NAMES = {
-  reward: "Reward", reward_std: "Spread in a group", kl: "KL to the reference", entropy: "Entropy", ratio_mean: "Ratio, mean",
-  "clip_ratio/low_mean": "Clipped below", "clip_ratio/high_mean": "Clipped above", "clip_ratio/region_mean": "Clipped, both",
-  "completions/mean_length": "Length, mean", "completions/max_length": "Length, longest", "completions/clipped_ratio": "Cut by the limit",
-  frac_reward_zero_std: "Flat groups", "curriculum/easy_per_hard": "Curriculum, easy : hard", groups_dropped: "Groups dropped",
-  prompts: "Prompts", prompts_too_long: "Prompts too long", loss: "Loss", grad_norm: "Gradient norm", learning_rate: "Learning rate",
-  num_tokens: "Tokens", step_time: "A step", "valid/f1": "F1",
-};
-
-const HEIGHT = 150, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 22, DOTS = 30;
-
-function title(metric) {
-  if (NAMES[metric]) return NAMES[metric];
-  const words = metric.replace(/^(rewards|valid|seconds|completions)\//, "").replace(/\/mean$/, "").replace(/_/g, " ");
-  return words[0].toUpperCase() + words.slice(1);
-}
-
-// Each metric in the first section that names it.
-function sectionsOf(runs) {
-  const left = new Set(runs.flatMap((run) => Object.keys(run.columns)));
-  left.delete("step");
-  left.delete("epoch");
-  return SECTIONS.map(([name, patterns]) => {
-    const metrics = patterns.flatMap((pattern) => {
-      const fits = (metric) => (pattern.endsWith("*") ? metric.startsWith(pattern.slice(0, -1)) : metric === pattern);
-      const found = [...left].filter(fits);
-      found.forEach((metric) => left.delete(metric));
-      return found;
-    });
-    return [name, metrics];
-  }).filter(([, metrics]) => metrics.length);
-}
-
-// What never changes is a sentence and no chart.
-function constant(runs, metric) {
-  const values = runs.flatMap((run) => known(run.columns[metric]));
-  return values.length > 1 && values.every((value) => value === values[0]) ? values[0] : null;
-}
-
-// [[step, value], …] without what is not there; kept until the run grows.
-function pointsOf(run, metric) {
-  const steps = run.columns.step, values = run.columns[metric];
-  if (!values) return [];
-  run.points ??= {};
-  if (run.points[metric]?.length !== values.length)
-    run.points[metric] = { length: values.length, points: steps.map((step, i) => [step, values[i]]).filter((point) => point[1] !== null) };
-  return run.points[metric].points;
-}
-
-// An exponential mean that starts without a pull to zero, over a share of the run that the slider sets: at most a
-// tenth. Few points are shown as they are.
-function smooth(points, slider) {
-  if (!slider || points.length < DOTS) return points;
-  const weight = 1 - 1 / (1 + slider ** 2 * points.length / 10);
-  let mean = 0, mass = 0;
-  return points.map(([step, value]) => {
-    mean = weight * mean + (1 - weight) * value;
-    mass = weight * mass + (1 - weight);
-    return [step, mean / mass];
-  });
-}
-
-// More points than pixels: in every pixel column only the first, the lowest, the highest and the last are drawn.
-function thin(places, width) {
-  if (places.length <= 2 * width) return places;
-  const columns = new Map();
-  for (const place of places) {
-    const at = Math.floor(place[0]), column = columns.get(at);
-    if (!column) columns.set(at, { first: place, low: place, high: place, last: place });
-    else {
-      if (place[1] < column.low[1]) column.low = place;
-      if (place[1] > column.high[1]) column.high = place;
-      column.last = place;
-    }
-  }
-  return [...columns.values()].flatMap(({ first, low, high, last }) =>
-    [...new Set([first, low, high, last])].sort((a, b) => a[0] - b[0]));
-}
-
-// About `count` round numbers between low and high.
-function ticks(low, high, count) {
-  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((times) => times * power).find((size) => size >= rough * 0.99);
-  const first = Math.ceil(low / step - 1e-9), found = [];
-  for (let i = first; i * step <= high + step * 1e-9; i++) found.push(i * step || 0); // no −0
-  return found;
-}
-
-// The digits that tell ticks apart, and no more.
-function tickText(value, step) {
-  if (value === 0) return "0";
-  if (Math.abs(value) >= 1e5 || step < 1e-4) return value.toExponential(step < Math.abs(value) * 0.99 ? 1 : 0).replace("e+", "e").replace(/-/g, "−");
-  return value.toFixed(Math.max(0, Math.ceil(-Math.log10(step) - 1e-9))).replace("-", "−");
-}
-
-function range(values) {
-  let low = Infinity, high = -Infinity;
-  for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
-  if (low === Infinity) return [0, 1];
-  const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
-  return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];
-}
-
 class Chart {
   constructor(metric, runs) {
     this.metric = metric;
     this.runs = runs;
     this.values = element("span", { class: "values" });
     this.plot = drawing("svg", { height: HEIGHT, "aria-hidden": "true" });
-    this.frame = element("div", { class: "plot", tabindex: 0, role: "slider", "aria-label": `${title(metric)}, by step`,
-      onpointermove: (event) => setCursor(this.stepAt(event)), onpointerdown: (event) => setCursor(this.stepAt(event)),
-      onpointerleave: (event) => event.pointerType === "mouse" && setCursor(null), onkeydown: (event) => this.key(event) }, this.plot);
-    this.figure = element("figure", { class: "chart", "data-metric": metric },
-      element("figcaption", {}, element("span", { class: "name", title: metric }, title(metric)), this.values), this.frame);
+    this.frame = element(
+      "div",
+      {
+        class: "plot",
+        tabindex: 0,
+        role: "slider",
+        "aria-label": `${title(metric)}, by step`,
+        onpointermove: (event) => setCursor(this.stepAt(event)),
+        onpointerdown: (event) => setCursor(this.stepAt(event)),
+        onpointerleave: (event) => event.pointerType === "mouse" && setCursor(null),
+        onkeydown: (event) => this.key(event),
+      },
+      this.plot,
+    );
+    this.figure = element(
+      "figure",
+      { class: "chart", "data-metric": metric },
+      element("figcaption", {}, element("span", { class: "name", title: metric }, title(metric)), this.values),
+      this.frame,
+    );
   }
 
-  shown() { return this.runs.filter((run) => !state.hidden.has(run.name) && pointsOf(run, this.metric).length); }
+  shown() {
+    return this.runs.filter((run) => !state.hidden.has(run.name) && pointsOf(run, this.metric).length);
+  }
 
   draw() {
     const width = this.frame.clientWidth;
     if (!width) return;
     this.width = width;
-    const curves = this.shown().map((run) => ({ run, raw: pointsOf(run, this.metric), line: smooth(pointsOf(run, this.metric), state.smoothing) }));
+    const curves = this.shown().map((run) => ({
+      run,
+      raw: pointsOf(run, this.metric),
+      line: smooth(pointsOf(run, this.metric), state.smoothing),
+    }));
     const steps = this.runs.flatMap((run) => [run.columns.step[0], run.columns.step.at(-1)]);
     this.first = Math.min(...steps);
     this.end = Math.max(...steps, this.first + 1);
@@ -146,52 +53,99 @@ class Chart {
     this.point();
   }
 
-  x(step) { return LEFT + ((step - this.first) / (this.end - this.first)) * (this.width - LEFT - RIGHT); }
-  y(value) { return TOP + (1 - (value - this.low) / (this.high - this.low)) * (HEIGHT - TOP - BOTTOM); }
+  x(step) {
+    return LEFT + ((step - this.first) / (this.end - this.first)) * (this.width - LEFT - RIGHT);
+  }
+  y(value) {
+    return TOP + (1 - (value - this.low) / (this.high - this.low)) * (HEIGHT - TOP - BOTTOM);
+  }
 
   grid() {
-    const across = ticks(this.low, this.high, 4), along = ticks(this.first, this.end, Math.max(3, Math.floor(this.width / 75)));
+    const across = ticks(this.low, this.high, 4),
+      along = ticks(this.first, this.end, Math.max(3, Math.floor(this.width / 75)));
     const step = across[1] - across[0] || Math.abs(across[0]) || 1;
     return [
       ...across.flatMap((value) => [
         drawing("line", { class: "rule", x1: LEFT, x2: this.width - RIGHT, y1: this.y(value), y2: this.y(value) }),
-        drawing("text", { class: "tick", x: LEFT - 6, y: this.y(value) + 3.5, "text-anchor": "end" }, tickText(value, step))]),
-      ...along.filter(Number.isInteger).map((value) =>
-        drawing("text", { class: "tick", x: Math.min(this.x(value), this.width - 16), y: HEIGHT - 5, "text-anchor": "middle" },
-          value.toLocaleString("en"))),
+        drawing(
+          "text",
+          { class: "tick", x: LEFT - 6, y: this.y(value) + 3.5, "text-anchor": "end" },
+          tickText(value, step),
+        ),
+      ]),
+      ...along
+        .filter(Number.isInteger)
+        .map((value) =>
+          drawing(
+            "text",
+            { class: "tick", x: Math.min(this.x(value), this.width - 16), y: HEIGHT - 5, "text-anchor": "middle" },
+            value.toLocaleString("en"),
+          ),
+        ),
     ];
   }
 
   curve({ run, raw, line }) {
     const path = (points, kind) => {
-      const places = thin(points.map(([step, value]) => [this.x(step), this.y(value)]), this.width);
+      const places = thin(
+        points.map(([step, value]) => [this.x(step), this.y(value)]),
+        this.width,
+      );
       const d = "M" + places.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L");
-      return drawing("path", { class: kind, d, stroke: colour(run), "stroke-dasharray": dash(run), "data-run": run.name,
-        "data-points": points.length, "data-drawn": places.length });
+      return drawing("path", {
+        class: kind,
+        d,
+        stroke: colour(run),
+        "stroke-dasharray": dash(run),
+        "data-run": run.name,
+        "data-points": points.length,
+        "data-drawn": places.length,
+      });
     };
-    const dots = raw.length < DOTS
-      ? raw.map(([step, value]) => drawing("circle", { cx: this.x(step), cy: this.y(value), r: 2.2, fill: colour(run) })) : [];
+    const dots =
+      raw.length < DOTS
+        ? raw.map(([step, value]) =>
+            drawing("circle", { cx: this.x(step), cy: this.y(value), r: 2.2, fill: colour(run) }),
+          )
+        : [];
     return [line === raw ? null : path(raw, "raw"), path(line, "line"), ...dots].filter(Boolean);
   }
 
   // The cursor's line, and beside the title the values under it, or else the last ones.
   point() {
-    const runs = this.shown(), at = state.cursor;
-    const found = runs.map((run) => [run, at === null ? pointsOf(run, this.metric).at(-1) : nearest(pointsOf(run, this.metric), at)]);
-    this.values.replaceChildren(...found.map(([run, place]) =>
-      element("span", { class: "value", style: `--run:${colour(run)}` }, short(place[1]))));
+    const runs = this.shown(),
+      at = state.cursor;
+    const found = runs.map((run) => [
+      run,
+      at === null ? pointsOf(run, this.metric).at(-1) : nearest(pointsOf(run, this.metric), at),
+    ]);
+    this.values.replaceChildren(
+      ...found.map(([run, place]) =>
+        element("span", { class: "value", style: `--run:${colour(run)}` }, short(place[1])),
+      ),
+    );
     const text = found.map(([run, place]) => `${runs.length > 1 ? run.name + " " : ""}${short(place[1])}`).join(", ");
     this.frame.setAttribute("aria-valuenow", at ?? this.end);
     this.frame.setAttribute("aria-valuetext", `step ${at ?? this.end}: ${text}`);
     if (at === null || at < this.first || at > this.end) return this.cursor?.replaceChildren();
-    const x = this.x(at), beside = x > this.width - 60 ? "end" : "start";
+    const x = this.x(at),
+      beside = x > this.width - 60 ? "end" : "start";
     this.cursor.replaceChildren(
       drawing("line", { x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM }),
-      drawing("text", { class: "tick", x: x + (beside === "end" ? -5 : 5), y: TOP + 8, "text-anchor": beside }, `step ${at.toLocaleString("en")}`),
-      ...found.map(([run, [step, value]]) => drawing("circle", { cx: this.x(step), cy: this.y(value), r: 3.5, fill: colour(run) })));
+      drawing(
+        "text",
+        { class: "tick", x: x + (beside === "end" ? -5 : 5), y: TOP + 8, "text-anchor": beside },
+        `step ${at.toLocaleString("en")}`,
+      ),
+      ...found.map(([run, [step, value]]) =>
+        drawing("circle", { cx: this.x(step), cy: this.y(value), r: 3.5, fill: colour(run) }),
+      ),
+    );
   }
 
-  steps() { return [...new Set(this.shown().flatMap((run) => run.columns.step))].sort((a, b) => a - b); }
+  steps() {
+    return [...new Set(this.shown().flatMap((run) => run.columns.step))].sort((a, b) => a - b);
+  }
 
   stepAt(event) {
     const x = event.clientX - this.frame.getBoundingClientRect().left;
@@ -203,66 +157,126 @@ class Chart {
   key(event) {
     const steps = this.steps();
     const end = steps.length - 1;
-    const by = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity }[event.key];
+    const by = {
+      ArrowLeft: -1,
+      ArrowDown: -1,
+      ArrowRight: 1,
+      ArrowUp: 1,
+      PageDown: -10,
+      PageUp: 10,
+      Home: -Infinity,
+      End: Infinity,
+    }[event.key];
     if (event.key === "Escape") return setCursor(null);
     if (by === undefined || !steps.length) return;
     event.preventDefault();
     event.stopPropagation();
     if (state.cursor === null && Number.isFinite(by)) return setCursor(steps[end]);
-    const i = state.cursor === null ? end : steps.indexOf(nearest(steps.map((step) => [step]), state.cursor)[0]);
+    const i =
+      state.cursor === null
+        ? end
+        : steps.indexOf(
+            nearest(
+              steps.map((step) => [step]),
+              state.cursor,
+            )[0],
+          );
     setCursor(steps[Math.min(Math.max(i + by, 0), end)]);
   }
 }
 
 // The point whose step is nearest, by halving.
 function nearest(points, step) {
-  let low = 0, high = points.length - 1;
+  let low = 0,
+    high = points.length - 1;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
-    if (points[middle][0] <= step) low = middle; else high = middle;
+    if (points[middle][0] <= step) low = middle;
+    else high = middle;
   }
   return Math.abs(points[high][0] - step) < Math.abs(points[low][0] - step) ? points[high] : points[low];
 }
 
-let charts = [], asked = false;
+let charts = [],
+  asked = false;
 
 function setCursor(step) {
   if (step === state.cursor) return;
   state.cursor = step;
   if (asked) return;
   asked = true; // many movements, one drawing a frame
-  requestAnimationFrame(() => { asked = false; charts.forEach((chart) => chart.point()); });
+  requestAnimationFrame(() => {
+    asked = false;
+    charts.forEach((chart) => chart.point());
+  });
 }
 
-function drawCharts() { charts.forEach((chart) => chart.draw()); }
+function drawCharts() {
+  charts.forEach((chart) => chart.draw());
+}
 
 function panel(name, metrics, runs) {
   const still = metrics.map((metric) => [metric, constant(runs, metric)]).filter(([, value]) => value !== null);
-  const moving = metrics.filter((metric) => !still.some(([same]) => same === metric)).map((metric) => new Chart(metric, runs));
+  const moving = metrics
+    .filter((metric) => !still.some(([same]) => same === metric))
+    .map((metric) => new Chart(metric, runs));
   charts.push(...moving);
   const sentence = still.map(([metric, value]) => `${title(metric)} ${short(value)}`).join(" · ");
-  return element("div", { class: "panel" }, element("h4", {}, name),
-    moving.length ? element("div", { class: "charts" }, moving.map((chart) => chart.figure)) : null,
-    sentence ? element("p", { class: "constant" }, `Constant: ${sentence}`) : null);
+  return element(
+    "div",
+    { class: "panel" },
+    element("h4", {}, name),
+    moving.length
+      ? element(
+          "div",
+          { class: "charts" },
+          moving.map((chart) => chart.figure),
+        )
+      : null,
+    sentence ? element("p", { class: "constant" }, `Constant: ${sentence}`) : null,
+  );
 }
 
 function buildCharts() {
   charts = [];
-  const kinds = [["GRPO", "Stage 2 · GRPO"], ["SFT", "Stage 1 · supervised"]]
-    .map(([kind, heading]) => [heading, training().filter((run) => run.kind === kind)]).filter(([, runs]) => runs.length);
-  const parts = kinds.map(([heading, runs]) => element("div", { class: "kind" },
-    kinds.length > 1 ? element("h3", {}, heading) : null, sectionsOf(runs).map(([name, metrics]) => panel(name, metrics, runs))));
+  const kinds = [
+    ["GRPO", "Stage 2 · GRPO"],
+    ["SFT", "Stage 1 · supervised"],
+  ]
+    .map(([kind, heading]) => [heading, training().filter((run) => run.kind === kind)])
+    .filter(([, runs]) => runs.length);
+  const parts = kinds.map(([heading, runs]) =>
+    element(
+      "div",
+      { class: "kind" },
+      kinds.length > 1 ? element("h3", {}, heading) : null,
+      sectionsOf(runs).map(([name, metrics]) => panel(name, metrics, runs)),
+    ),
+  );
   byId("panels").replaceChildren(...(parts.length ? parts : [element("p", { class: "nothing" }, "No metrics yet.")]));
   drawCharts();
 }
 
 function buildLegend() {
-  byId("legend").replaceChildren(...training().map((run) => element("button", { type: "button", class: "run",
-    style: `--run:${colour(run)}`, "aria-pressed": String(!state.hidden.has(run.name)),
-    onclick: (event) => {
-      const shown = state.hidden.delete(run.name);
-      if (!shown) state.hidden.add(run.name);
-      event.currentTarget.setAttribute("aria-pressed", String(shown));
-      drawCharts();
-    } }, element("span", { class: "swatch", "aria-hidden": "true" }), run.name)));
+  byId("legend").replaceChildren(
+    ...training().map((run) =>
+      element(
+        "button",
+        {
+          type: "button",
+          class: "run",
+          style: `--run:${colour(run)}`,
+          "aria-pressed": String(!state.hidden.has(run.name)),
+          onclick: (event) => {
+            const shown = state.hidden.delete(run.name);
+            if (!shown) state.hidden.add(run.name);
+            event.currentTarget.setAttribute("aria-pressed", String(shown));
+            drawCharts();
+          },
+        },
+        element("span", { class: "swatch", "aria-hidden": "true" }),
+        run.name,
+      ),
+    ),
+  );
 }

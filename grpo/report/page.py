@@ -14,7 +14,7 @@ from grpo.report.pictures import Pictures
 from grpo.report.read import Run
 
 HERE = Path(__file__).parent
-SCRIPTS = ("dom.js", "charts.js", "rollouts.js", "page.js")
+SCRIPTS = ("dom.js", "curves.js", "charts.js", "rollouts.js", "completions.js", "page.js")
 
 
 def run_data(run: Run) -> dict:

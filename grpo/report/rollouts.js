@@ -1,48 +1,117 @@
 // The rollout browser: one recorded group at a time, its completions ordered by advantage, every token tinted.
 
 const TINTS = {
-  push: { name: "advantage × (ratio − 1)", value: (c, i) => (c.ratio?.[i] == null ? 0 : c.advantage * (c.ratio[i] - 1)),
-    low: "against the reward", high: "as the reward asked",
-    about: "How the updates of this rollout moved each token: its ratio after them, times the completion's advantage." },
-  drift: { name: "logp − reference", value: (c, i) => (c.ref_logp?.[i] == null ? 0 : c.logp[i] - c.ref_logp[i]),
-    low: "rarer than in Stage 1", high: "likelier than in Stage 1",
-    about: "How far each token's log-probability has moved from the reference's since training began." },
-  surprise: { name: "surprise, −logp", value: (c, i) => (c.logp?.[i] == null ? 0 : c.logp[i]), low: "unlikely when drawn", high: "",
-    about: "Where the policy was unsure: tokens that it drew although they were unlikely." },
+  push: {
+    name: "advantage × (ratio − 1)",
+    value: (c, i) => (c.ratio?.[i] == null ? 0 : c.advantage * (c.ratio[i] - 1)),
+    low: "against the reward",
+    high: "as the reward asked",
+    about: "How the updates of this rollout moved each token: its ratio after them, times the completion's advantage.",
+  },
+  drift: {
+    name: "logp − reference",
+    value: (c, i) => (c.ref_logp?.[i] == null ? 0 : c.logp[i] - c.ref_logp[i]),
+    low: "rarer than in Stage 1",
+    high: "likelier than in Stage 1",
+    about: "How far each token's log-probability has moved from the reference's since training began.",
+  },
+  surprise: {
+    name: "surprise, −logp",
+    value: (c, i) => (c.logp?.[i] == null ? 0 : c.logp[i]),
+    low: "unlikely when drawn",
+    high: "",
+    about: "Where the policy was unsure: tokens that it drew although they were unlikely.",
+  },
 };
 
 const browser = { run: null, at: 0, tint: "push", open: false };
 
 const recorded = () => DATA.runs.filter((run) => run.rollouts.length);
-const groupsOf = (run) => run.rollouts.flatMap((record) => record.groups.map((group) => ({ ...group, step: record.step, epoch: record.epoch, record })));
+const groupsOf = (run) =>
+  run.rollouts.flatMap((record) =>
+    record.groups.map((group) => ({ ...group, step: record.step, epoch: record.epoch, record })),
+  );
 const mean = (values) => sum(values) / values.length;
 const ordered = (group) => [...group.completions].sort((a, b) => b.advantage - a.advantage);
 
 function buildBrowser() {
   const runs = recorded();
   if (!runs.length) {
-    byId("browser").replaceChildren(element("p", { class: "nothing" }, "No rollouts are recorded in these runs (grpo.train --journal_groups)."));
+    byId("browser").replaceChildren(
+      element("p", { class: "nothing" }, "No rollouts are recorded in these runs (grpo.train --journal_groups)."),
+    );
     return;
   }
-  browser.run = runs.find((run) => run.name === browser.run?.name) || runs.reduce((most, run) => (run.rollouts.length > most.rollouts.length ? run : most));
+  browser.run =
+    runs.find((run) => run.name === browser.run?.name) ||
+    runs.reduce((most, run) => (run.rollouts.length > most.rollouts.length ? run : most));
   browser.groups = groupsOf(browser.run);
-  browser.parts = [...new Set(browser.groups.flatMap((group) => group.completions.flatMap((c) => Object.keys(c.parts || {}))))];
-  const choose = element("select", { "aria-label": "Run", onchange: (event) => { browser.run = runs[event.target.selectedIndex]; browser.at = 0; buildBrowser(); } },
-    runs.map((run) => element("option", { selected: run === browser.run }, run.name)));
-  const tints = element("select", { "aria-label": "Tokens are tinted by", onchange: (event) => { browser.tint = event.target.value; show(browser.at); } },
-    Object.entries(TINTS).map(([key, tint]) => element("option", { value: key, selected: key === browser.tint }, tint.name)));
+  browser.parts = [
+    ...new Set(browser.groups.flatMap((group) => group.completions.flatMap((c) => Object.keys(c.parts || {})))),
+  ];
+  const choose = element(
+    "select",
+    {
+      "aria-label": "Run",
+      onchange: (event) => {
+        browser.run = runs[event.target.selectedIndex];
+        browser.at = 0;
+        buildBrowser();
+      },
+    },
+    runs.map((run) => element("option", { selected: run === browser.run }, run.name)),
+  );
+  const tints = element(
+    "select",
+    {
+      "aria-label": "Tokens are tinted by",
+      onchange: (event) => {
+        browser.tint = event.target.value;
+        show(browser.at);
+      },
+    },
+    Object.entries(TINTS).map(([key, tint]) =>
+      element("option", { value: key, selected: key === browser.tint }, tint.name),
+    ),
+  );
   byId("browser").replaceChildren(
-    element("div", { class: "toolbar" }, runs.length > 1 ? choose : null,
-      element("div", { class: "steps" },
-        element("button", { type: "button", onclick: () => show(browser.at - 1), "aria-label": "Previous sample" }, "‹"),
-        element("button", { type: "button", onclick: () => show(browser.at + 1), "aria-label": "Next sample" }, "›")),
+    element(
+      "div",
+      { class: "toolbar" },
+      runs.length > 1 ? choose : null,
+      element(
+        "div",
+        { class: "steps" },
+        element(
+          "button",
+          { type: "button", onclick: () => show(browser.at - 1), "aria-label": "Previous sample" },
+          "‹",
+        ),
+        element("button", { type: "button", onclick: () => show(browser.at + 1), "aria-label": "Next sample" }, "›"),
+      ),
       element("p", { class: "where", id: "where" }),
-      element("button", { type: "button", id: "unfold", "aria-pressed": String(browser.open), onclick: unfold }, "Unfold steps"),
-      element("label", { class: "tint" }, "Tint ", tints)),
+      element(
+        "button",
+        { type: "button", id: "unfold", "aria-pressed": String(browser.open), onclick: unfold },
+        "Unfold steps",
+      ),
+      element("label", { class: "tint" }, "Tint ", tints),
+    ),
     element("div", { class: "strip", id: "strip" }, strip()),
-    element("p", { class: "keys" }, key("j"), key("k"), " next and previous sample · ", key("↓"), key("↑"), " next and previous step · ",
-      key("u"), " unfold · a square is a recorded group, stronger for more reward, a ring where it is flat"),
-    element("div", { id: "group", class: "group", tabindex: -1 }));
+    element(
+      "p",
+      { class: "keys" },
+      key("j"),
+      key("k"),
+      " next and previous sample · ",
+      key("↓"),
+      key("↑"),
+      " next and previous step · ",
+      key("u"),
+      " unfold · a square is a recorded group, stronger for more reward, a ring where it is flat",
+    ),
+    element("div", { id: "group", class: "group", tabindex: -1 }),
+  );
   show(Math.min(browser.at, browser.groups.length - 1), false);
 }
 
@@ -51,172 +120,154 @@ const key = (name) => element("kbd", {}, name);
 // One column a record, one square a group, filled by its mean reward between the lowest and the highest recorded.
 function strip() {
   const rewards = browser.groups.map((group) => mean(group.completions.map((c) => c.reward)));
-  const low = Math.min(...rewards), high = Math.max(...rewards);
+  const low = Math.min(...rewards),
+    high = Math.max(...rewards);
   let at = 0;
-  return browser.run.rollouts.map((record) => element("div", { class: "column" },
-    record.groups.map((group) => {
-      const index = at++, share = high > low ? (rewards[index] - low) / (high - low) : 1;
-      return element("button", { type: "button", class: group.completions.some((c) => c.advantage) ? "cell" : "cell flat", tabindex: -1, "data-at": index, style: `--share:${(12 + 88 * share).toFixed(0)}%`,
-        title: `step ${record.step}, ${group.id}: mean reward ${short(rewards[index])}`, onclick: () => show(index) });
-    }), element("span", { class: "tick" }, String(record.step))));
+  return browser.run.rollouts.map((record) =>
+    element(
+      "div",
+      { class: "column" },
+      record.groups.map((group) => {
+        const index = at++,
+          share = high > low ? (rewards[index] - low) / (high - low) : 1;
+        return element("button", {
+          type: "button",
+          class: group.completions.some((c) => c.advantage) ? "cell" : "cell flat",
+          tabindex: -1,
+          "data-at": index,
+          style: `--share:${(12 + 88 * share).toFixed(0)}%`,
+          title: `step ${record.step}, ${group.id}: mean reward ${short(rewards[index])}`,
+          onclick: () => show(index),
+        });
+      }),
+      element("span", { class: "tick" }, String(record.step)),
+    ),
+  );
 }
 
 function show(index, announce = true) {
   if (!browser.groups?.length) return;
   browser.at = Math.min(Math.max(index, 0), browser.groups.length - 1);
   const group = browser.groups[browser.at];
-  for (const cell of byId("strip").querySelectorAll(".cell")) cell.toggleAttribute("data-here", Number(cell.dataset.at) === browser.at);
-  const here = byId("strip").querySelector("[data-here]").parentElement, track = byId("strip");
+  for (const cell of byId("strip").querySelectorAll(".cell"))
+    cell.toggleAttribute("data-here", Number(cell.dataset.at) === browser.at);
+  const here = byId("strip").querySelector("[data-here]").parentElement,
+    track = byId("strip");
   if (here.offsetLeft < track.scrollLeft || here.offsetLeft + here.offsetWidth > track.scrollLeft + track.clientWidth)
     track.scrollLeft = here.offsetLeft - track.clientWidth / 2;
-  byId("where").replaceChildren(element("b", {}, `${browser.at + 1} of ${browser.groups.length}`),
-    ` · step ${group.step}${group.epoch === undefined ? "" : `, epoch ${group.epoch + 1}`} · `, element("span", { class: "sample" }, group.id));
+  byId("where").replaceChildren(
+    element("b", {}, `${browser.at + 1} of ${browser.groups.length}`),
+    ` · step ${group.step}${group.epoch === undefined ? "" : `, epoch ${group.epoch + 1}`} · `,
+    element("span", { class: "sample" }, group.id),
+  );
   byId("unfold").setAttribute("aria-pressed", String(browser.open));
-  const cards = ordered(group), tint = TINTS[browser.tint], scale = scaleOf(cards, tint);
-  byId("group").replaceChildren(promptView(group, scale, tint),
-    element("ol", { class: "cards" }, cards.map((completion, rank) => card(completion, rank, scale, tint))));
+  const cards = ordered(group),
+    tint = TINTS[browser.tint],
+    scale = scaleOf(cards, tint);
+  byId("group").replaceChildren(
+    promptView(group, scale, tint),
+    element(
+      "ol",
+      { class: "cards" },
+      cards.map((completion, rank) => card(completion, rank, scale, tint)),
+    ),
+  );
   hideTip();
   if (announce) say(`sample ${browser.at + 1} of ${browser.groups.length}, step ${group.step}, ${group.id}`);
 }
 
 // The tint is full where 98 of 100 tokens of the group lie below.
 function scaleOf(cards, tint) {
-  const sizes = cards.flatMap((c) => c.pieces.map((_, i) => Math.abs(tint.value(c, i)))).filter(Boolean).sort((a, b) => a - b);
+  const sizes = cards
+    .flatMap((c) => c.pieces.map((_, i) => Math.abs(tint.value(c, i))))
+    .filter(Boolean)
+    .sort((a, b) => a - b);
   return sizes[Math.floor(sizes.length * 0.98)] || sizes.at(-1) || 1;
 }
 
 // ── what was asked ─────────────────────────────────────────────────────────────────────────────────────────────
 
 function promptView(group, scale, tint) {
-  const rewards = group.completions.map((c) => c.reward), gold = (group.target || "").replace(/<\/?answer>/g, "").trim();
-  return element("div", { class: "prompt" },
+  const rewards = group.completions.map((c) => c.reward),
+    gold = (group.target || "").replace(/<\/?answer>/g, "").trim();
+  return element(
+    "div",
+    { class: "prompt" },
     (group.pictures || []).map((path) => picture(path, group.box)),
     group.text ? element("p", { class: "text" }, marked(group.text, group.entity)) : null,
-    element("dl", { class: "facts" },
+    element(
+      "dl",
+      { class: "facts" },
       group.entity ? [element("dt", {}, "Entity"), element("dd", {}, element("mark", {}, group.entity))] : null,
       gold ? [element("dt", {}, "Gold"), element("dd", { class: "gold" }, gold)] : null,
-      element("dt", {}, "Reward"), element("dd", {}, `${short(mean(rewards))} mean, ${short(Math.min(...rewards))} to ${short(Math.max(...rewards))}`)),
-    element("details", { class: "whole-prompt", open: !group.text }, element("summary", {}, "Prompt as the model reads it"),
-      element("pre", { tabindex: 0 }, group.prompt || "")),
-    tintLegend(scale, tint, group));
+      element("dt", {}, "Reward"),
+      element(
+        "dd",
+        {},
+        `${short(mean(rewards))} mean, ${short(Math.min(...rewards))} to ${short(Math.max(...rewards))}`,
+      ),
+    ),
+    element(
+      "details",
+      { class: "whole-prompt", open: !group.text },
+      element("summary", {}, "Prompt as the model reads it"),
+      element("pre", { tabindex: 0 }, group.prompt || ""),
+    ),
+    tintLegend(scale, tint, group),
+  );
 }
 
 function tintLegend(scale, tint, group) {
   if (tint === TINTS.push && group.completions.every((c) => !c.advantage))
     return element("p", { class: "tints" }, "A flat group: equal rewards, no advantage, nothing to tint.");
-  return element("div", { class: "tints", title: tint.about },
-    element("p", {}, tint.name), element("div", { class: "scale" + (tint.high ? "" : " half"), "aria-hidden": "true" }),
-    element("p", { class: "ends" }, element("span", {}, `−${short(scale)} ${tint.low}`),
-      tint.high ? element("span", {}, `${tint.high} +${short(scale)}`) : element("span", {}, "0")),
-    element("p", { class: "about" }, tint.about));
+  return element(
+    "div",
+    { class: "tints", title: tint.about },
+    element("p", {}, tint.name),
+    element("div", { class: "scale" + (tint.high ? "" : " half"), "aria-hidden": "true" }),
+    element(
+      "p",
+      { class: "ends" },
+      element("span", {}, `−${short(scale)} ${tint.low}`),
+      tint.high ? element("span", {}, `${tint.high} +${short(scale)}`) : element("span", {}, "0"),
+    ),
+    element("p", { class: "about" }, tint.about),
+  );
 }
 
 // The picture with its box, and what the box cuts out: both show the same embedded file.
 function picture(path, box) {
-  const known = DATA.pictures[path], name = path.split("/").at(-1);
+  const known = DATA.pictures[path],
+    name = path.split("/").at(-1);
   if (!known?.src) return element("p", { class: "no-picture" }, `${name}: ${known?.missing || "not embedded"}`);
-  const { src, width, height } = known, tiny = width < 160;
+  const { src, width, height } = known,
+    tiny = width < 160;
   const image = () => drawing("image", { href: src, width, height, class: tiny ? "tiny" : null });
-  const whole = (label, view, ...inside) => drawing("svg", { viewBox: view, role: "img", "aria-label": label }, ...inside);
+  const whole = (label, view, ...inside) =>
+    drawing("svg", { viewBox: view, role: "img", "aria-label": label }, ...inside);
   if (!box) return element("figure", { class: "picture" }, whole(name, `0 0 ${width} ${height}`, image()));
-  const left = Math.max(0, box[0] - box[2] / 2) * width, top = Math.max(0, box[1] - box[3] / 2) * height;
-  const right = Math.min(1, box[0] + box[2] / 2) * width, bottom = Math.min(1, box[1] + box[3] / 2) * height;
+  const left = Math.max(0, box[0] - box[2] / 2) * width,
+    top = Math.max(0, box[1] - box[3] / 2) * height;
+  const right = Math.min(1, box[0] + box[2] / 2) * width,
+    bottom = Math.min(1, box[1] + box[3] / 2) * height;
   const place = { x: left, y: top, width: right - left, height: bottom - top, "vector-effect": "non-scaling-stroke" };
-  return element("figure", { class: "picture" },
-    whole(`${name} with the object's box`, `0 0 ${width} ${height}`, image(),
-      drawing("rect", { class: "halo", ...place }), drawing("rect", { class: "box", ...place })),
-    whole("the object", `${left} ${top} ${right - left} ${bottom - top}`, image()));
+  return element(
+    "figure",
+    { class: "picture" },
+    whole(
+      `${name} with the object's box`,
+      `0 0 ${width} ${height}`,
+      image(),
+      drawing("rect", { class: "halo", ...place }),
+      drawing("rect", { class: "box", ...place }),
+    ),
+    whole("the object", `${left} ${top} ${right - left} ${bottom - top}`, image()),
+  );
 }
 
 function marked(text, entity) {
   if (!entity) return [text];
   return text.split(entity).flatMap((part, i) => (i ? [element("mark", {}, entity), part] : [part]));
-}
-
-// ── completions ────────────────────────────────────────────────────────────────────────────────────────────────
-
-function card(completion, rank, scale, tint) {
-  const { advantage, reward, parts, pieces, finished } = completion;
-  const chips = Object.entries(parts || {}).map(([name, value]) =>
-    element("span", { class: "chip " + (value > 0 ? "some" : "none") }, name, " ", element("b", {}, short(value))));
-  return element("li", { class: "card", style: `--advantage:${Math.max(-1, Math.min(1, advantage / 2))}` },
-    element("header", {},
-      element("span", { class: "rank" }, `${rank + 1}`),
-      element("span", { class: "advantage " + (advantage > 0 ? "up" : advantage < 0 ? "down" : "") }, signed(advantage)),
-      element("span", { class: "total" }, `reward ${short(reward)}`),
-      element("span", { class: "length" }, `${pieces.length} tokens${finished === false ? ", cut" : ""}`)),
-    element("div", { class: "chips" }, chips),
-    element("div", { class: "tokens", tabindex: 0, role: "group", "aria-label": `Completion ${rank + 1}, advantage ${signed(advantage)}`,
-      onpointerover: (event) => tokenTip(event.target, completion), onpointerleave: hideTip,
-      onkeydown: (event) => tokenKey(event, completion), onblur: hideTip },
-    segments(pieces).map((segment) => segmentView(segment, completion, scale, tint))));
-}
-
-// Runs of tokens: before the steps, each step, and from </think> on. A marker may begin inside a token.
-function segments(pieces) {
-  const starts = [], text = pieces.join("");
-  let place = 0;
-  for (const piece of pieces) { starts.push(place); place += piece.length; }
-  const tokenAt = (index) => { let i = starts.length - 1; while (i > 0 && starts[i] > index) i--; return i; };
-  const marks = [...text.matchAll(/Step (\d+):|<\/think>|<answer>/g)].map((match) => ({ at: tokenAt(match.index), step: match[1] }));
-  const cuts = [{ at: 0 }];
-  for (const mark of marks) {
-    const before = cuts.at(-1);
-    if (mark.at === before.at) before.step ??= mark.step;
-    else if (mark.step || before.step) cuts.push(mark);
-  }
-  return cuts.map((cut, i) => ({ step: cut.step, from: cut.at, to: cuts[i + 1]?.at ?? pieces.length })).filter(({ from, to }) => to > from);
-}
-
-function segmentView({ step, from, to }, completion, scale, tint) {
-  const spans = completion.pieces.slice(from, to).map((piece, i) => token(piece, from + i, completion, scale, tint));
-  if (!step) return element("p", { class: "plain" }, spans);
-  return element("details", { open: browser.open, class: "step" }, element("summary", {}, element("span", { class: "line" }, spans)));
-}
-
-function token(piece, index, completion, scale, tint) {
-  const value = tint.value(completion, index), strength = Math.sqrt(Math.min(1, Math.abs(value) / scale)); // the root shows small changes too
-  const span = element("span", { class: value < 0 ? "t down" : "t", "data-i": index }, piece || "·");
-  if (strength > 0.02) span.style.setProperty("--strength", `${(strength * 85).toFixed(0)}%`);
-  return span;
-}
-
-// ── a token's numbers, under the pointer or the token cursor ───────────────────────────────────────────────────
-
-function tokenTip(span, completion) {
-  if (!span.dataset?.i) return hideTip();
-  const i = Number(span.dataset.i), { logp, ref_logp: ref, ratio, advantage } = completion;
-  const share = (value) => (value == null ? "–" : `${short(100 * Math.exp(value))} %`);
-  const rows = [["probability", share(logp?.[i])], ["reference", ref ? share(ref[i]) : null], ["ratio", ratio ? ratio[i] : null],
-    ["advantage × (ratio − 1)", ratio?.[i] == null ? null : signed(advantage * (ratio[i] - 1))]].filter((row) => row[1] !== null);
-  const tip = byId("tip"), at = span.getBoundingClientRect();
-  tip.replaceChildren(element("code", {}, JSON.stringify(completion.pieces[i])),
-    element("dl", {}, rows.map(([name, value]) => [element("dt", {}, name), element("dd", {}, typeof value === "number" ? value.toFixed(4) : value)])));
-  tip.hidden = false;
-  const wide = tip.offsetWidth, below = at.bottom + tip.offsetHeight + 12 < innerHeight;
-  tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - wide - 8))}px`;
-  tip.style.top = `${below ? at.bottom + 6 : at.top - tip.offsetHeight - 6}px`;
-  return rows;
-}
-
-function hideTip() {
-  byId("tip").hidden = true;
-  document.querySelector(".t.here")?.classList.remove("here");
-}
-
-// Left and right walk through the tokens of the completion that has the focus.
-function tokenKey(event, completion) {
-  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!by || event.target !== event.currentTarget) return;
-  event.preventDefault();
-  event.stopPropagation();
-  const spans = [...event.currentTarget.querySelectorAll(".t")], old = spans.findIndex((span) => span.classList.contains("here"));
-  hideTip();
-  const span = spans[Math.min(Math.max(old + by, 0), spans.length - 1)];
-  span.classList.add("here");
-  span.scrollIntoView({ block: "nearest" });
-  const rows = tokenTip(span, completion);
-  say(`${completion.pieces[Number(span.dataset.i)]}: ${rows.map(([name, value]) => `${name} ${value}`).join(", ")}`);
 }
 
 // ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -228,7 +279,8 @@ function unfold() {
 
 // The same place in the record before or after.
 function otherStep(by) {
-  const steps = [...new Set(browser.groups.map((group) => group.record))], here = browser.groups[browser.at];
+  const steps = [...new Set(browser.groups.map((group) => group.record))],
+    here = browser.groups[browser.at];
   const next = steps[Math.min(Math.max(steps.indexOf(here.record) + by, 0), steps.length - 1)];
   const place = browser.groups.filter((group) => group.record === here.record).indexOf(here);
   const there = browser.groups.map((group, i) => [group, i]).filter(([group]) => group.record === next);
@@ -236,12 +288,22 @@ function otherStep(by) {
 }
 
 function browserKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || TYPING.has(event.target.tagName) || !browser.groups?.length) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || TYPING.has(event.target.tagName) || !browser.groups?.length)
+    return;
   const inside = byId("rollouts").contains(document.activeElement);
   const keys = { j: () => show(browser.at + 1), k: () => show(browser.at - 1), u: unfold, Escape: hideTip };
-  if (inside) Object.assign(keys, { ArrowRight: keys.j, ArrowLeft: keys.k, ArrowDown: () => otherStep(1), ArrowUp: () => otherStep(-1) });
+  if (inside)
+    Object.assign(keys, {
+      ArrowRight: keys.j,
+      ArrowLeft: keys.k,
+      ArrowDown: () => otherStep(1),
+      ArrowUp: () => otherStep(-1),
+    });
   if (!keys[event.key]) return;
   event.preventDefault();
   keys[event.key]();
-  if (!inside && event.key !== "Escape") { byId("group").focus({ preventScroll: true }); byId("rollouts").scrollIntoView(); }
+  if (!inside && event.key !== "Escape") {
+    byId("group").focus({ preventScroll: true });
+    byId("rollouts").scrollIntoView();
+  }
 }
