@@ -35,7 +35,6 @@ function duration(seconds) {
 }
 
 const known = (values) => (values || []).filter((value) => value !== null && value !== undefined);
-const last = (values) => known(values).at(-1);
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const say = (text) => {
   byId("said").textContent = text;

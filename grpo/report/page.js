@@ -35,7 +35,8 @@ function runCard(run) {
     .filter((name) => run[name])
     .map(
       (name) =>
-        `${name.replace("_hash", "")} ${name === "commit" ? run[name].replace(/^(.{9})[^+]*/, "$1") : run[name].slice(0, 8)}`,
+        `${name.replace("_hash", "")} ` +
+        (name === "commit" ? run[name].replace(/^(.{9})[^+]*/, "$1") : run[name].slice(0, 8)),
     );
   return element(
     "article",

@@ -46,9 +46,6 @@ function buildBrowser() {
     runs.find((run) => run.name === browser.run?.name) ||
     runs.reduce((most, run) => (run.rollouts.length > most.rollouts.length ? run : most));
   browser.groups = groupsOf(browser.run);
-  browser.parts = [
-    ...new Set(browser.groups.flatMap((group) => group.completions.flatMap((c) => Object.keys(c.parts || {})))),
-  ];
   const choose = element(
     "select",
     {
