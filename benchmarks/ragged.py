@@ -27,7 +27,7 @@ def drawn(policy, lots: list[list], sampling: Sampling) -> tuple[list[int], list
     """(lengths, rows written in each step, seconds) of sampling lot after lot."""
     lengths, written, start = [], [], time.perf_counter()
     for lot in lots:
-        groups = sample(policy, lot, G, sampling, lambda rows, ended: written.append(rows))
+        groups = sample(policy, lot, G, sampling, lambda rows, *_: written.append(rows))
         lengths += [length for group in groups for length in group.lengths]
     return lengths, written, time.perf_counter() - start
 
