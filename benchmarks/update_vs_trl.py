@@ -66,7 +66,8 @@ def our_trainer(folder: Path, case: str):
     settings = Settings(
         model=str(folder), data=f"{side}/{text}", output=tempfile.mkdtemp(), task="benchmarks.two_pictures", valid_split="",
         max_completion_tokens=completion, beta=BETA, updates=UPDATES, group_size=G, temperature=TEMPERATURE,
-        prompts_per_rollout=PROMPTS, tokens_per_pass=TOKENS_PER_PASS, dtype="float32", learning_rate=1e-6)
+        prompts_per_rollout=PROMPTS, tokens_per_pass=TOKENS_PER_PASS, dtype="float32", learning_rate=1e-6,
+        journal_groups=0)
     run = Run(settings)
     run.encoder.end_tokens = ()  # nothing ends a completion but the limit
     return Trainer(run, settings), run.load("train")[:PROMPTS]
