@@ -86,5 +86,5 @@ def test_the_bar_moves_by_whole_samples():
     moved = []
     ended = Ended(SimpleNamespace(update=moved.append), 3)
     for count in (2, 2, 5, 0):
-        ended(9, count)
+        ended(9, count, 0)
     assert moved == [0, 1, 2, 0]
