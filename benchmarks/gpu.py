@@ -1,0 +1,218 @@
+"""The engine on a GPU, in the real shapes: random Qwen2.5-VL weights, bfloat16 compute, two pictures, G = 8.
+
+    python -m benchmarks.gpu [--record]                       3B: rollout, scoring, update; 7B: rollout and scoring
+    python -m benchmarks.gpu --shapes tiny --prompts 1 …      the same code on whatever there is, to try it
+
+3B's update runs with float32 masters, gradients and Adam (about 60 GB). 7B's would take 113 GB for these alone, so it is
+left out. The rollout's limit is the memory's: every step reads the weights and the cached keys and values once; what it
+reaches is held against a measured copy, what scoring and update reach against a measured matrix product. transformers'
+`generate` continues the same prompts, one at a time, with num_return_sequences = G.
+"""
+
+import argparse
+import time
+
+import torch
+
+from benchmarks.record import append, without_vision_operators
+
+SHAPES = {  # of the published checkpoints' config.json
+    "3b": dict(hidden=2048, layers=36, heads=16, key_value_heads=2, intermediate=11008, vocabulary=151_936, tied=True,
+               vision_hidden=1280, vision_depth=32, vision_intermediate=3420, vision_heads=16),
+    "7b": dict(hidden=3584, layers=28, heads=28, key_value_heads=4, intermediate=18944, vocabulary=152_064, tied=False,
+               vision_hidden=1280, vision_depth=32, vision_intermediate=3420, vision_heads=16),
+    "tiny": dict(hidden=128, layers=2, heads=4, key_value_heads=2, intermediate=256, vocabulary=2_048, tied=True,
+                 vision_hidden=64, vision_depth=2, vision_intermediate=128, vision_heads=4),
+}
+IMAGE, VIDEO, START, END = 900, 901, 902, 903  # ids of the special tokens: any will do
+G, SIDE = 8, 448  # pixels a side of both pictures: 256 tokens each
+
+
+def random_model(shape: str, device, dtype):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    s = SHAPES[shape]
+    half = s["hidden"] // s["heads"] // 2
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            hidden_size=s["hidden"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
+            num_key_value_heads=s["key_value_heads"], intermediate_size=s["intermediate"], vocab_size=s["vocabulary"],
+            bos_token_id=END, eos_token_id=END, tie_word_embeddings=s["tied"], max_position_embeddings=32_768,
+            rope_parameters=dict(rope_type="default", mrope_section=[half - 2 * (3 * half // 8)] + [3 * half // 8] * 2,
+                                 rope_theta=1e6)),
+        vision_config=dict(
+            hidden_size=s["vision_hidden"], depth=s["vision_depth"], num_heads=s["vision_heads"],
+            intermediate_size=s["vision_intermediate"], out_hidden_size=s["hidden"],
+            fullatt_block_indexes=list(range(s["vision_depth"] // 4 - 1, s["vision_depth"], max(1, s["vision_depth"] // 4)))),
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
+        tie_word_embeddings=s["tied"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):  # made where it is used: 7B in float32 would take the host's memory first
+            return Qwen2_5_VLForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_prompts(count: int, tokens: int):
+    from grpo.group import Prompt
+    from grpo.rope import rope_positions
+
+    grid = torch.tensor([[1, SIDE // 14, SIDE // 14]] * 2)
+    made = []
+    for number in range(count):
+        random = torch.Generator().manual_seed(number)
+        pictures = ([START] + [IMAGE] * (SIDE // 28) ** 2 + [END]) * 2
+        text = torch.randint(0, IMAGE, (tokens - len(pictures),), generator=random).tolist()
+        ids = torch.tensor(pictures + text)
+        pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 14 * 14, generator=random)
+        made.append(Prompt(ids, rope_positions(ids, grid, IMAGE, 2), pixels, grid, None, None, f"prompt/{number}"))
+    return made
+
+
+class Clock:
+    """Seconds and peak bytes of what runs inside; the device is waited for."""
+
+    def __init__(self, device: torch.device):
+        self.gpu = device.type == "cuda"
+
+    def __enter__(self):
+        if self.gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        if self.gpu:
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.start
+        self.peak = torch.cuda.max_memory_allocated() if self.gpu else 0
+
+
+def rates(device, dtype) -> tuple[float, float]:
+    """Operations a second of a large matrix product, bytes a second of a copy (read and written); best of five."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, big = torch.randn(size, size, device=device, dtype=dtype), torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
+    times = {"product": [], "copy": []}
+    for _ in range(6):
+        with Clock(device) as clock:
+            a @ a
+        times["product"].append(clock.seconds)
+        with Clock(device) as clock:
+            big.clone()
+        times["copy"].append(clock.seconds)
+    return 2 * size**3 / min(times["product"][1:]), 2 * big.nbytes / min(times["copy"][1:])
+
+
+def layers_of(policy) -> int:
+    return sum(p.numel() for p in policy.trunk_layers.parameters())
+
+
+def rollout_bytes(policy, prompts, tokens: int, width: int) -> float:
+    """What every decoding step has to read, summed: weights, prompts' keys and values once, each row's own."""
+    text = policy.config.text_config
+    a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * width
+    weights = (layers_of(policy) + text.vocab_size * text.hidden_size) * width
+    return tokens * (weights + a_token * sum(map(len, prompts))) + a_token * len(prompts) * G * tokens**2 / 2
+
+
+def score_operations(policy, groups) -> float:
+    """One forward pass: every packed token through the layers, every completion token through the head."""
+    text = policy.config.text_config
+    head = sum(sum(group.lengths) for group in groups) * text.vocab_size * text.hidden_size
+    pairs = sum(len(g.prompt) ** 2 / 2 + sum(n * len(g.prompt) + n * n / 2 for n in g.lengths) for g in groups)
+    return 2 * (layers_of(policy) * sum(g.packed_tokens for g in groups) + head) + 4 * text.hidden_size * text.num_hidden_layers * pairs
+
+
+def measure(shape: str, settings, device) -> list[dict]:
+    """Rows of one shape: rollout, scoring, update where asked for, and generate."""
+    from grpo.group import packs
+    from grpo.policy import Policy
+    from grpo.rollout import Sampling
+    from grpo.sharding import reshard, sample_whole, see_whole, shard
+    from grpo.update import set_gradient_checkpointing, update
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    products, copies = rates(device, dtype)
+    updates = shape in settings.update
+    prompts = make_prompts(settings.prompts, settings.prompt_tokens)
+    sampling = Sampling(settings.tokens, (), 0.8, rows=settings.prompts * G)
+    policy = Policy(random_model(shape, device, torch.float32 if updates else dtype))
+    policy.freeze_vision()
+    shard(policy, dtype, device)
+    rows, name = [], f"{shape}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}"
+
+    def row(phase: str, clock: Clock, **figures):
+        rows.append({"shape": name, "phase": phase, "seconds": clock.seconds, "peak_bytes": clock.peak, **figures})
+        print(rows[-1], flush=True)
+
+    warm = Sampling(4, (), 0.8, rows=settings.prompts * G)
+    see_whole(policy, prompts)
+    sample_whole(policy, prompts, G, warm)
+    with Clock(device) as clock:
+        groups = sample_whole(policy, prompts, G, sampling)
+    count = sum(sum(group.lengths) for group in groups)
+    limit = rollout_bytes(policy, prompts, settings.tokens, 2 if dtype == torch.bfloat16 else 4) / copies
+    row("rollout", clock, tokens_per_second=count / clock.seconds, share_of_memory_limit=limit / clock.seconds)
+
+    parts, work = packs(groups, settings.tokens_per_pass), score_operations(policy, groups)
+    for turn in range(2):  # the first one warms
+        with torch.no_grad(), Clock(device) as clock:
+            for part in parts:
+                policy.score(part)
+            reshard(policy)
+    row("score", clock, share_of_product_peak=work / products / clock.seconds)
+    if updates:
+        set_gradient_checkpointing(policy, settings.gradient_checkpointing)
+        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
+        total = float(count)
+        for turn in range(2):
+            with Clock(device) as clock:
+                update(policy, optimizer, parts, lambda index, scores: -scores.logp.sum() / total, 1.0, 1.0, 1e-6)
+        row("update", clock, share_of_product_peak=3 * work / products / clock.seconds)
+        del optimizer
+    del policy
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    model = random_model(shape, device, dtype)
+    keywords = dict(do_sample=True, temperature=0.8, top_p=1.0, top_k=0, num_return_sequences=G, eos_token_id=None, pad_token_id=0,
+                    max_new_tokens=settings.tokens, min_new_tokens=settings.tokens)
+    with torch.no_grad(), Clock(device) as clock:
+        for prompt in prompts:
+            ids = prompt.tokens[None].to(device)
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixels.to(device, dtype),
+                           image_grid_thw=prompt.grids.to(device), mm_token_type_ids=(ids == IMAGE).int(), **keywords)
+    row("generate", clock, tokens_per_second=settings.prompts * G * settings.tokens / clock.seconds)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["3b", "7b"], choices=list(SHAPES))
+    parser.add_argument("--update", nargs="*", default=["3b", "tiny"], help="shapes whose update is measured too")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompt_tokens", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=512, help="new tokens of every completion")
+    parser.add_argument("--tokens_per_pass", type=int, default=16_384)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl")
+    settings = parser.parse_args()
+    without_vision_operators()
+    from grpo.sharding import finish, start
+
+    device = start()
+    rows = [row for shape in settings.shapes for row in measure(shape, settings, device)]
+    speed = {(row["shape"], row["phase"]): row.get("tokens_per_second") for row in rows}
+    summary = "; ".join(f"{shape}: rollout {speed[shape, 'rollout'] / speed[shape, 'generate']:.1f} times generate's tokens a second"
+                        for shape in dict.fromkeys(row["shape"] for row in rows))
+    print(summary)
+    if settings.record:
+        append("gpu", {name: str(value) for name, value in vars(settings).items() if name != "record"}, rows, summary)
+    finish()
+
+
+if __name__ == "__main__":
+    main()
