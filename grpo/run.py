@@ -9,6 +9,7 @@ from grpo.answer import Prompts, answer
 from grpo.checkpoint import export, load_policy
 from grpo.encode import Encoder
 from grpo.journal import Journal, say, write_json
+from grpo.lora import add_adapter, export_adapter, merged
 from grpo.policy import Policy
 from grpo.provenance import what_ran
 from grpo.rollout import Sampling
@@ -58,6 +59,8 @@ class Run:
         self.policy = load_policy(settings.model)
         if not settings.train_vision:
             self.policy.freeze_vision()
+        if settings.lora_rank:
+            self.add_adapter()
         set_gradient_checkpointing(self.policy, settings.gradient_checkpointing)
         shard(self.policy, self.dtype, self.device)
         self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
@@ -82,8 +85,19 @@ class Run:
         if self.settings.valid_metric not in known:
             raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(known)}")
 
+    def add_adapter(self) -> None:
+        s = self.settings
+        add_adapter(self.policy, s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_dropout, s.seed)
+        torch.manual_seed(s.seed)  # of dropout; nothing else draws from it
+        parameters = list(self.policy.parameters())
+        trained = [p.numel() for p in parameters if p.requires_grad]
+        say(f"an adapter of rank {s.lora_rank} on {len(trained) // 2} matrices: {sum(trained):,} numbers train, "
+            f"{sum(p.numel() for p in parameters) - sum(trained):,} are frozen")
+
     def reference(self, model: str) -> Policy:
-        """A frozen copy, sharded alike."""
+        """What the run began with: the policy itself, whose adapter is off for it, or a frozen copy, sharded alike."""
+        if self.settings.lora_rank:
+            return self.policy
         reference = load_policy(model).requires_grad_(False)
         return shard(reference, self.dtype, self.device, self.settings.offload_reference)
 
@@ -106,10 +120,13 @@ class Run:
         return {f"valid/{name}": value for name, value in metrics.items()}
 
     def save(self) -> None:
-        """<output>/model: a checkpoint that stock transformers loads."""
-        weights = whole_weights(self.policy)
+        """<output>/model: a checkpoint that stock transformers loads; with --lora_rank <output>/adapter beside it."""
+        model, settings, weights = self.policy.model, self.settings, whole_weights(self.policy)
         if rank() == 0:
-            export(self.policy.model, weights, self.settings.model, self.output / "model")
+            if settings.lora_rank:
+                export_adapter(model, weights, settings.lora_targets, settings.model, self.output / "adapter")
+                weights = merged(model, weights)
+            export(model, weights, settings.model, self.output / "model")
 
     def close(self) -> None:
         if not self.valid:

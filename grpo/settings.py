@@ -18,6 +18,7 @@ from typing import Callable, TypeVar
 from transformers import HfArgumentParser
 
 T = TypeVar("T")
+LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # attention and MLP: every matrix of a layer
 
 
 def setting(default, help: str, **more):
@@ -62,6 +63,12 @@ class TrainingSettings(CommonSettings):
     offload_reference: bool = setting(False, "keep the reference's weights in host memory between its layers' turns")
     offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory between its steps")
     train_vision: bool = setting(False, "train the vision encoder and its projector too; the papers keep them frozen")
+    lora_rank: int = setting(0, "train an adapter of this rank on the language model instead of its weights; 0 for "
+                                "none. <output>/model has it merged, <output>/adapter holds it alone, as peft loads it")
+    lora_alpha: float = setting(64.0, "the adapter's output is scaled by α / rank (JMERE-R1: rank 128, α 64)")
+    lora_targets: str = setting(LORA_TARGETS, "names of the adapted matrices, separated by commas")
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input in the update pass alone; above 0 GRPO's ratios "
+                                       "past the first pass and its KL hold the dropout's noise too")
     tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward: memory, not result")
     gradient_checkpointing: bool = setting(False, "recompute activations layer by layer: less memory, more time")
     warmup: float = setting(0.05, "share of the updates in which the learning rate rises")
@@ -81,6 +88,11 @@ class TrainingSettings(CommonSettings):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
         if self.valid_samples < 0:
             raise ValueError(f"--valid_samples is {self.valid_samples}; it must be 0 (all) or more")
+        if self.lora_rank < 0 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_rank is {self.lora_rank}, --lora_alpha {self.lora_alpha}, --lora_dropout "
+                             f"{self.lora_dropout}; expected a rank from 0, an α above 0, a dropout from 0 to below 1")
+        if self.lora_rank and self.train_vision:
+            raise ValueError("--train_vision with --lora_rank: an adapter leaves all else frozen; give one of the two")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup is {self.warmup}; it is a share between 0 and 1")
 

@@ -21,6 +21,7 @@ from grpo.answer import check_reward_options
 from grpo.diary import Diary
 from grpo.group import Group, packs, pad_rows, row_mask
 from grpo.journal import Journal, Stopwatch, progress, say
+from grpo.lora import adapter_off
 from grpo.memory import enough_memory
 from grpo.objective import count_terms, mean_statistics, truncation_mask
 from grpo.policy import Policy
@@ -216,14 +217,14 @@ class Trainer:
 
     @torch.no_grad()
     def reference_logps(self, parts: list[list[Group]]) -> list[Tensor] | None:
-        """(T,) a pack, under the frozen starting policy. Every process joins every collective forward."""
+        """(T,) a pack, under the policy that the run began with. Every process joins every collective forward."""
         if self.reference is None:
             return None
         passes = int(total(torch.tensor(len(parts), device=self.run.device), torch.distributed.ReduceOp.MAX))
         packs = parts + [idle_pack(self.reference)] * (passes - len(parts))
         logps = []
         for pack in packs:
-            with enough_memory(*pass_over(pack)):
+            with adapter_off(self.reference), enough_memory(*pass_over(pack)):
                 logps.append(self.reference.score(pack, self.preset.temperature).logp)
         reshard(self.reference)
         return logps[: len(parts)]

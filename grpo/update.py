@@ -80,4 +80,4 @@ def set_gradient_checkpointing(policy: Policy, on: bool) -> None:
     model: nn.Module = policy.model
     if on:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # the flag counts in training mode only; there is no dropout in these models
+        model.train()  # the flag counts in training mode only; no dropout depends on it here
