@@ -10,16 +10,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-from grpo.encode import model_file, read_json
+from grpo.backbones import backbone
+from grpo.files import model_file, read_json
 from grpo.policy import Policy
 
 # What the encoder reads besides the weights: copied from the starting checkpoint, byte for byte.
 ENCODER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.model",
 )
 
 
@@ -37,12 +38,10 @@ def without_bars():
 
 def load_policy(model: str, dtype: torch.dtype = torch.float32) -> Policy:
     """Folder or hub name → policy with weights of `dtype` (masters are float32 whatever the file holds)."""
-    config = read_json(model, "config.json")
-    if config.get("model_type") != "qwen2_5_vl":
-        raise ValueError(f"{model}: config.json has model_type {config.get('model_type')!r}; expected 'qwen2_5_vl'")
+    network_class = backbone(read_json(model, "config.json").get("model_type"), model).Network
     try:
         with without_bars():
-            network, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype, output_loading_info=True)
+            network, report = network_class.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{model}: the weights cannot be loaded: {str(error).splitlines()[0]}") from None
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers

@@ -59,6 +59,7 @@ def add_adapter(policy: Policy, rank: int, alpha: float, targets: str, dropout: 
     """
     policy.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # of dropout: nothing else draws from torch's own generator
     layers = policy.model.get_submodule(LANGUAGE_MODEL)
     linear = {name: module for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     known, wanted = sorted({name.split(".")[-1] for name in linear}), target_names(targets)

@@ -1,15 +1,18 @@
-"""The policy: Qwen2.5-VL weights behind the verb `score`, with the idea of the design built in.
+"""The policy: a backbone's weights behind the verb `score`, with the idea of the design built in.
 
 A group's prompt and pictures are computed once however many continuations follow. `sample`, the other verb
-that needs the network, is in rollout.py and uses the same three pieces: `embed`, `trunk`, `head`.
+that needs the network, is in rollout.py and uses the same three pieces: `embed`, `trunk`, `head`. What differs between
+models stands in grpo/backbones/.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.attention import Packed
+from grpo.backbones import backbone
 from grpo.group import Group, Prompt, within
 from grpo.head import completion_logp
 
@@ -36,15 +39,18 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
+        self.backbone = backbone(self.config.model_type)
         text = self.config.text_config
-        if any(kind != "full_attention" for kind in text.layer_types):
-            raise ValueError(f"the model's layers are {sorted(set(text.layer_types))}; only full_attention is supported")
+        kinds = sorted(set(getattr(text, "layer_types", None) or ["full_attention"]))
+        if kinds != ["full_attention"]:
+            raise ValueError(f"the model's layers are {kinds}; only full_attention is supported")
         text._attn_implementation = "layout"
-        self.banned = (self.config.image_token_id, self.config.video_token_id)  # no completion can hold them
+        self.banned = self.backbone.banned(self.config)
 
     @property
     def visual(self) -> nn.Module:
-        return self.model.model.visual
+        """Vision encoder and projector."""
+        return self.backbone.visual(self.model)
 
     @property
     def trunk_layers(self) -> nn.ModuleList:
@@ -59,11 +65,11 @@ class Policy(nn.Module):
         return not any(parameter.requires_grad for parameter in self.visual.parameters())
 
     def freeze_vision(self) -> None:
-        """Vision encoder and projector (transformers keeps the projector inside `visual` as its merger) stay fixed."""
+        """Vision encoder and projector stay fixed."""
         self.visual.requires_grad_(False)
 
     def see(self, prompts: list[Prompt]) -> list[Tensor | None]:
-        """Image features of each prompt, (image tokens, hidden): one call of the vision encoder for all pictures.
+        """Image features of each prompt, (image tokens, width): one call of the vision encoder for all pictures.
 
         Features already kept on the prompt are taken from there; pictures of a trained encoder never are.
         """
@@ -72,8 +78,7 @@ class Policy(nn.Module):
             return [prompt.features for prompt in prompts]
         pixels = torch.cat([prompt.pixels for prompt in unseen]).to(self.device)
         grids = torch.cat([prompt.grids for prompt in unseen]).to(self.device)
-        features = self.model.model.get_image_features(pixels, grids).pooler_output  # one tensor a picture
-        pictures = iter(features)
+        pictures = iter(self.backbone.features(self.model, pixels, grids))
         seen = {id(prompt): torch.cat([next(pictures) for _ in prompt.grids]) for prompt in unseen}
         return [seen.get(id(prompt), prompt.features) for prompt in prompts]
 
@@ -82,16 +87,20 @@ class Policy(nn.Module):
         """Look at every picture once, for rollout, reference and all inner updates; only for a frozen encoder."""
         if not self.vision_is_frozen:
             raise ValueError("features of a vision encoder that trains cannot be kept: they change with every update")
-        for some in within(PATCHES_AT_ONCE, prompts, lambda p: 0 if p.pixels is None else len(p.pixels)):
+        for some in within(PATCHES_AT_ONCE, prompts, lambda p: 0 if p.pixels is None else int(p.grids.prod(-1).sum())):
             for prompt, features in zip(some, self.see(some)):
                 prompt.features = features
 
+    def words(self, tokens: Tensor) -> Tensor:
+        """(T,) token ids → (T, width) input embeddings; where pictures are wider than words, zeros fill up."""
+        vectors = self.model.get_input_embeddings()(tokens.to(self.device))
+        return F.pad(vectors, (0, self.backbone.width(self.config) - vectors.shape[-1]))
+
     def embed(self, prompts: list[Prompt]) -> list[Tensor]:
-        """(P, hidden) input embeddings of each prompt, its image tokens replaced by its pictures' features."""
-        table = self.model.get_input_embeddings()
+        """(P, width) input embeddings of each prompt, its image tokens replaced by its pictures' features."""
         embedded = []
         for prompt, features in zip(prompts, self.see(prompts)):
-            vectors = table(prompt.tokens.to(self.device))
+            vectors = self.words(prompt.tokens)
             if features is not None:
                 at = (prompt.tokens == self.config.image_token_id).nonzero()[:, 0].to(self.device)
                 vectors = vectors.index_copy(0, at, features.to(vectors))
@@ -99,14 +108,8 @@ class Policy(nn.Module):
         return embedded
 
     def trunk(self, embedded: Tensor, positions: Tensor, layout) -> Tensor:
-        """(B, T, hidden) embeddings and (3, B, T) positions → (B, T, hidden), attention as the layout says."""
-        return self.model.model.language_model(
-            inputs_embeds=embedded,
-            position_ids=positions,  # always ours: the model would keep stale offsets of its own
-            attention_mask={"full_attention": None},
-            use_cache=False,
-            layout=layout,
-        ).last_hidden_state
+        """(B, T, width) embeddings and (3, B, T) positions → (B, T, hidden), attention as the layout says."""
+        return self.backbone.trunk(self.model, embedded, positions, layout)
 
     def forward(self, groups: list[Group], temperature: float = 1.0) -> Scores:
         """Log-probability of every completion token, in one packed pass: P + ΣC_i tokens a group.
@@ -114,7 +117,6 @@ class Policy(nn.Module):
         Token j of a completion is predicted at the place before it: the prompt's last for j = 0 (one place
         for all G), its own token j − 1 after that. A completion's last token is predicted, never read.
         """
-        table = self.model.get_input_embeddings()
         vectors, positions, segments, targets, places, start = [], [], [], [], [], 0
         for group, prompt_vectors in zip(groups, self.embed([group.prompt for group in groups])):
             vectors.append(prompt_vectors)
@@ -127,7 +129,7 @@ class Policy(nn.Module):
                 places += [prompt_end - 1, *range(start, start + read)]
                 start += read
             targets += group.completions
-            vectors.append(table(torch.cat([c[:-1] for c in group.completions]).to(self.device)))
+            vectors.append(self.words(torch.cat([c[:-1] for c in group.completions])))
             segments.append((len(group.prompt), [length - 1 for length in group.lengths]))
         hidden = self.trunk(torch.cat(vectors)[None], torch.cat(positions, 1)[:, None], Packed(segments))[0]
         logp, entropy = completion_logp(
@@ -137,8 +139,9 @@ class Policy(nn.Module):
             temperature,
             self.banned,
         )
-        if not (self.vision_is_frozen or any(group.prompt.pixels is not None for group in groups)):
-            # Gradients are reduced over processes: a rank whose samples have no picture must take part too.
+        if not self.vision_is_frozen:
+            # Gradients are reduced over processes: each must have one for every weight, also a process whose samples
+            # have no picture, and for weights that no picture uses (CLIP's last layer, which LLaVA does not read).
             logp = logp + 0.0 * sum(parameter.sum() for parameter in self.visual.parameters())
         return Scores(logp, entropy, [length for group in groups for length in group.lengths])
 

@@ -159,7 +159,8 @@ class Rollout:
 
     def _allocate(self, groups: int, rows: int) -> list[KeysValues]:
         text, weight = self.policy.config.text_config, self.policy.model.lm_head.weight
-        heads, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+        heads = text.num_key_value_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         longest = max(map(len, self.prompts))
         # zeros, not empty: a weight of exactly 0 times uninitialised memory may still be NaN
         new = lambda slots, length: torch.zeros(slots, heads, length, size, dtype=weight.dtype, device=weight.device)

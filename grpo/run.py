@@ -88,7 +88,6 @@ class Run:
     def add_adapter(self) -> None:
         s = self.settings
         add_adapter(self.policy, s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_dropout, s.seed)
-        torch.manual_seed(s.seed)  # of dropout; nothing else draws from it
         parameters = list(self.policy.parameters())
         trained = [p.numel() for p in parameters if p.requires_grad]
         say(f"an adapter of rank {s.lora_rank} on {len(trained) // 2} matrices: {sum(trained):,} numbers train, "

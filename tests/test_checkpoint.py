@@ -96,7 +96,7 @@ def test_an_export_replaces_the_last_one_whole(folder, tmp_path):
 
 def test_another_architecture_is_refused_by_name(folder):
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="model_type 'llama'; expected 'qwen2_5_vl'"):
+    with pytest.raises(ValueError, match="model_type 'llama'; expected one of llava, qwen2_5_vl, qwen3_vl"):
         load_policy(str(folder))
 
 

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from data.tiny_model import write_tiny_model
-from grpo.encode import Encoder, at_least
+from grpo.backbones.qwen2_5_vl import at_least
+from grpo.encode import Encoder
 from grpo.group import packs
 from grpo.group import Group
 from grpo.rope import rope_positions

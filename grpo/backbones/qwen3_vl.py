@@ -1,0 +1,37 @@
+"""Qwen3-VL: as Qwen2.5-VL, but a picture has features for the first few layers too, added after each (DeepStack).
+
+A picture's token is then several vectors wide, side by side: its embedding and what each of these layers adds. A word's
+further vectors are zero.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration as Network
+
+from grpo.backbones.qwen2_5_vl import (  # noqa: F401  (the same in both)
+    END_TOKENS, IMAGE_TOKEN, banned, load_images, look_at, picture_tokens, positions, visual,
+)
+
+
+def features(network: nn.Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
+    """(image tokens, width) of each picture."""
+    seen = network.model.get_image_features(pixels, grids)
+    return [torch.cat(layers, dim=-1) for layers in zip(seen.pooler_output, *seen.deepstack_features)]
+
+
+def width(config) -> int:
+    return config.text_config.hidden_size * (1 + len(config.vision_config.deepstack_visual_indexes))
+
+
+def trunk(network: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
+    """(B, T, width), or (B, T, hidden) where there are only words, and (3, B, T) → (B, T, hidden)."""
+    embedded, *deeper = embedded.split(network.config.text_config.hidden_size, dim=-1)
+    return network.model.language_model(
+        inputs_embeds=embedded,
+        position_ids=positions,
+        attention_mask=None,
+        use_cache=False,
+        visual_pos_masks=torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device),
+        deepstack_visual_embeds=[layer.flatten(0, 1) for layer in deeper] or None,
+        layout=layout,
+    ).last_hidden_state
