@@ -35,13 +35,14 @@ def required(help: str):
 class CommonSettings:
     """What every program that runs a model on a task asks for."""
 
-    model: str = required("checkpoint folder or hub name of Qwen2.5-VL weights")
+    model: str = required("checkpoint folder or hub name: Qwen2.5-VL, Qwen3-VL or LLaVA-1.5 weights")
     data: str = required("folder of the task's dataset")
     output: str = required("folder for everything this run writes")
     task: str = setting("more", "a task here (more, jmere), a module of yours with both halves, or data_module,rewards_module")
     missing_images: str = setting("stop", "pictures that are not there: stop, drop the samples, or blank (a grey one)",
                                   choices=("stop", "drop", "blank"))
-    max_pixels: int = setting(1280 * 28 * 28, "largest area of a picture in pixels; 28 × 28 become one token")
+    max_pixels: int = setting(1280 * 28 * 28, "largest area of a picture in pixels; 28 × 28 become one token "
+                                                "(Qwen3-VL: 32 × 32; LLaVA-1.5 has one size and does not ask)")
     max_completion_tokens: int = setting(1024, "longest completion, end token included")
     rollout_rows: int = setting(64, "completions written at once on each process: memory, not result")
     dtype: str = setting("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it",

@@ -102,7 +102,7 @@ def test_the_seed_alone_decides_where_an_adapter_begins():
 
 
 class Adam:
-    weight_decay, learning_rate, adam_beta1, adam_beta2 = 0.1, 1e-2, 0.9, 0.95
+    weight_decay, learning_rate, adam_beta1, adam_beta2, offload_optimizer = 0.1, 1e-2, 0.9, 0.95, False
 
 
 def test_gradients_and_the_optimizers_memory_are_the_adapters_alone():

@@ -16,7 +16,10 @@ from grpo.backbones.qwen2_5_vl import (  # noqa: F401  (the same in both)
 def features(network: nn.Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     """(image tokens, width) of each picture."""
     seen = network.model.get_image_features(pixels, grids)
-    return [torch.cat(layers, dim=-1) for layers in zip(seen.pooler_output, *seen.deepstack_features)]
+    pictures = [len(picture) for picture in seen.pooler_output]
+    # from some transformers on a layer's features come by picture, as the embeddings do; before, end to end
+    layers = [layer if torch.is_tensor(layer) else torch.cat(layer) for layer in seen.deepstack_features]
+    return list(torch.cat([torch.cat(seen.pooler_output), *layers], dim=-1).split(pictures))
 
 
 def width(config) -> int:
