@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from grpo.encode import model_file
+from grpo.files import model_file
 
 PIECE = 2**20  # bytes hashed at either end of a file
 CONTENTS = 256  # files of which contents are hashed, the largest first
