@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 TILE = (512, 4096)  # tokens, vocabulary rows: 8 MB of float32
+FEW_ROWS = 32
 GPU_TILE = (2048, 32_768)  # there a tile has to be large enough to keep the device busy
 
 
@@ -22,7 +23,10 @@ def token_logits(hidden: Tensor, weight: Tensor, temperature: float, banned: lis
     Temperature divides; image and video tokens, which a completion cannot hold, are impossible.
     Sampler and scorer both call this function: their distributions cannot drift apart.
     """
-    logits = (hidden @ weight.T).float()
+    if len(hidden) <= FEW_ROWS and not hidden.is_cuda:  # the same product, up to three times as fast this way round
+        logits = (weight @ hidden.T).T.contiguous().float()
+    else:
+        logits = (hidden @ weight.T).float()
     if temperature != 1.0:
         logits /= temperature
     for token in banned:

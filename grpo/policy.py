@@ -96,16 +96,19 @@ class Policy(nn.Module):
         vectors = self.model.get_input_embeddings()(tokens.to(self.device))
         return F.pad(vectors, (0, self.backbone.width(self.config) - vectors.shape[-1]))
 
-    def embed(self, prompts: list[Prompt]) -> list[Tensor]:
-        """(P, width) input embeddings of each prompt, its image tokens replaced by its pictures' features."""
-        embedded = []
-        for prompt, features in zip(prompts, self.see(prompts)):
-            vectors = self.words(prompt.tokens)
-            if features is not None:
-                at = (prompt.tokens == self.config.image_token_id).nonzero()[:, 0].to(self.device)
-                vectors = vectors.index_copy(0, at, features.to(vectors))
-            embedded.append(vectors)
-        return embedded
+    def embed(self, prompts: list[Prompt]) -> Tensor:
+        """(ΣP, width) input embeddings of the prompts end to end, their image tokens replaced by the pictures' features."""
+        return self.place(self.words(torch.cat([prompt.tokens for prompt in prompts])), prompts, [len(p) for p in prompts])
+
+    def place(self, vectors: Tensor, prompts: list[Prompt], lengths: list[int]) -> Tensor:
+        """`vectors` with the prompts' features in their places; each prompt begins a stretch of the given length."""
+        places, features, start = [], [], 0
+        for prompt, seen, length in zip(prompts, self.see(prompts), lengths):
+            if seen is not None:
+                places.append(start + (prompt.tokens == self.config.image_token_id).nonzero()[:, 0])
+                features.append(seen.to(vectors))
+            start += length
+        return vectors.index_copy(0, torch.cat(places).to(self.device), torch.cat(features)) if places else vectors
 
     def trunk(self, embedded: Tensor, positions: Tensor, layout) -> Tensor:
         """(B, T, width) embeddings and (3, B, T) positions → (B, T, hidden), attention as the layout says."""
@@ -117,9 +120,9 @@ class Policy(nn.Module):
         Token j of a completion is predicted at the place before it: the prompt's last for j = 0 (one place
         for all G), its own token j − 1 after that. A completion's last token is predicted, never read.
         """
-        vectors, positions, segments, targets, places, start = [], [], [], [], [], 0
-        for group, prompt_vectors in zip(groups, self.embed([group.prompt for group in groups])):
-            vectors.append(prompt_vectors)
+        words, positions, segments, targets, places, start = [], [], [], [], [], 0
+        for group in groups:
+            words.append(group.prompt.tokens)
             positions.append(group.prompt.positions.to(self.device))
             first, prompt_end = int(group.prompt.positions.max()) + 1, start + len(group.prompt)
             start = prompt_end
@@ -129,9 +132,11 @@ class Policy(nn.Module):
                 places += [prompt_end - 1, *range(start, start + read)]
                 start += read
             targets += group.completions
-            vectors.append(self.words(torch.cat([c[:-1] for c in group.completions])))
+            words += [completion[:-1] for completion in group.completions]
             segments.append((len(group.prompt), [length - 1 for length in group.lengths]))
-        hidden = self.trunk(torch.cat(vectors)[None], torch.cat(positions, 1)[:, None], Packed(segments))[0]
+        # one lookup: the gradient of each would be a tensor as large as the whole table
+        vectors = self.place(self.words(torch.cat(words)), [group.prompt for group in groups], [p + sum(c) for p, c in segments])
+        hidden = self.trunk(vectors[None], torch.cat(positions, 1)[:, None], Packed(segments))[0]
         logp, entropy = completion_logp(
             hidden[torch.tensor(places, device=self.device)],
             self.model.lm_head.weight,

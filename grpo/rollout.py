@@ -179,7 +179,7 @@ class Rollout:
         """One packed pass; the prompts' keys and values are written into new group slots."""
         prompts = [self.prompts[index] for index in indices]
         cache: list[list[tuple[Tensor, Tensor]]] = []
-        embedded = torch.cat(self.policy.embed(prompts))[None]
+        embedded = self.policy.embed(prompts)[None]
         positions = torch.cat([prompt.positions for prompt in prompts], 1)[:, None].to(self.policy.device)
         layout = Packed([(len(prompt), []) for prompt in prompts], prompt_cache=cache)
         hidden = self.policy.trunk(embedded, positions, layout)[0]
