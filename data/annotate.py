@@ -8,21 +8,26 @@ writes beside each other
     cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave them all out
     cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
     cold_start.responses.jsonl  what --expert openai:MODEL answered, as it came (data/expert.py)
+
+JMERE-R1's data has several candidates a sample and two filters more (data/filters.py):
+
+    python -m data.annotate --task jmere --data JMERE --fraction 1 --candidates 5 --repredict True --score True \\
+        --expert openai:gpt-4o --output mp_cot.jsonl
 """
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.curriculum import stratified_draw
 from data.expert import ask_all, endpoint_from_environment, fill_template, read_template
+from data.filters import (
+    Ask, Candidate, Fallen, best_of_each, candidates_of, filter_responses, repredict_filter, score_filter)
 from data.task import Task, resolve_task
 from grpo.journal import say, table, write_json
 from grpo.settings import parse, required, run_program, setting
 
 EXAMPLES = 10
-Expert = Callable[[list], dict[str, str]]  # samples -> response by sample id, where there is one
 
 
 @dataclass
@@ -39,23 +44,32 @@ class Settings:
     seed: int = setting(0, "of the draw")
     missing_images: str = setting("stop", "pictures that are not there: stop, drop the samples, or blank",
                                   choices=("stop", "drop", "blank"))
+    candidates: int = setting(1, "responses to ask for a sample; one of those that pass the filters is kept")
+    repredict: bool = setting(False, "keep a candidate only if the expert finds the gold answer in its reasoning again "
+                                     "(one more request a candidate)")
+    score: bool = setting(False, "have the expert score each candidate by the task's rules, and keep the best "
+                                 "(one more request a candidate)")
+    score_threshold: float = setting(0.7, "drop candidates with a score below it")
     template: str = setting("", "openai: file with the prompt in your own words; {question}, {answer}, "
                                 "{text} and the sample's other fields are filled in")
     expert_options: str = setting('{"max_tokens": 2048}', "openai: JSON object that goes into every request")
+    responses: str = setting("", "openai: JSONL with all answers so far, none of which is asked for again "
+                                 "(default: beside the output)")
     concurrency: int = setting(8, "openai: requests at a time")
     attempts: int = setting(6, "openai: how often a sample is tried, with longer and longer pauses")
     timeout: float = setting(120.0, "openai: seconds to wait for a reply")
 
+    def check(self, task: Task) -> None:
+        if self.candidates < 1:
+            raise ValueError(f"--candidates is {self.candidates}; at least 1 expected")
+        if not 0 <= self.score_threshold <= 1:
+            raise ValueError(f"--score_threshold is {self.score_threshold}; a number between 0 and 1 expected")
+        for name in ("repredict", "score"):
+            if getattr(self, name) and not hasattr(task.data, f"{name}_prompt"):
+                raise ValueError(f"--{name}: task {self.task} has no {name}_prompt, which this filter asks with")
 
-@dataclass(frozen=True)
-class Fallen:
-    """A drawn sample that does not become training data."""
-    sample: object
-    reason: str
-    response: str | None
 
-
-def file_expert(path: str) -> Expert:
+def file_expert(path: str) -> Ask:
     """Responses that were written earlier: JSONL of {id, response}; more than were drawn do not disturb."""
     responses = {}
     with open(path, encoding="utf-8") as file:
@@ -71,10 +85,10 @@ def file_expert(path: str) -> Expert:
             if name in responses:
                 raise ValueError(f"{path}:{number}: a second response for {name}; one a sample expected")
             responses[name] = response
-    return lambda samples: {sample.id: responses[sample.id] for sample in samples if sample.id in responses}
+    return lambda requests: {one.id: responses[one.id] for one in requests if one.id in responses}
 
 
-def endpoint_expert(model: str, settings: Settings, task: Task) -> Expert:
+def endpoint_expert(model: str, settings: Settings) -> Ask:
     """Responses asked for over HTTP, but for those that are in the .responses.jsonl beside the output."""
     try:
         options = json.loads(settings.expert_options)
@@ -84,11 +98,22 @@ def endpoint_expert(model: str, settings: Settings, task: Task) -> Expert:
         raise ValueError(f"--expert_options {settings.expert_options}: a JSON object expected")
     if settings.concurrency < 1 or settings.attempts < 1 or settings.timeout <= 0:
         raise ValueError("--concurrency, --attempts and --timeout must be above 0")
-    template = read_template(settings.template) if settings.template else ""
-    if not template and not hasattr(task.data, "expert_prompt"):
-        raise ValueError(f"task {settings.task} has no expert prompt of its own; --template FILE expected")
     endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout,
                                          attempts=settings.attempts)
+    path = Path(settings.responses or Path(settings.output).with_suffix(".responses.jsonl"))
+    return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), path,
+                                    template=template_of(settings), concurrency=settings.concurrency)
+
+
+def template_of(settings: Settings) -> str:
+    return read_template(settings.template) if settings.template else ""
+
+
+def prompt_maker(settings: Settings, task: Task):
+    """A function sample → (pictures, text): what the expert is asked for a candidate."""
+    template = template_of(settings)
+    if not template and not hasattr(task.data, "expert_prompt") and not settings.expert.startswith("file:"):
+        raise ValueError(f"task {settings.task} has no expert prompt of its own; --template FILE expected")
 
     def prompt_of(sample):
         pictures, question = task.data.build_prompt(sample)
@@ -96,48 +121,17 @@ def endpoint_expert(model: str, settings: Settings, task: Task) -> Expert:
             return pictures, fill_template(template, sample, question, task.data.target(sample))
         return pictures, task.data.expert_prompt(sample)
 
-    path = Path(settings.output).with_suffix(".responses.jsonl")
-    return lambda samples: ask_all(endpoint, samples, prompt_of, path, template=template,
-                                   concurrency=settings.concurrency)
+    return prompt_of
 
 
-def find_expert(settings: Settings, task: Task) -> Expert:
+def find_expert(settings: Settings) -> Ask:
     """The expert that --expert names. To add a kind is to write one more function."""
     kind, _, rest = settings.expert.partition(":")
     if kind == "file" and rest:
         return file_expert(rest)
     if kind == "openai" and rest:
-        return endpoint_expert(rest, settings, task)
+        return endpoint_expert(rest, settings)
     raise ValueError(f"--expert {settings.expert}: file:PATH or openai:MODEL expected")
-
-
-def filter_responses(task: Task, samples: list, responses: dict[str, str]) -> tuple[list[dict], list[Fallen]]:
-    """(lines for Stage 1, what fell): structure intact, answer the gold one (MORE-R1, section 3.2)."""
-    kept, fallen = [], []
-    for sample in samples:
-        response = responses.get(sample.id)
-        if response is not None:
-            normalise = getattr(task.data, "normalise_response", lambda text, _: text.strip())
-            response = normalise(response, sample)
-        reason = reason_to_drop(task, sample, response)
-        if reason:
-            fallen.append(Fallen(sample, reason, response))
-        else:
-            kept.append({"id": sample.id, "response": response})
-    return kept, fallen
-
-
-def reason_to_drop(task: Task, sample, response: str | None) -> str | None:
-    """Why a response is no training data, or None. A task's `fault` says more than a format reward of 0."""
-    if response is None:
-        return "no response"
-    if hasattr(task.rewards, "fault"):
-        fault = task.rewards.fault(response, sample)
-    else:
-        fault = "broken structure" if task.rewards.reward(response, sample).get("format", 1) < 1 else None
-    if fault is None and not task.rewards.correct(response, sample):
-        return "answer is not the gold one"
-    return fault
 
 
 def examples(fallen: list[Fallen], task: Task) -> list[dict]:
@@ -151,19 +145,39 @@ def examples(fallen: list[Fallen], task: Task) -> list[dict]:
              "response": case.response} for case in in_turn[:EXAMPLES]]
 
 
-def make_report(settings: Settings, task: Task, samples: list, drawn: list, kept: list[dict],
-                fallen: list[Fallen]) -> dict:
+def survivors(settings: Settings, task: Task, drawn: list, expert: Ask):
+    """(candidates kept, one a sample; what fell; the stages with their counts, before and after each filter)."""
+    stages, fallen = {}, []
+
+    def count(stage: str, left: list[Candidate]) -> list[Candidate]:
+        stages[stage] = {"candidates": len(left), "samples": len({one.sample.id for one in left})}
+        return left
+
+    def keep(stage: str, kept_and_fallen: tuple) -> list[Candidate]:
+        fallen.extend(kept_and_fallen[1])
+        return count(stage, kept_and_fallen[0])
+
+    left = count("asked for", candidates_of(drawn, settings.candidates, prompt_maker(settings, task), expert))
+    left = keep("structure and answer right", filter_responses(task, left))
+    if settings.repredict:
+        left = keep("re-prediction right", repredict_filter(task, left, expert))
+    if settings.score:
+        left = keep("score high enough", score_filter(task, left, expert, settings.score_threshold))
+    return best_of_each(left, settings.seed), fallen, stages
+
+
+def make_report(settings: Settings, task: Task, samples: list, drawn: list, kept: list[Candidate],
+                fallen: list[Fallen], stages: dict) -> dict:
     """The report's content: the settings, the counts in all and by stratum, the reasons, the examples."""
-    kept_ids, strata = {line["id"] for line in kept}, {}
-    for column, members in (("samples", samples), ("drawn", drawn),
-                            ("kept", [sample for sample in drawn if sample.id in kept_ids])):
+    strata = {}
+    for column, members in (("samples", samples), ("drawn", drawn), ("kept", [one.sample for one in kept])):
         for sample in members:
             counts = strata.setdefault(str(task.data.stratum(sample)), {"samples": 0, "drawn": 0, "kept": 0})
             counts[column] += 1
     return {
         "task": settings.task, "split": settings.split, "expert": settings.expert,
         "fraction": settings.fraction, "seed": settings.seed,
-        "samples": len(samples), "drawn": len(drawn), "kept": len(kept), "strata": strata,
+        "samples": len(samples), "drawn": len(drawn), "kept": len(kept), "strata": strata, "stages": stages,
         "fallen": dict(Counter(case.reason for case in fallen).most_common()),
         "examples": examples(fallen, task),
     }
@@ -173,6 +187,8 @@ def print_report(report: dict) -> None:
     strata = [[name, *counts.values()] for name, counts in report["strata"].items()]
     total = ["all", report["samples"], report["drawn"], report["kept"]]
     say(table([["stratum", "samples", "drawn", "kept"], *strata, total]))
+    stages = [[name, *counts.values()] for name, counts in report["stages"].items()]
+    say("\n" + table([["left after", "candidates", "samples"], *stages]))
     if report["fallen"]:
         say("\n" + table([["fell because", "responses"], *report["fallen"].items()]))
 
@@ -180,11 +196,12 @@ def print_report(report: dict) -> None:
 def main(words: list[str] | None = None) -> None:
     settings = parse(Settings, words)
     task = resolve_task(settings.task)
-    expert = find_expert(settings, task)
+    settings.check(task)
+    expert = find_expert(settings)
     samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
     drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)
-    kept, fallen = filter_responses(task, drawn, expert(drawn))
-    report, output = make_report(settings, task, samples, drawn, kept, fallen), Path(settings.output)
+    kept, fallen, stages = survivors(settings, task, drawn, expert)
+    report, output = make_report(settings, task, samples, drawn, kept, fallen, stages), Path(settings.output)
     write_json(output.with_suffix(".drawn.json"), [sample.id for sample in drawn])
     write_json(output.with_suffix(".report.json"), report)
     print_report(report)
@@ -193,7 +210,8 @@ def main(words: list[str] | None = None) -> None:
                          f"{output.with_suffix('.report.json')} says why")
     # Last, and whole or not at all: where this file is, the other two are.
     new = output.with_name(output.name + ".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    lines = [{"id": one.sample.id, "response": one.response} for one in kept]
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     new.replace(output)
     say(f"{output}: {len(kept)} responses")
 

@@ -112,8 +112,8 @@ def _read_post(item, where: str) -> Post:
     labels = _field(item, "label_list", list, where)
     if not all(isinstance(entry, list) and entry for entry in labels):
         raise ValueError(f"{where}: 'label_list' is {str(labels)[:60]}; a list of one-element lists expected")
-    quintuples = tuple(_read_pair(pair, tokens, where) for entry in labels for pair in entry)
-    return Post(" ".join(tokens[_leading_rt(tokens):]), picture, quintuples)
+    quintuples = dict.fromkeys(_read_pair(pair, tokens, where) for entry in labels for pair in entry)  # each once
+    return Post(" ".join(tokens[_leading_rt(tokens):]), picture, tuple(quintuples))
 
 
 def _field(record, key: str, kind: type, where: str):
@@ -161,10 +161,14 @@ def find_picture(folder: Path, split: str, name: str) -> Path | None:
 
 def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list[Image.Image], str]:
     """([picture], the question); reasoning=False asks for the answer alone (zero-shot, label only)."""
-    picture = open_picture(sample.image) if sample.image else grey_picture()
+    return [open_picture(sample.image) if sample.image else grey_picture()], question(sample, reasoning=reasoning)
+
+
+def question(sample: Sample, *, reasoning: bool = True) -> str:
+    """The prompt's text: what is asked, the text, the types and relations to choose from, the form."""
     think = ("First reason in <think></think>: describe the image, say how image and text belong together, "
              "derive the quintuples step by step.")
-    return [picture], "\n".join([
+    return "\n".join([
         "Image and text are one post on social media. Which entities named in the text are related, and how?",
         f"Text: {sample.text}",
         f"Entity types: {', '.join(f'{kind} ({TYPES[kind]})' for kind in sample.types)}",
@@ -188,6 +192,83 @@ def stratum(sample: Sample) -> str:
 def is_none(sample: Sample) -> bool:
     """Every post of this dataset holds a quintuple."""
     return False
+
+
+EXPERT_PARTS = """\
+Write three parts, each opened by its word as it stands here:
+Image: what the picture shows, and of it all that matters for the entities: who and what can be seen, in which \
+place, doing what, with which writing. Only what is really there.
+Alignment: which entity of the text is seen where in the picture, what the picture adds to the text, and what of \
+the text it does not show.
+Quintuples: for each quintuple in turn, which words of the text and what in the picture make it so: first the two \
+entities, then their types, then the relation, and why not another one that lies near."""
+
+
+def expert_prompt(sample: Sample) -> str:
+    """What the expert is asked with the picture for one candidate: the task, three parts, the gold quintuples."""
+    return "\n\n".join([
+        question(sample),
+        EXPERT_PARTS,
+        f"The right answer is:\n{answer_text(sample.quintuples)}\n"
+        "Derive it from what can be seen and read, and never mention that it was given to you.",
+        "Write exactly <think>Image: … Alignment: … Quintuples: …</think>, then the answer, letter by letter as it "
+        "stands above, within <answer></answer>, and nothing before or after.",
+    ])
+
+
+def repredict_prompt(sample: Sample, response: str) -> str:
+    """The re-prediction filter's question: what follows from a candidate's reasoning? The gold answer is not in it."""
+    return "\n\n".join([
+        question(sample, reasoning=False),
+        f"Somebody has thought about this post:\n{reasoning_of(response)}",
+        "Which quintuples follow from these thoughts? Write <answer></answer> and nothing else.",
+    ])
+
+
+SCORE_RULES = """\
+Begin with 1 and take off, for every rule that is broken:
+0.3  the image part describes something that is not in the picture, or gets it wrong
+0.2  the image part leaves out something that a quintuple rests on
+0.2  the alignment does not say where the entities are seen, or that they are not to be seen
+0.1  the alignment joins an entity to the wrong thing in the picture
+0.2  a quintuple is named without a reason from text or picture
+0.2  a step contradicts an earlier one, or the thoughts speak of an answer that was given
+A part that is missing breaks all rules about it. The score is never below 0."""
+SCORE_EXAMPLES = """\
+Text: "Mia Stone signs for Harbour FC". Quintuple: [Mia Stone, per, Harbour FC, org, member of].
+Thoughts: "Image: a woman in a blue shirt holds up a scarf that reads HARBOUR FC. Alignment: she is Mia Stone, the \
+scarf is the club's. Quintuples: signs for, and her holding the scarf, make her a member of Harbour FC."
+No rule is broken. <score>1.0</score>
+Thoughts: "Image: a woman. Alignment: she is Mia Stone. Quintuples: she is a member of Harbour FC."
+The scarf is left out (0.2), the club is not looked for (0.2), no reason is given (0.2). <score>0.4</score>
+Thoughts: "Image: a woman holds a scarf with the words HARBOUR FC. Alignment: she is Mia Stone, the scarf stands \
+for the club. Quintuples: Mia Stone is a member of Harbour FC."
+No reason is given (0.2). <score>0.8</score>"""
+
+
+def score_prompt(sample: Sample, response: str) -> str:
+    """The score filter's question: fixed rules, three worked examples, then the candidate's reasoning."""
+    return "\n\n".join([
+        "Score thoughts about a post on social media, which is the picture and a text, between 0 and 1.",
+        SCORE_RULES,
+        f"Examples:\n{SCORE_EXAMPLES}",
+        f"Text: {sample.text}\nRight quintuples:\n{answer_text(sample.quintuples)}\nThoughts: {reasoning_of(response)}",
+        "Name the rules that are broken, then write the score within <score></score>.",
+    ])
+
+
+def reasoning_of(response: str) -> str:
+    """What stands between <think> and </think>."""
+    return response.partition("<think>")[2].partition("</think>")[0].strip()
+
+
+def normalise_response(response: str, sample: Sample) -> str:
+    """An expert's response with a right answer spelled as the gold one: its order, spaces and underscores."""
+    response = response.strip()
+    if not correct(response, sample):
+        return response
+    before, _, rest = response.partition("<answer>")
+    return before + target(sample) + rest.partition("</answer>")[2]
 
 
 def check(folder) -> None:

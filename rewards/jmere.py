@@ -62,6 +62,16 @@ def well_tagged(completion: str) -> bool:
         r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", completion, re.DOTALL) is not None)
 
 
+def fault(completion: str, sample) -> str | None:
+    """What breaks the format, in words, or None where nothing does."""
+    for tag in TAGS:
+        if completion.count(tag) != 1:
+            return f"{tag} missing" if tag not in completion else f"{tag} more than once"
+    if not well_tagged(completion):
+        return "text outside the tags, or tags out of order"
+    return "a malformed quintuple" if parse(completion, sample) is None else None
+
+
 def parse(completion: str, sample) -> list[Quintuple] | None:
     """The distinct quintuples of the one `<answer>`, in order; None where it or one of them is malformed.
 
@@ -121,6 +131,12 @@ def correct(completion: str, sample) -> bool:
     """Whether exactly the gold quintuples are answered, in any order."""
     predicted = parse(completion, sample)
     return predicted is not None and set(predicted) == set(sample.quintuples)
+
+
+def vote_key(completion: str, sample) -> frozenset[Quintuple] | None:
+    """What two completions must share to be the same vote: the set of quintuples; None for an unreadable one."""
+    predicted = parse(completion, sample)
+    return None if predicted is None else frozenset(predicted)
 
 
 def metrics(completions: list[str], samples: list) -> dict[str, float]:

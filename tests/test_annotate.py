@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from data import annotate, more
+from data import annotate, filters, more
 from data.task import resolve_task
 from more_folder import line, write_more
 
@@ -149,9 +149,9 @@ def test_a_task_without_words_of_its_own_is_filtered_by_its_format_reward(folder
 
     sample = more.load(folder, "train")[0]
     task = TASK._replace(rewards=Rewards)
-    assert annotate.reason_to_drop(task, sample, "none") == "broken structure"
-    assert annotate.reason_to_drop(task, sample, "! some") == "answer is not the gold one"
-    assert annotate.reason_to_drop(task, sample, "! none") is None
+    assert filters.reason_to_drop(task, sample, "none") == "broken structure"
+    assert filters.reason_to_drop(task, sample, "! some") == "answer is not the gold one"
+    assert filters.reason_to_drop(task, sample, "! none") is None
 
 
 @pytest.mark.parametrize("words, message", [
