@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m grpo.evaluate --model runs/stage-1/model --data MORE --split test --output runs/test
 
-writes <output>/predictions.jsonl, one {id, completion, correct, reward parts} a sample, and <output>/metrics.json.
+writes <output>/predictions.jsonl, one {id, completion, correct, reward parts, votes} a sample, and <output>/metrics.json.
 """
 
 import json
@@ -18,6 +18,7 @@ from grpo.rollout import Sampling
 from grpo.run import record_settings
 from grpo.settings import CommonSettings, parse, parse_options, run_program, setting
 from grpo.sharding import compute_dtype, finish, rank, shard, start
+from grpo.vote import majority
 
 
 @dataclass
@@ -28,10 +29,18 @@ class Settings(CommonSettings):
     exclude: str = setting("", "JSON list of sample ids to leave out: the cold start's, for the hard/easy split")
     limit: int = setting(0, "answer only the first so many samples; 0 for all")
     temperature: float = setting(0.0, "0 is greedy")
+    samples: int = setting(1, "completions a sample, from one prefill; of several the most frequent answer counts")
     top_p: float = setting(1.0, "keep the smallest set of tokens with this probability")
     top_k: int = setting(0, "keep this many tokens; 0 for all")
     reasoning: bool = setting(True, "ask for <think>…</think>; off for the zero-shot and label-only prompts")
     reward_options: str = setting("", "options of the task's reward, name=number[,name=number]")
+
+    def check(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"--samples is {self.samples}; at least 1 expected")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"--samples {self.samples} at --temperature 0 would be as many equal answers; "
+                             f"a temperature above 0 expected")
 
     def sampling(self, encoder: Encoder) -> Sampling:
         return Sampling(self.max_completion_tokens, encoder.end_tokens, self.temperature, self.top_p, self.top_k,
@@ -49,19 +58,21 @@ def chosen_samples(settings: Settings, task) -> list:
     return samples
 
 
-def write_predictions(path: Path, task, samples: list, texts: list[str], options: dict) -> None:
-    """One JSON line a sample, in the split's order; written beside and renamed."""
+def write_predictions(path: Path, task, samples: list, voted: list[tuple[str, int]], options: dict) -> None:
+    """One JSON line a sample, in the split's order, with the votes for it; written beside and renamed."""
     new = path.with_name(path.name + ".new")
     with new.open("w", encoding="utf-8") as file:
-        for sample, text in zip(samples, texts):
+        for sample, (text, votes) in zip(samples, voted):
             parts = task.rewards.reward(text, sample, **options)
-            line = {"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)), "reward": parts}
+            line = {"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)), "reward": parts,
+                    "votes": votes}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     new.replace(path)
 
 
 def main() -> None:
     settings = parse(Settings)
+    settings.check()
     task, output = resolve_task(settings.task), Path(settings.output)
     options = parse_options(settings.reward_options, "reward_options")
     samples = chosen_samples(settings, task)
@@ -71,11 +82,13 @@ def main() -> None:
     device, watch = start(), Stopwatch()
     policy = load_policy(settings.model).requires_grad_(False)
     shard(policy, compute_dtype(settings.dtype, device), device)
-    texts = [text for text, in answer(policy, Prompts(encoder, task, settings.reasoning), samples, sampling)]
+    several = answer(policy, Prompts(encoder, task, settings.reasoning), samples, sampling, group_size=settings.samples)
     if rank() == 0:
         output.mkdir(parents=True, exist_ok=True)
-        metrics = {**task.rewards.metrics(texts, samples), "samples": len(samples), "seconds": round(watch.total(), 1)}
-        write_predictions(output / "predictions.jsonl", task, samples, texts, options)
+        voted = [majority(task.rewards, texts, sample) for texts, sample in zip(several, samples)]
+        metrics = {**task.rewards.metrics([text for text, _ in voted], samples), "samples": len(samples),
+                   "seconds": round(watch.total(), 1)}
+        write_predictions(output / "predictions.jsonl", task, samples, voted, options)
         write_json(output / "metrics.json", metrics)
         record_settings(settings, output)
         say(table([["metric", settings.split], *([name, f"{value:.4g}"] for name, value in metrics.items())]))
