@@ -2,8 +2,10 @@
 # The pipelines as a person types them.
 #
 #   ./launch.sh setup                     make .venv and install pinned dependencies; every other command does it too
-#   ./launch.sh demo [--seed N] [--output DIR]
+#   ./launch.sh demo [--task more|jmere] [--seed N] [--output DIR]
 #                                         the whole pipeline on the embedded example, minutes on two cores
+#   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME] …
+#                                         JMERE-R1 with the paper's settings, see recipes/jmere-r1.sh
 #   ./launch.sh test [pytest arguments]   the tests
 #
 # PYTHON=/path/to/python ./launch.sh …    use that interpreter as it is and install nothing
@@ -47,26 +49,35 @@ one() { OMP_NUM_THREADS=$(nproc) "$python" -m "$@"; }
 title() { printf '\n\033[1m── %s\033[0m\n' "$*"; }
 
 # What the demo sets apart from the papers' settings: it is a thousandth of their size and learns from nothing.
-train=4800
-stage_1="--train_vision True --epochs 16 --batch_size 32 --learning_rate 2e-3 --validate_every 4"
-stage_2="--learning_rate 2e-4 --max_rollouts 50 --validate_every 10 --reward_options min_length=150 --journal_every 5"
+stage_1="--train_vision True --batch_size 32 --learning_rate 2e-3"
 
 demo() {
-    local seed=0 output=runs/demo
+    local seed=0 output="" task=more
     while [ $# -gt 0 ]; do
+        [ $# -gt 1 ] || fail "demo: no option $1, or no value behind it; it takes --task, --seed and --output"
         case $1 in
-            --seed) [ $# -gt 1 ] || fail "--seed: expected a number"; seed=$2; shift 2 ;;
-            --output) [ $# -gt 1 ] || fail "--output: expected a folder"; output=$2; shift 2 ;;
-            *) fail "demo: no option $1; it takes --seed and --output" ;;
+            --task) task=$2 ;; --seed) seed=$2 ;; --output) output=$2 ;;
+            *) fail "demo: no option $1; it takes --task, --seed and --output" ;;
         esac
+        shift 2
     done
     [[ $seed =~ ^[0-9]+$ ]] || fail "--seed $seed: expected a whole number"
+    [ "$task" = more ] || [ "$task" = jmere ] || fail "--task $task: expected more or jmere"
+    [ -n "$output" ] || { output=runs/demo; [ "$task" = more ] || output=runs/demo-jmere; }
     mkdir -p "$output"
-    local world=$output/world settings data
-    settings="--seed $seed --max_completion_tokens 96"
-    data=$world/MORE
+    local world=$output/world settings
+    settings="--task $task --seed $seed --max_completion_tokens 96"
+    "demo_$task"
+    title "result"
+    one grpo.compare zero_shot="$output/zero_shot" sft="$output/sft" grpo="$output/grpo" --output "$output/results.json"
+    one grpo.report "$output/stage_1" "$output/stage_2" "$output/zero_shot" "$output/sft" "$output/grpo" \
+        --output "$output/report.html"
+}
+
+demo_more() { # the variables of these two are demo's
+    local data=$world/MORE
     title "the embedded example: a small MORE-like world, a scripted expert, a tiny random Qwen2.5-VL"
-    one data.synthetic --output "$world" --seed "$seed" --train "$train" --valid 200 --test 800
+    one data.synthetic --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
     title "cold-start data: a quarter of each label, what the expert wrote, filtered"
     one data.annotate --task more --data "$data" --split train --fraction 0.25 --seed "$seed" \
         --expert "file:$world/expert.jsonl" --output "$output/cold_start.jsonl"
@@ -74,19 +85,37 @@ demo() {
     many grpo.evaluate $settings --model "$world/model" --data "$data" --output "$output/zero_shot" \
         --reasoning False --max_completion_tokens 16
     title "stage 1: supervised cold start (the whole tiny model: its vision encoder knows nothing yet)"
-    many sft.train $settings $stage_1 --model "$world/model" --data "$data" \
+    many sft.train $settings $stage_1 --epochs 16 --validate_every 4 --model "$world/model" --data "$data" \
         --responses "$output/cold_start.jsonl" --output "$output/stage_1"
     many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --output "$output/sft"
     title "the split: what stage 1 answers rightly of the other three quarters is easy"
     many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --split train \
         --exclude "$output/cold_start.drawn.json" --output "$output/split"
     title "stage 2: GRPO with progressive sample mixing"
-    many grpo.train $settings $stage_2 --model "$output/stage_1/model" --data "$data" \
+    many grpo.train $settings --learning_rate 2e-4 --max_rollouts 50 --validate_every 10 \
+        --reward_options min_length=150 --journal_every 5 --model "$output/stage_1/model" --data "$data" \
         --predictions "$output/split/predictions.jsonl" --output "$output/stage_2"
     many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
-    title "result"
-    one grpo.compare zero_shot="$output/zero_shot" sft="$output/sft" grpo="$output/grpo" --output "$output/results.json"
-    one grpo.report "$output/stage_1" "$output/stage_2" "$output/zero_shot" "$output/sft" "$output/grpo" --output "$output/report.html"
+}
+
+demo_jmere() {
+    local data=$world/JMERE
+    title "the embedded example: small JMERE-like posts, a scripted expert, a tiny random Qwen2.5-VL"
+    one data.synthetic --task jmere --output "$world" --seed "$seed" --train 3000 --valid 200 --test 800
+    title "reasoning data: three candidates a post, the re-prediction filter, the score filter"
+    one data.annotate --task jmere --data "$data" --split train --fraction 1 --seed "$seed" --candidates 3 \
+        --repredict True --score True --expert "file:$world/expert.jsonl" --output "$output/mp_cot.jsonl"
+    title "zero-shot"
+    many grpo.evaluate $settings --model "$world/model" --data "$data" --output "$output/zero_shot" \
+        --reasoning False --max_completion_tokens 16
+    title "stage 1: SFT on the reasoning (the whole tiny model: its vision encoder knows nothing yet)"
+    many sft.train $settings $stage_1 --epochs 8 --validate_every 4 --valid_split val --model "$world/model" \
+        --data "$data" --responses "$output/mp_cot.jsonl" --output "$output/stage_1"
+    many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --output "$output/sft"
+    title "stage 2: GRPO, one update a rollout, no clip"
+    many grpo.train $settings --objective jmere-r1 --learning_rate 3e-4 --max_rollouts 50 --validate_every 10 \
+        --valid_split val --journal_every 5 --model "$output/stage_1/model" --data "$data" --output "$output/stage_2"
+    many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
 }
 
 processes_and_threads() {
@@ -99,6 +128,7 @@ command=${1:-}; [ $# -gt 0 ] && shift
 case $command in
     setup) setup; echo "ready: $python" ;;
     demo) setup; processes_and_threads; demo "$@" ;;
+    jmere-r1) setup; processes_and_threads; . "$here/recipes/jmere-r1.sh"; jmere_r1 "$@" ;;
     test) setup; cd "$here"; OMP_NUM_THREADS=$(nproc) "$python" -m pytest "$@" ;;
-    *) sed -n '2,10p' "$here/launch.sh" | cut -c3-; exit 2 ;;
+    *) sed -n '2,12p' "$here/launch.sh" | cut -c3-; exit 2 ;;
 esac

@@ -24,6 +24,11 @@ from rewards.jmere import Quintuple, answer_text, correct, spoken
 SPLITS = ("train", "val", "test")
 MISSING_IMAGES = ("stop", "drop", "blank")
 TYPES = {"loc": "place", "misc": "anything else with a name", "org": "organisation", "per": "person"}
+# The dataset's, for one post without it; a folder's own relations are read from its splits.
+RELATIONS = (
+    "alternate_names", "alumi", "awarded", "charges", "contain", "couple", "held_on", "locate_at", "member_of",
+    "nationality", "neighbor", "parent", "part_of", "peer", "place_of_birth", "place_of_residence", "present_in", "race",
+    "religion", "siblings", "subsidiary")
 PICTURE_PLACES = ("images", "images/{split}", "img_org/{split}", ".")  # the first that holds the file
 log = logging.getLogger(__name__)
 
@@ -59,8 +64,7 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
     splits = read_splits(folder)
     if split not in splits:
         raise FileNotFoundError(f"{folder / f'{split}.json'} is missing; the folder has {', '.join(splits)}")
-    relations = tuple(sorted({quintuple[-1] for posts in splits.values() for post in posts
-                              for quintuple in post.quintuples}))
+    relations = relations_in(splits)
     samples = [Sample(f"{split}/{i}", find_picture(folder, split, post.picture), post.text, post.quintuples,
                       relations, tuple(TYPES)) for i, post in enumerate(splits[split])]
     missing = [post.picture for post, sample in zip(splits[split], samples) if sample.image is None]
@@ -79,6 +83,28 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
         if sample.image is not None:
             check_picture(sample.image, f"{folder}, {sample.id}")
     return samples
+
+
+def sample_from(image, text: str, *, data="") -> Sample:
+    """One post of the user's own, without gold quintuples; image may be None.
+
+    The relations to choose from are those of the dataset's folder `data` where it is given, JMERE's where not: give
+    the one that the model was trained on.
+    """
+    if image is not None:
+        check_picture(image, "this post")
+    words = text.split()
+    if not words:
+        raise ValueError("the post's text is empty; words expected")
+    relations = relations_in(read_splits(Path(data))) if data else RELATIONS
+    text = " ".join(words[_leading_rt(words):])
+    return Sample("this post", Path(image) if image else None, text, (), relations, tuple(TYPES))
+
+
+def relations_in(splits: dict[str, list[Post]]) -> tuple[str, ...]:
+    """All that occur, in alphabetical order."""
+    return tuple(sorted({quintuple[-1] for posts in splits.values() for post in posts
+                         for quintuple in post.quintuples}))
 
 
 def read_splits(folder: Path) -> dict[str, list[Post]]:

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import more
+from data import jmere, more, synthetic_posts
 from data.synthetic_scene import LABELS, PEOPLE, TEAMS, make_scene, paint, relation, team_of
 from data.tiny_model import write_tiny_model
 from grpo.journal import say
@@ -167,9 +167,10 @@ def write_lines(path, lines):
 
 @dataclass
 class Settings:
-    """Write the embedded example: OUTPUT/MORE, OUTPUT/expert.jsonl and the tiny model OUTPUT/model."""
+    """Write the embedded example: OUTPUT/MORE or OUTPUT/JMERE, OUTPUT/expert.jsonl and the tiny model OUTPUT/model."""
 
     output: str = required("folder to write into; it is made where it is missing")
+    task: str = setting("more", "whose layout and answers", choices=("more", "jmere"))
     seed: int = setting(0, "of the scenes and of the model's weights")
     train: int = setting(4800, "number of training samples")
     valid: int = setting(200, "number of validation samples")
@@ -182,20 +183,23 @@ class Settings:
                 raise ValueError(f"--{name} is {getattr(self, name)}; at least 1 expected")
 
 
-def prompts(folder, count=600):
+def prompts(task, data, count=600):
     """The texts of the first prompts, with and without reasoning: what the tokenizer is learned from."""
-    samples = more.load(Path(folder) / "MORE", "train")[:count]
-    return [more.build_prompt(sample, reasoning=reasoning)[1]
+    samples = task.load(data, "train")[:count]
+    return [task.build_prompt(sample, reasoning=reasoning)[1]
             for sample in samples for reasoning in (True, False)]
 
 
 def main(words=None):
     settings = parse(Settings, words)
     settings.check()
-    expert = write_world(settings.output, settings.seed, settings.train, settings.valid, settings.test)
-    texts = prompts(settings.output) + [line["response"] for line in expert[:1200]]
+    task, write, name = (more, write_world, "MORE") if settings.task == "more" else (
+        jmere, synthetic_posts.write_world, "JMERE")
+    expert = write(settings.output, settings.seed, settings.train, settings.valid, settings.test)
+    reasoned = [line["response"] for line in expert if " " not in line["id"]]  # without what the filters ask
+    texts = prompts(task, Path(settings.output) / name) + reasoned[:1200]
     count = write_tiny_model(Path(settings.output) / "model", texts, settings.seed)
-    say(f"{settings.output}: MORE/ ({settings.train} + {settings.valid} + {settings.test} samples), "
+    say(f"{settings.output}: {name}/ ({settings.train} + {settings.valid} + {settings.test} samples), "
         f"expert.jsonl, model/ ({count:,} parameters)")
 
 
