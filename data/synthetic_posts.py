@@ -3,7 +3,7 @@
 | kind  | the text names                | a quintuple for each person who …                                     |
 |-------|-------------------------------|------------------------------------------------------------------------|
 | match | two people, a team            | wears the team's shirt: member_of, with a hat on: leader_of            |
-| award | two people, a prize           | holds that very prize: awarded                                         |
+| award | two people, a prize           | has that very prize beside them: awarded                               |
 | home  | two people, a city            | stands in a doorway: place_of_residence                                |
 | pair  | two people                    | (one of both) under one umbrella: couple; in equal shirts: peer        |
 
@@ -20,9 +20,9 @@ from data.synthetic_scene import CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE,
 from rewards.jmere import answer_text
 
 KINDS = {"match": 46, "award": 20, "home": 20, "pair": 14}  # how often, in percent
-HARD = 0.4  # share of hard posts: small people, clutter, long captions
+HARD = 0.4  # share of hard posts: smaller people in odd colours, clutter, long captions
 CANDIDATES = 3  # of the expert for every post
-GIVES_UP = 0.9  # how often the expert finds the second person of a hard post unclear
+GIVES_UP = 0.85  # how often the expert finds the second person of a hard post unclear
 FLAWED = 0.12  # how often a candidate of its is broken besides
 FLAWS = ("answer", "tags", "type", "reasoning", "description")
 SHORT_CAPTIONS = {
@@ -97,6 +97,7 @@ def draw_post(rng):
         if rng.random() < 0.6:
             scene.things[1].colour = scene.things[0].colour
     place_people(scene, rng)
+    scene.things += [prize_beside(person) for person in scene.things if person.holds]
     if hard:
         scene.decoys = [(rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), rng.uniform(3, 6), pick_colour(rng))
                         for _ in range(rng.randint(2, 5))]
@@ -105,7 +106,7 @@ def draw_post(rng):
 
 def make_person(scene, rng, team, other):
     """One person, not yet in their place: what the quintuples hang on, and what they do not."""
-    person = Thing("person", 0, 0, rng.uniform(38, 48) if scene.hard else rng.uniform(52, 64))
+    person = Thing("person", 0, 0, rng.uniform(46, 54) if scene.hard else rng.uniform(54, 64))
     person.colour = pick_colour(rng)
     if scene.kind == "match":
         person.colour = rng.choices((team, pick_colour(rng, without=(team,)), NEUTRAL), (50, 40, 10))[0]
@@ -125,6 +126,13 @@ def place_people(scene, rng):
     if scene.kind == "pair":
         scene.things[1].y = scene.things[0].y
         scene.things[1].size = scene.things[0].size
+
+
+def prize_beside(person):
+    """A person's prize as a thing of its own, as large as in no hand: on the side where the other person is not."""
+    side = -1 if person.x < SIDE / 2 else 1
+    what = {"gold cup": "cup", "match ball": "ball"}[person.holds]
+    return Thing(what, person.x + side * 16, person.y + 0.25 * person.size, 20)
 
 
 # ---- the scripted expert ----
