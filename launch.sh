@@ -5,7 +5,7 @@
 #   ./launch.sh demo [--task more|jmere] [--seed N] [--output DIR]
 #                                         the whole pipeline on the embedded example, minutes on two cores
 #   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME] …
-#                                         JMERE-R1 with the paper's settings, see recipes/jmere-r1.sh
+#                                         JMERE-R1 with the paper's settings, see docs/recipes/jmere-r1.sh
 #   ./launch.sh test [pytest arguments]   the tests
 #
 # PYTHON=/path/to/python ./launch.sh …    use that interpreter as it is and install nothing
@@ -128,7 +128,7 @@ command=${1:-}; [ $# -gt 0 ] && shift
 case $command in
     setup) setup; echo "ready: $python" ;;
     demo) setup; processes_and_threads; demo "$@" ;;
-    jmere-r1) setup; processes_and_threads; . "$here/recipes/jmere-r1.sh"; jmere_r1 "$@" ;;
+    jmere-r1) setup; processes_and_threads; . "$here/docs/recipes/jmere-r1.sh"; jmere_r1 "$@" ;;
     test) setup; cd "$here"; OMP_NUM_THREADS=$(nproc) "$python" -m pytest "$@" ;;
     *) sed -n '2,12p' "$here/launch.sh" | cut -c3-; exit 2 ;;
 esac

@@ -1,6 +1,6 @@
 """What was tested beside the figures of the paper, as Markdown and JSON.
 
-    python -m grpo.paper_table recipes/jmere-r1/paper.json --runs runs/jmere-r1/test --output runs/jmere-r1/table
+    python -m grpo.paper_table docs/recipes/jmere-r1/paper.json --runs runs/jmere-r1/test --output runs/jmere-r1/table
 
 The recipe names the metrics and, for each row, the folder under --runs where grpo.evaluate wrote its metrics.json, and
 the paper's figures where it gives any. A row that was not run yet shows a dash; `<folder>_greedy` stands in a column of
@@ -56,7 +56,7 @@ def markdown(paper: dict, rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grpo.paper_table", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("recipe", type=Path, help="the paper's rows: recipes/*/paper.json")
+    parser.add_argument("recipe", type=Path, help="the paper's rows: docs/recipes/*/paper.json")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the evaluations' folders")
     parser.add_argument("--output", type=Path, required=True, help="where to write, without .md and .json")
     settings = parser.parse_args()
