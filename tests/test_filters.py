@@ -106,8 +106,8 @@ def test_equal_scores_are_decided_by_the_seed_for_each_sample_alone():
 
 
 @pytest.mark.parametrize("reply, score", [
-    ("<score>0.85</score>", 0.85), ("Rule 2 is broken.\n<score> 0.8 </score> That is all.", 0.8), ("<score>1</score>", 1),
-    ("<score>1.0</score>", 1), ("<score>0</score>", 0), ("0.9", None), ("", None), ("<score>1.5</score>", None),
+    ("<score>0.85</score>", 0.85), ("Rule 2 is broken.\n<score> 0.8 </score> That is all.", 0.8),
+    ("<score>1</score>", 1), ("<score>1.0</score>", 1), ("<score>0</score>", 0), ("0.9", None), ("", None), ("<score>1.5</score>", None),
     ("<score>-0.5</score>", None), ("<score>high</score>", None), ("<score>0.9</score> or <score>0.2</score>", None),
     ("<score>0.9</score> <score>none</score>", None)])
 def test_a_score_is_one_number_from_0_to_1_in_its_tags(reply, score):
@@ -135,7 +135,8 @@ def test_a_right_answer_is_spelled_as_the_gold_one(folder):
 
 def test_the_filters_prompts_show_reasoning_and_rules_but_the_re_prediction_no_gold_answer(folder):
     sample, told = jmere.load(folder, "train")[0], response("she waves")
-    expert, again, score = jmere.expert_prompt(sample), jmere.repredict_prompt(sample, told), jmere.score_prompt(sample, told)
+    expert = jmere.expert_prompt(sample)
+    again, score = jmere.repredict_prompt(sample, told), jmere.score_prompt(sample, told)
     assert GOLD in expert and GOLD in score and GOLD not in again
     for text in (again, score):
         assert "Image: she waves. Alignment: she. Quintuples: so." in text and "<think>" not in text
@@ -235,8 +236,9 @@ def test_an_ablation_reads_the_answers_that_another_run_has_paid_for(folder, poi
         annotated(folder, "openai:gpt-x", *BOTH)
         paid = len(http.requests)
         kept = tmp_path / "out" / "cot.responses.jsonl"
-        annotate.main(["--task", "jmere", "--data", str(folder), "--expert", "openai:gpt-x", "--fraction", "1", "--output",
-                       str(tmp_path / "other.jsonl"), "--candidates", "2", "--score", "True", "--responses", str(kept)])
+        annotate.main(["--task", "jmere", "--data", str(folder), "--expert", "openai:gpt-x", "--fraction", "1",
+                       "--output", str(tmp_path / "other.jsonl"), "--candidates", "2", "--score", "True",
+                       "--responses", str(kept)])
         assert len(http.requests) == paid and not (tmp_path / "other.responses.jsonl").exists()
 
 

@@ -36,7 +36,8 @@ def settings_of(calls):
 
 
 def test_the_main_line_goes_from_the_data_to_the_table(tmp_path):
-    status, text, calls = launch(tmp_path, *GIVEN, "--seed", "5", "--missing_images", "blank", "--", "--max_pixels", "3136")
+    words = ["--seed", "5", "--missing_images", "blank", "--", "--max_pixels", "3136"]
+    status, text, calls = launch(tmp_path, *GIVEN, *words)
     assert status == 0, text
     assert [name for name, _ in calls] == ["data.annotate", "sft.train", "grpo.evaluate", "grpo.evaluate", "grpo.train",
                                            "grpo.evaluate", "grpo.evaluate", "grpo.evaluate", "grpo.paper_table"]
@@ -63,8 +64,8 @@ def test_every_stage_gives_its_programs_settings_that_they_know(tmp_path):
         assert (data.repredict, data.score, data.responses) == (*filters, "out/mp_cot.responses.jsonl")
         assert by_output[f"out/warm_up_without_{name}"].responses == data.output
         assert by_output[f"out/without_{name}"].model == f"out/warm_up_without_{name}/model"
-        assert (by_output[f"out/cot_sft_without_{name}"].epochs, by_output[f"out/cot_sft_without_{name}"].responses) == (
-            20, data.output)
+        baseline = by_output[f"out/cot_sft_without_{name}"]
+        assert (baseline.epochs, baseline.responses) == (20, data.output)
     read = {settings.model for name, settings in settings_of(calls) if name != "data.annotate"}
     assert read <= {"a/model", *(f"{output}/model" for output in by_output)}
 
@@ -72,7 +73,8 @@ def test_every_stage_gives_its_programs_settings_that_they_know(tmp_path):
 @pytest.mark.parametrize("words, message", [
     (["--stage", "grop", "--model", "m", "--data", "d"], "error: jmere-r1: no stage grop"),
     (["--model", "m"], "error: jmere-r1: --data DIR expected"), (["--data", "d"], "error: jmere-r1: --model expected"),
-    (["--modle", "m"], "error: jmere-r1: no option --modle"), (["--model"], "error: jmere-r1: --model: no such option")])
+    (["--modle", "m"], "error: jmere-r1: no option --modle"),
+    (["--model"], "error: jmere-r1: --model: no such option")])
 def test_what_the_user_mistypes_is_one_line_and_status_2(tmp_path, words, message):
     status, text, calls = launch(tmp_path, *words)
     assert status == 2 and message in text and not calls

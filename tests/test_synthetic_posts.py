@@ -13,7 +13,7 @@ from data.synthetic_scene import CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, RGB, 
 from rewards import jmere as rewards
 
 TRAIN, TEST = 300, 300
-EVERYTHING = RGB | {f"sky {i}": sky for i, sky in enumerate(SKIES)} | {f"wall {i}": wall for i, wall in enumerate(WALLS)}
+EVERYTHING = RGB | {f"background {i}": colour for i, colour in enumerate((*SKIES, *WALLS))}
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +133,8 @@ def test_the_reader_takes_every_split_and_both_sizes_of_answer_occur(world, samp
 
 
 def annotated(world, tmp_path):
-    annotate.main(["--task", "jmere", "--data", str(world / "JMERE"), "--fraction", "1", "--candidates", "3", "--repredict",
-                   "True", "--score", "True", "--expert", f"file:{world / 'expert.jsonl'}",
+    annotate.main(["--task", "jmere", "--data", str(world / "JMERE"), "--fraction", "1", "--candidates", "3",
+                   "--repredict", "True", "--score", "True", "--expert", f"file:{world / 'expert.jsonl'}",
                    "--output", str(tmp_path / "cot.jsonl")])
     return ([json.loads(line) for line in (tmp_path / "cot.jsonl").read_text().splitlines()],
             json.loads((tmp_path / "cot.report.json").read_text()))

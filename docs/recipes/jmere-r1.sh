@@ -22,6 +22,7 @@
 
 jmere_r1() {
     local model="" data="" output=runs/jmere-r1 expert=openai:gpt-4o missing=stop seed=0 stage="" more=()
+    local recipes=$here/docs/recipes/jmere-r1
     while [ $# -gt 0 ]; do
         [ "$1" = -- ] && { shift; more=("$@"); break; }
         [ "$1" = --help ] && { sed -n '/^$/q; s/^# \{0,1\}//p' "$here/docs/recipes/jmere-r1.sh"; return; }
@@ -71,14 +72,13 @@ jmere_stage() { # the variables are jmere_r1's
         groups) for size in 2 4 16; do
                 jmere_train "groups_$size" grpo.train grpo "$output/cot_sft/model" --group_size $size
             done ;;
-        table)
-            one grpo.paper_table "$here/docs/recipes/jmere-r1/paper.json" --runs "$output/test" --output "$output/table" ;;
+        table) one grpo.paper_table "$recipes/paper.json" --runs "$output/test" --output "$output/table" ;;
         *) fail "jmere-r1: no stage $1 (./launch.sh jmere-r1 --help names them)" ;;
     esac
 }
 
 jmere_data() { # name, settings: what the expert has answered once is asked for no second time, whichever the filters
-    one data.annotate --config "$here/docs/recipes/jmere-r1/data.json" --data "$data" --expert "$expert" --seed "$seed" \
+    one data.annotate --config "$recipes/data.json" --data "$data" --expert "$expert" --seed "$seed" \
         --missing_images "$missing" --output "$output/$1.jsonl" --responses "$output/mp_cot.responses.jsonl" "${@:2}"
 }
 
@@ -91,7 +91,7 @@ jmere_filtered() {
 }
 
 jmere_train() { # name, program, recipe, model, settings
-    many "$2" --config "$here/docs/recipes/jmere-r1/$3.json" --model "$4" --data "$data" --seed "$seed" \
+    many "$2" --config "$recipes/$3.json" --model "$4" --data "$data" --seed "$seed" \
         --missing_images "$missing" --output "$output/$1" "${@:5}" "${more[@]}"
     local plain=()
     [ "$1" = sft ] && plain=(--reasoning False) # it has learned to answer at once
@@ -104,6 +104,6 @@ jmere_tests() {
 }
 
 jmere_test() { # name, model, settings
-    many grpo.evaluate --config "$here/docs/recipes/jmere-r1/test.json" --model "$2" --data "$data" --seed "$seed" \
+    many grpo.evaluate --config "$recipes/test.json" --model "$2" --data "$data" --seed "$seed" \
         --missing_images "$missing" --output "$output/test/$1" "${@:3}" "${more[@]}"
 }
