@@ -186,7 +186,9 @@ def test_the_pairing_is_the_best_of_all():
 def test_ten_thousand_quintuples_are_scored():
     gold = [(f"head {i}", "per", f"tail {i}", "org", RELATIONS[i % 4]) for i in range(21)]
     predicted = [(f"head {i}", "per", f"tail {i}", "org", RELATIONS[i % 4]) for i in range(10_000)]
+    start = time.process_time()
     parts = reward(thought(answer_text(predicted)), sample_with(*gold))
+    assert time.process_time() - start < 2  # measured: 0.17 s, 0.38 for twice as many
     text, gold_text = answer_text(predicted), answer_text(gold)
     assert parts["quintuple"] == pytest.approx(2 * 21 / 10_021)
     assert parts["partial"] == pytest.approx(21 * 5 / 50_000 + len(gold_text) / len(text))
