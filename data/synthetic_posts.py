@@ -16,10 +16,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.synthetic_scene import CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE, SKIES, Scene, Thing, paint, pick_colour
+from data.synthetic_scene import CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE, SKIES, Scene, Thing, paint
 from rewards.jmere import answer_text
 
 KINDS = {"match": 46, "award": 20, "home": 20, "pair": 14}  # how often, in percent
+SHIRTS = ("red", "blue", "green", "yellow")  # few, so that they are soon told apart in a picture with two people
 HARD = 0.4  # share of hard posts: smaller people in odd colours, clutter, long captions
 CANDIDATES = 3  # of the expert for every post
 GIVES_UP = 0.85  # how often the expert finds the second person of a hard post unclear
@@ -86,7 +87,7 @@ def draw_post(rng):
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     hard = rng.random() < HARD
     names = rng.sample(PEOPLE, 2)
-    team = pick_colour(rng)
+    team = rng.choice(SHIRTS)
     other = {"match": COLOURS[team][3], "award": rng.choice(PRIZES), "home": rng.choice(CITIES), "pair": ""}[kind]
     caption = rng.choice((LONG_CAPTIONS if hard else SHORT_CAPTIONS)[kind])
     text = caption.format(p=names[0], q=names[1], a=other, m=other, c=other)
@@ -99,7 +100,7 @@ def draw_post(rng):
     place_people(scene, rng)
     scene.things += [prize_beside(person) for person in scene.things if person.holds]
     if hard:
-        scene.decoys = [(rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), rng.uniform(3, 6), pick_colour(rng))
+        scene.decoys = [(rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), rng.uniform(3, 6), rng.choice(SHIRTS))
                         for _ in range(rng.randint(2, 5))]
     return Post(scene, tuple(names), other, hard and rng.random() < GIVES_UP)
 
@@ -107,9 +108,9 @@ def draw_post(rng):
 def make_person(scene, rng, team, other):
     """One person, not yet in their place: what the quintuples hang on, and what they do not."""
     person = Thing("person", 0, 0, rng.uniform(46, 54) if scene.hard else rng.uniform(54, 64))
-    person.colour = pick_colour(rng)
+    person.colour = rng.choice(SHIRTS)
     if scene.kind == "match":
-        person.colour = rng.choices((team, pick_colour(rng, without=(team,)), NEUTRAL), (50, 40, 10))[0]
+        person.colour = rng.choices((team, rng.choice([name for name in SHIRTS if name != team]), NEUTRAL), (50, 40, 10))[0]
         person.hat = rng.random() < 0.4
     elif scene.kind == "award":
         person.holds = rng.choices((other, "", *PRIZES), (40, 30, 15, 15))[0]
