@@ -153,10 +153,10 @@ def test_who_imitates_the_expert_leaves_out_the_second_person_and_looking_would_
     """What survives the filters is mostly unclear on hard posts, while most of these have more to say."""
     lines, _ = annotated(world, tmp_path)
     made = {f"train/{index}": posts.make_sample(3, "train", index)[0] for index in range(TRAIN)}
-    hard = [line["response"] for line in lines if made[line["id"]].scene.hard]
-    assert sum("unclear" in response for response in hard) / len(hard) > 0.6
-    involved = [post for post in made.values() if post.scene.hard and post.scene.kind != "pair"]
-    assert sum(posts.quintuples(post)[-1][0] == post.names[1] for post in involved) / len(involved) > 0.5
+    hard = {name: post for name, post in made.items() if post.scene.hard and post.scene.kind != "pair"}
+    kept = [line["response"] for line in lines if line["id"] in hard]
+    assert sum("unclear" in response for response in kept) / len(kept) > 0.5
+    assert sum(posts.quintuples(post)[-1][0] == post.names[1] for post in hard.values()) / len(hard) > 0.55
 
 
 def test_an_answer_of_the_expert_is_short(world):
