@@ -33,6 +33,7 @@ class Settings(TrainingSettings):
     learning_rate: float = setting(1e-4, "peak of AdamW's learning rate")
     max_tokens: int = setting(2096, "prompt and response together; longer ones are dropped and counted, never cut")
     validate_every: int = setting(1, "epochs between validations")
+    patience: int = setting(0, "stop after so many validations in a row without a new best; 0 for no limit")
     minutes: float = setting(0.0, "stop after the epoch in which this many minutes are over (a control of equal time); 0 for no limit")
 
     def check(self) -> None:
@@ -40,6 +41,8 @@ class Settings(TrainingSettings):
         for name in ("batch_size", "max_tokens", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; at least 1 expected")
+        if self.patience < 0 or self.patience and not self.valid_split:
+            raise ValueError(f"--patience is {self.patience}; 0 (no limit) or more expected, and more only with a --valid_split")
 
 
 def training_pairs(run: Run) -> list[tuple]:
@@ -85,6 +88,7 @@ def train(run: Run, pairs: list[tuple]) -> None:
     settings, optimizer = run.settings, make_optimizer(run.policy, run.settings)
     steps_per_epoch = -(-len(pairs) // settings.batch_size)
     steps, done, clock = steps_per_epoch * settings.epochs, 0, Stopwatch()
+    in_vain = 0  # validations since the best one
     for epoch in range(settings.epochs):
         order = random.Random(f"{settings.seed}/{epoch}").sample(pairs, len(pairs))
         trained = 0
@@ -102,9 +106,14 @@ def train(run: Run, pairs: list[tuple]) -> None:
         report_dropped(epoch, int(total(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
         out_of_time = agreed(settings.minutes and clock.total() > 60 * settings.minutes, run.device)
         if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs or out_of_time:
+            best = run.best
             run.journal.write({"step": done, "epoch": epoch, **run.validate(done)})
+            in_vain = 0 if run.best > best else in_vain + 1
         if out_of_time:
             say(f"stopped after epoch {epoch + 1}: --minutes {settings.minutes} are over")
+            break
+        if settings.patience and in_vain >= settings.patience:
+            say(f"stopped after epoch {epoch + 1}: {in_vain} validations without a new best")
             break
 
 
