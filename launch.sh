@@ -4,6 +4,9 @@
 #   ./launch.sh setup                     make .venv and install pinned dependencies; every other command does it too
 #   ./launch.sh demo [--task more|jmere] [--seed N] [--output DIR]
 #                                         the whole pipeline on the embedded example, minutes on two cores
+#   ./launch.sh more-r1 --model MODEL --data DIR [--output DIR] [--expert KIND:NAME] [--stage NAME[,NAME…]] …
+#                                         MORE-R1 with the paper's settings, see docs/recipes/more-r1.sh; a stage that
+#                                         is done is skipped
 #   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME] …
 #                                         JMERE-R1 with the paper's settings, see docs/recipes/jmere-r1.sh
 #   ./launch.sh test [pytest arguments]   the tests
@@ -46,7 +49,21 @@ many() { # a module under torchrun
 
 one() { OMP_NUM_THREADS=$(nproc) "$python" -m "$@"; }
 
+once() { # result, command: not again where <result>.done holds this very command
+    local mark=$1.done
+    shift
+    if [ -e "$mark" ]; then
+        [ "$(cat "$mark")" = "$*" ] || fail "$mark: found $(cat "$mark"); expected $*; remove it to do it again, or choose another --output"
+        echo "done before, skipped: $mark"
+        return
+    fi
+    "$@"
+    echo "$*" >"$mark"
+}
+
 title() { printf '\n\033[1m── %s\033[0m\n' "$*"; }
+
+. "$here/docs/recipes/more-r1.sh"
 
 # What the demo sets apart from the papers' settings: it is a thousandth of their size and learns from nothing.
 stage_1="--train_vision True --batch_size 32 --learning_rate 2e-3"
@@ -65,37 +82,25 @@ demo() {
     [ "$task" = more ] || [ "$task" = jmere ] || fail "--task $task: expected more or jmere"
     [ -n "$output" ] || { output=runs/demo; [ "$task" = more ] || output=runs/demo-jmere; }
     mkdir -p "$output"
-    local world=$output/world settings
-    settings="--task $task --seed $seed --max_completion_tokens 96"
+    local world=$output/world settings="--task $task --seed $seed --max_completion_tokens 96"
     "demo_$task"
+}
+
+results() { # the folders of three evaluations: before, after stage 1, after stage 2
     title "result"
-    one grpo.compare zero_shot="$output/zero_shot" sft="$output/sft" grpo="$output/grpo" --output "$output/results.json"
-    one grpo.report "$output/stage_1" "$output/stage_2" "$output/zero_shot" "$output/sft" "$output/grpo" \
-        --output "$output/report.html"
+    one grpo.compare zero_shot="$1" sft="$2" grpo="$3" --output "$output/results.json"
+    one grpo.report "$output/stage_1" "$output/stage_2" "$@" --output "$output/report.html"
 }
 
 demo_more() { # the variables of these two are demo's
-    local data=$world/MORE
+    # another seed in the same folder begins anew
+    [ "$(cat "$output/seed" 2>/dev/null)" = "$seed" ] || rm -f "$output"/*.done "$output"/test/*.done
+    echo "$seed" >"$output/seed"
     title "the embedded example: a small MORE-like world, a scripted expert, a tiny random Qwen2.5-VL"
-    one data.synthetic --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
-    title "cold-start data: a quarter of each label, what the expert wrote, filtered"
-    one data.annotate --task more --data "$data" --split train --fraction 0.25 --seed "$seed" \
-        --expert "file:$world/expert.jsonl" --output "$output/cold_start.jsonl"
-    title "zero-shot"
-    many grpo.evaluate $settings --model "$world/model" --data "$data" --output "$output/zero_shot" \
-        --reasoning False --max_completion_tokens 16
-    title "stage 1: supervised cold start (the whole tiny model: its vision encoder knows nothing yet)"
-    many sft.train $settings $stage_1 --epochs 16 --validate_every 4 --model "$world/model" --data "$data" \
-        --responses "$output/cold_start.jsonl" --output "$output/stage_1"
-    many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --output "$output/sft"
-    title "the split: what stage 1 answers rightly of the other three quarters is easy"
-    many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --split train \
-        --exclude "$output/cold_start.drawn.json" --output "$output/split"
-    title "stage 2: GRPO with progressive sample mixing"
-    many grpo.train $settings --learning_rate 2e-4 --max_rollouts 50 --validate_every 10 \
-        --reward_options min_length=150 --journal_every 5 --model "$output/stage_1/model" --data "$data" \
-        --predictions "$output/split/predictions.jsonl" --output "$output/stage_2"
-    many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
+    once "$world" one data.synthetic --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
+    more_r1 --model "$world/model" --data "$world/MORE" --expert "file:$world/expert.jsonl" --output "$output" \
+        --seed "$seed" --recipe "$here/docs/recipes/more-demo" --stage data,zero_shot,stage_1,split,stage_2
+    results "$output/test/zero_shot" "$output/test/stage_1" "$output/test/stage_2"
 }
 
 demo_jmere() {
@@ -116,6 +121,7 @@ demo_jmere() {
     many grpo.train $settings --objective jmere-r1 --learning_rate 1.5e-4 --max_rollouts 50 --validate_every 10 \
         --valid_split val --journal_every 5 --model "$output/stage_1/model" --data "$data" --output "$output/stage_2"
     many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
+    results "$output/zero_shot" "$output/sft" "$output/grpo"
 }
 
 processes_and_threads() {
@@ -128,7 +134,8 @@ command=${1:-}; [ $# -gt 0 ] && shift
 case $command in
     setup) setup; echo "ready: $python" ;;
     demo) setup; processes_and_threads; demo "$@" ;;
+    more-r1) setup; processes_and_threads; more_r1 "$@" ;;
     jmere-r1) setup; processes_and_threads; . "$here/docs/recipes/jmere-r1.sh"; jmere_r1 "$@" ;;
     test) setup; cd "$here"; OMP_NUM_THREADS=$(nproc) "$python" -m pytest "$@" ;;
-    *) sed -n '2,12p' "$here/launch.sh" | cut -c3-; exit 2 ;;
+    *) sed -n '2,15p' "$here/launch.sh" | cut -c3-; exit 2 ;;
 esac

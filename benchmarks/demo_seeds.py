@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROWS = {"zero-shot": "zero_shot", "Stage 1 (SFT)": "sft", "Stage 1, then more SFT (control)": "control", "Stage 1, then GRPO": "grpo"}
+ROWS = {"zero-shot": "test/zero_shot", "Stage 1 (SFT)": "test/stage_1", "Stage 1, then more SFT (control)": "control",
+        "Stage 1, then GRPO": "test/stage_2"}
 # Stage 1's settings, but a learning rate that neither forgets what was learned nor stands still.
 CONTROL = ("--train_vision True --epochs 1000 --batch_size 32 --learning_rate 5e-4 --schedule constant --validate_every 3 "
            "--max_completion_tokens 96")

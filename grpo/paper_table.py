@@ -2,9 +2,9 @@
 
     python -m grpo.paper_table docs/recipes/jmere-r1/paper.json --runs runs/jmere-r1/test --output runs/jmere-r1/table
 
-The recipe names the metrics and, for each row, the folder under --runs where grpo.evaluate wrote its metrics.json, and
-the paper's figures where it gives any. A row that was not run yet shows a dash; `<folder>_greedy` stands in a column of
-its own where it was run. Writes <output>.md and <output>.json.
+The recipe names the metrics and, for each row, the folder under --runs where grpo.evaluate wrote its metrics.json (none
+for a row that is only the paper's), and the paper's figures where it gives any. A row that was not run yet shows a dash;
+`<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json.
 """
 
 import argparse
@@ -26,10 +26,10 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def measured(folder: Path, metric: str) -> float | None:
+def measured(runs: Path, name: str | None, metric: str) -> float | None:
     """A metric of one evaluation in percent; None where there is no such evaluation."""
-    path = folder / "metrics.json"
-    if not path.exists():
+    path = runs / (name or "") / "metrics.json"
+    if not name or not path.exists():
         return None
     metrics = read_object(path)
     if metric not in metrics:
@@ -39,16 +39,22 @@ def measured(folder: Path, metric: str) -> float | None:
 
 def rows_of(paper: dict, runs: Path) -> list[dict]:
     """One {"title", metric: {"ours", "paper", "greedy"}} a row."""
-    return [{"title": row["title"], **{metric: {
-        "ours": measured(runs / row["folder"], metric), "paper": row.get(metric),
-        "greedy": measured(runs / f"{row['folder']}_greedy", metric)} for metric in paper["metrics"]}} for row in paper["rows"]]
+    rows = []
+    for row in paper["rows"]:
+        name = row.get("folder")
+        rows.append({"title": row["title"], **{metric: {
+            "ours": measured(runs, name, metric), "paper": row.get(metric),
+            "greedy": measured(runs, name and f"{name}_greedy", metric)} for metric in paper["metrics"]}})
+    return rows
 
 
 def markdown(paper: dict, rows: list[dict]) -> str:
-    """The table, three columns a metric."""
-    cells = [["%", *(f"{title}{what}" for title in paper["metrics"].values() for what in (", ours", ", paper", ", greedy"))]]
+    """The table: ours and the paper's, a metric at a time, and greedy where anything was run both ways."""
+    greedy = any(row[metric]["greedy"] is not None for row in rows for metric in paper["metrics"])
+    columns = ("ours", "paper", "greedy") if greedy else ("ours", "paper")
+    cells = [["%", *(f"{title}, {what}" for title in paper["metrics"].values() for what in columns)]]
     for row in rows:
-        values = [row[metric][what] for metric in paper["metrics"] for what in ("ours", "paper", "greedy")]
+        values = [row[metric][what] for metric in paper["metrics"] for what in columns]
         cells.append([row["title"], *("–" if value is None else f"{value:.2f}" for value in values)])
     lines = ["| " + " | ".join(line) + " |" for line in cells]
     return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:], "", f"Paper: {paper['source']}."]) + "\n"

@@ -92,3 +92,11 @@ def test_every_row_of_the_paper_has_a_stage_that_fills_it_and_every_stage_a_row(
         written |= {name for name in line.split(" | ") if "without" in name}
     written |= {f"groups_{size}" for size in re.search(r"for size in ([\d ]+);", script)[1].split()}
     assert rows == written
+
+
+def test_a_column_of_greedy_figures_is_there_only_where_some_were_measured(tmp_path, monkeypatch):
+    write_metrics(tmp_path / "test" / "grpo", f1=0.5, mner_f1=0.25)
+    paper = {**PAPER, "rows": [*PAPER["rows"], {"title": "only theirs", "f1": 1.5}]}
+    lines, rows = run(tmp_path, monkeypatch, paper)
+    assert lines[0] == "| % | F1, ours | F1, paper | MNER F1, ours | MNER F1, paper |"
+    assert lines[4] == "| only theirs | – | 1.50 | – | – |" and rows[2]["f1"]["ours"] is None

@@ -1,0 +1,151 @@
+"""./launch.sh more-r1: which programs it runs in which order, what it skips, and that its recipes hold the paper's settings."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import grpo.train
+import sft.train
+from data import annotate
+from grpo import evaluate
+from grpo.settings import parse
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "docs" / "recipes"
+# Stands in for the interpreter: notes how it was called, and leaves behind what the program would.
+STUB = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+[[ $* != *"$FAILS"* ]] || exit 1
+while [ $# -gt 1 ]; do
+    [ "$1" = --output ] && output=$2
+    shift
+done
+case $output in
+    *.jsonl) touch "$output" "${output%.jsonl}.drawn.json" ;;
+    ?*) mkdir -p "$output/model"; touch "$output/predictions.jsonl" ;;
+esac
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """A function of the command's words: (exit status, what it said, the programs' command lines)."""
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(*words, fails="nothing"):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "FAILS": fails, "PROCESSES": "2"}
+        done = subprocess.run([ROOT / "launch.sh", "more-r1", *words], env=environment, cwd=tmp_path, capture_output=True,
+                              text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr, [line.partition("-m ")[2] for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def programs(calls):
+    """Each call's program and the last part of what it writes."""
+    found = []
+    for call in calls:
+        call = re.sub(r"^torch.distributed.run.* -m ", "", call)
+        output = re.search(r"--output (\S+)", call)
+        found.append((call.split()[0], output[1].removeprefix("runs/more-r1/") if output else ""))
+    return found
+
+
+MODEL = ("--model", "M", "--data", "D")
+
+
+def test_the_whole_pipeline_is_one_line(launch):
+    status, said, calls = launch(*MODEL)
+    assert status == 0, said
+    assert programs(calls) == [
+        ("data.more", ""), ("data.annotate", "cold_start.jsonl"), ("sft.train", "stage_1"), ("grpo.evaluate", "test/stage_1"),
+        ("grpo.evaluate", "split"), ("grpo.train", "stage_2"), ("grpo.evaluate", "test/stage_2"), ("grpo.paper_table", "table")]
+    assert "--expert openai:gpt-4o" in calls[1]
+    assert "--model M" in calls[2] and "--responses runs/more-r1/cold_start.jsonl" in calls[2]
+    assert "--split train" in calls[4] and "--exclude runs/more-r1/cold_start.drawn.json" in calls[4]
+    assert "--model runs/more-r1/stage_1/model" in calls[5] and "--predictions runs/more-r1/split/predictions.jsonl" in calls[5]
+
+
+def test_what_is_done_is_skipped_and_said_and_what_was_cut_off_is_not(launch):
+    status, _, calls = launch(*MODEL, fails="grpo.train")
+    assert status == 1 and programs(calls)[-1] == ("grpo.train", "stage_2")
+    status, said, calls = launch(*MODEL)
+    assert programs(calls) == [("data.more", ""), ("grpo.train", "stage_2"), ("grpo.evaluate", "test/stage_2"),
+                               ("grpo.paper_table", "table")]
+    assert "done before, skipped: runs/more-r1/stage_1.done" in said
+
+
+def test_another_run_in_the_same_folder_is_refused(launch):
+    launch(*MODEL, "--stage", "data")
+    status, said, calls = launch(*MODEL, "--stage", "data", "--seed", "1")
+    assert status == 2 and not calls
+    assert "error: runs/more-r1/cold_start.done: found one data.annotate" in said and "--seed 1" in said
+
+
+def test_each_stage_alone_starts_from_what_is_there(launch):
+    status, said, _ = launch(*MODEL, "--stage", "stage_2")
+    assert status == 2 and "runs/more-r1/split/predictions.jsonl is not there yet; --stage split makes it" in said
+    launch(*MODEL)
+    status, _, calls = launch(*MODEL, "--stage", "zero_shot,label_only_25,gamma_0", "--", "--dtype", "float32")
+    assert status == 0 and programs(calls) == [
+        ("grpo.evaluate", "test/zero_shot"), ("sft.train", "label_only_25"), ("grpo.evaluate", "test/label_only_25"),
+        ("grpo.train", "gamma_0"), ("grpo.evaluate", "test/gamma_0")]
+    assert "--samples runs/more-r1/cold_start.drawn.json" in calls[1] and "--decay 0 --dtype float32" in calls[3]
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--modle", "M"), "no option --modle"), (("--data", "D"), "--model expected"), (("--model", "M"), "--data DIR expected"),
+    ((*MODEL, "--stage", "stage-3"), "no stage stage-3"), (("--model",), "no value behind it"),
+])
+def test_a_line_that_does_not_fit_is_refused_before_anything_runs(launch, words, message):
+    status, said, calls = launch(*words, *(() if "--stage" in words else ("--stage", "zero_shot")) if words != ("--model",) else ())
+    assert status == 2 and message in said and not calls
+
+
+def test_the_help_names_every_stage(launch):
+    said = launch("--help")[1]
+    script = (RECIPES / "more-r1.sh").read_text()
+    for stage in re.findall(r"^        (\w+)\)", script, re.MULTILINE):
+        assert re.search(rf"\b{stage}\b", said), stage
+
+
+PROGRAMS = {"data": annotate, "stage_1": sft.train, "label_only": sft.train, "stage_2": grpo.train, "test": evaluate,
+            "answer": evaluate}
+
+
+@pytest.mark.parametrize("recipe", ["more-r1", "more-demo"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_recipe_is_understood_by_its_program(recipe, name):
+    if recipe == "more-demo" and name == "label_only":
+        return
+    words = ["--config", str(RECIPES / recipe / f"{name}.json"), "--data", "d", "--output", "o"]
+    words += ["--expert", "file:x"] if name == "data" else ["--model", "m"]
+    settings = parse(PROGRAMS[name].Settings, words)
+    assert settings.task == "more"
+
+
+def test_the_recipes_hold_the_papers_settings():
+    stage_1, label_only, stage_2 = (json.loads((RECIPES / "more-r1" / f"{name}.json").read_text())
+                                    for name in ("stage_1", "label_only", "stage_2"))
+    assert {**stage_1, "max_completion_tokens": 64} == label_only
+    wanted = {"epochs": 20, "batch_size": 8 * 8 * 2, "learning_rate": 1e-4, "warmup": 0.05, "max_tokens": 2096, "train_vision": False}
+    assert wanted.items() <= stage_1.items()
+    wanted = {"epochs": 4, "learning_rate": 1e-6, "warmup": 0.05, "temperature": 0.8, "max_completion_tokens": 1024, "clip_low": 0.2,
+              "clip_high": 0.2, "beta": 0.001, "kl": "k3", "updates": 2, "decay": 0.5, "mixing": "progressive"}
+    assert wanted.items() <= stage_2.items()
+    assert stage_2["prompts_per_rollout"] * stage_2["group_size"] == 128
+
+
+def test_every_row_of_the_paper_has_a_stage_that_fills_it_and_every_tested_stage_a_row():
+    rows = json.loads((RECIPES / "more-r1" / "paper.json").read_text())["rows"]
+    script = (RECIPES / "more-r1.sh").read_text()
+    tested = set(re.findall(r"more_test (\w+) ", script)) | set(re.findall(r"more_grpo (\w+) ", script))
+    assert {row["folder"] for row in rows if "folder" in row} == tested
+    assert next(row for row in rows if row.get("folder") == "stage_2")["f1"] == 67.80
