@@ -7,7 +7,7 @@ writes beside each other
     cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
     cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave them all out
     cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
-    cold_start.responses.jsonl  what --expert openai:MODEL answered, as it came (data/expert.py)
+    cold_start.responses.jsonl  what --expert openai:MODEL or local:MODEL answered, as it came
 
 JMERE-R1's data has several candidates a sample and two filters more (data/filters.py):
 
@@ -36,7 +36,8 @@ class Settings:
 
     data: str = required("folder of the task's dataset")
     expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, "
-                           "or openai:MODEL, asked at OPENAI_BASE_URL with OPENAI_API_KEY")
+                           "openai:MODEL, asked at OPENAI_BASE_URL with OPENAI_API_KEY, "
+                           "or local:MODEL, a checkpoint folder or hub name that runs here")
     output: str = required("JSONL to write; the drawn ids and the report go beside it")
     task: str = setting("more", "a task here (more, jmere), a module of yours, or data_module,rewards_module")
     split: str = setting("train", "split to draw from")
@@ -50,10 +51,11 @@ class Settings:
     score: bool = setting(False, "have the expert score each candidate by the task's rules, and keep the best "
                                  "(one more request a candidate)")
     score_threshold: float = setting(0.7, "drop candidates with a score below it")
-    template: str = setting("", "openai: file with the prompt in your own words; {question}, {answer}, "
+    template: str = setting("", "openai, local: file with the prompt in your own words; {question}, {answer}, "
                                 "{text} and the sample's other fields are filled in")
-    expert_options: str = setting('{"max_tokens": 2048}', "openai: JSON object that goes into every request")
-    responses: str = setting("", "openai: JSONL with all answers so far, none of which is asked for again "
+    expert_options: str = setting('{"max_tokens": 2048}', "openai: JSON object that goes into every request; "
+                                                              "local: its max_tokens, temperature, top_p, top_k, seed")
+    responses: str = setting("", "openai, local: JSONL with all answers so far, none of which is asked for again "
                                  "(default: beside the output)")
     concurrency: int = setting(8, "openai: requests at a time")
     attempts: int = setting(6, "openai: how often a sample is tried, with longer and longer pauses")
@@ -88,21 +90,38 @@ def file_expert(path: str) -> Ask:
     return lambda requests: {one.id: responses[one.id] for one in requests if one.id in responses}
 
 
-def endpoint_expert(model: str, settings: Settings) -> Ask:
-    """Responses asked for over HTTP, but for those that are in the .responses.jsonl beside the output."""
+def expert_options(settings: Settings) -> dict:
     try:
         options = json.loads(settings.expert_options)
     except ValueError:
         options = None
     if not isinstance(options, dict):
         raise ValueError(f"--expert_options {settings.expert_options}: a JSON object expected")
+    return options
+
+
+def responses_path(settings: Settings) -> Path:
+    return Path(settings.responses or Path(settings.output).with_suffix(".responses.jsonl"))
+
+
+def endpoint_expert(model: str, settings: Settings) -> Ask:
+    """Responses asked for over HTTP, but for those that are in the .responses.jsonl beside the output."""
+    options = expert_options(settings)
     if settings.concurrency < 1 or settings.attempts < 1 or settings.timeout <= 0:
         raise ValueError("--concurrency, --attempts and --timeout must be above 0")
     endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout,
                                          attempts=settings.attempts)
-    path = Path(settings.responses or Path(settings.output).with_suffix(".responses.jsonl"))
-    return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), path,
+    return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), responses_path(settings),
                                     template=template_of(settings), concurrency=settings.concurrency)
+
+
+def checkpoint_expert(model: str, settings: Settings) -> Ask:
+    """Responses of a checkpoint that runs here, kept in the same file."""
+    from data import local_expert  # the engine is loaded for this expert alone
+
+    options = local_expert.check_options(expert_options(settings))
+    return lambda requests: local_expert.ask_all(model, requests, responses_path(settings), options=options,
+                                          template=template_of(settings))
 
 
 def template_of(settings: Settings) -> str:
@@ -131,7 +150,9 @@ def find_expert(settings: Settings) -> Ask:
         return file_expert(rest)
     if kind == "openai" and rest:
         return endpoint_expert(rest, settings)
-    raise ValueError(f"--expert {settings.expert}: file:PATH or openai:MODEL expected")
+    if kind == "local" and rest:
+        return checkpoint_expert(rest, settings)
+    raise ValueError(f"--expert {settings.expert}: file:PATH, openai:MODEL or local:MODEL expected")
 
 
 def examples(fallen: list[Fallen], task: Task) -> list[dict]:

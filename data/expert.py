@@ -172,12 +172,8 @@ def ask_all(endpoint: Endpoint, samples: list, prompt_of: Callable, path: Path, 
     `prompt_of(sample)` is (pictures, text), called only for what is asked. A sample without a response is
     left out; as many in a row as there are requests at a time, at least three, are a ValueError.
     """
-    asked = json.dumps([endpoint.model, endpoint.options, template])
-    request = hashlib.sha256(asked.encode()).hexdigest()[:12]
-    answers = read_answers(path, request)
-    missing = [sample for sample in samples if sample.id not in answers]
-    if len(missing) < len(samples):
-        say(f"{path}: {len(samples) - len(missing)} of {len(samples)} responses are there already")
+    request = request_digest(endpoint.model, endpoint.options, template)
+    answers, missing = answered_before(path, samples, request)
     stop, lock, new = threading.Event(), threading.Lock(), {}
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -212,6 +208,20 @@ def _wait_for(futures: list, bar, most_in_a_row: int) -> None:
         bar.update()
     if total:
         say(f"no response for {total} of {len(futures)} samples (another run asks again); the last: {reason}")
+
+
+def request_digest(model: str, options: dict, template: str) -> str:
+    """What answers must have in common to stand in one file."""
+    return hashlib.sha256(json.dumps([model, options, template]).encode()).hexdigest()[:12]
+
+
+def answered_before(path: Path, requests: list, request: str) -> tuple[dict[str, dict], list]:
+    """What earlier runs were answered, and the requests that are left to ask."""
+    answers = read_answers(path, request)
+    missing = [one for one in requests if one.id not in answers]
+    if len(missing) < len(requests):
+        say(f"{path}: {len(requests) - len(missing)} of {len(requests)} responses are there already")
+    return answers, missing
 
 
 def cost_line(answers: dict[str, dict]) -> str:

@@ -155,7 +155,7 @@ def test_a_task_without_words_of_its_own_is_filtered_by_its_format_reward(folder
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--expert", "gpt-4o"], "error: --expert gpt-4o: file:PATH or openai:MODEL expected"),
+    (["--expert", "gpt-4o"], "error: --expert gpt-4o: file:PATH, openai:MODEL or local:MODEL expected"),
     (["--expert", "file:gone.jsonl"], "error: .*gone.jsonl"),
     (["--expert", "file:expert.jsonl", "--task", "mroe"], "error: unknown task 'mroe'"),
     (["--expert", "file:expert.jsonl", "--fraction", "2"], "error: fraction 2.0"),
