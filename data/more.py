@@ -68,6 +68,22 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
     return samples
 
 
+def sample_from(image, text: str, *, box: str, entity: str, data) -> Sample:
+    """One sample of the user's own, without a label: what grpo.predict answers.
+
+    `box` is "cx,cy,w,h" in fractions of the picture; the candidates are those of the rel2id.json in `data`. Raises a
+    one-line ValueError or FileNotFoundError for what does not fit.
+    """
+    try:
+        cx, cy, w, h = (float(part) for part in box.split(","))
+    except ValueError:
+        raise ValueError(f"box is {box!r}; cx,cy,w,h in fractions of the picture expected") from None
+    if not entity.strip() or entity not in text:
+        raise ValueError(f"the entity {entity!r} does not stand in the text {text[:60]!r}")
+    check_box((cx, cy, w, h), check_picture(image, "this sample"), "this sample")
+    return Sample("this sample", Path(image), (cx, cy, w, h), text, entity, "", read_labels(data))
+
+
 def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
     """([picture, its crop to the object] in RGB, the question): MORE-R1's equation 1."""
     if sample.image is None:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 # What the programs call. A task may also offer, for data.annotate:
 #   data half: expert_prompt(sample) -> str, normalise_response(response, sample) -> str
 #   rewards half: fault(completion, sample) -> str | None, what breaks the structure
+# and for grpo.predict, in the data half, sample_from(…) with any of these by name: image, text, box, entity, data;
+# and for grpo.evaluate, in the rewards half, per_label(completions, samples) -> {label: {figure: value}}.
 DATA_NAMES = ("load", "build_prompt", "target", "stratum", "is_none")
 REWARD_NAMES = ("WEIGHTS", "reward", "correct", "metrics", "parse")
 

@@ -1,0 +1,107 @@
+"""One sample of your own, answered: what the model thinks and what it says.
+
+    python -m grpo.predict --model runs/more-r1/stage_2/model --image a.jpg --box 0.4,0.5,0.2,0.3 \\
+        --text "Celtics beat Heat" --entity Celtics
+
+A task takes part by offering `sample_from` in its data half, whose parameters say which of --image, --text, --box,
+--entity and --data it needs: MORE asks for all of them, JMERE for a picture and a text.
+"""
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.task import Task, resolve_task
+from grpo.checkpoint import load_policy
+from grpo.encode import Encoder
+from grpo.rollout import Sampling, sample
+from grpo.settings import parse, required, run_program, setting
+from grpo.sharding import compute_dtype
+
+PARTS = ("image", "text", "box", "entity", "data")
+
+
+@dataclass
+class Settings:
+    """Answer one sample."""
+
+    model: str = required("checkpoint folder or hub name of Qwen2.5-VL weights")
+    task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's own, else more")
+    image: str = setting("", "the picture's file")
+    text: str = setting("", "the text that goes with it")
+    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the picture")
+    entity: str = setting("", "MORE: the entity, as it stands in the text")
+    data: str = setting("", "dataset folder with the candidate labels; empty: the one that the model was trained on")
+    reasoning: bool = setting(True, "ask for <think>…</think>; off for a model that was trained on bare answers")
+    temperature: float = setting(0.0, "0 is greedy")
+    seed: int = setting(0, "of the sampling noise")
+    max_completion_tokens: int = setting(1024, "longest completion, end token included")
+    max_pixels: int = setting(1280 * 28 * 28, "largest area of a picture in pixels; 28 × 28 become one token")
+    dtype: str = setting("auto", "what is computed in; auto: bfloat16 on a GPU that has it",
+                         choices=("auto", "float32", "bfloat16"))
+
+
+def trained_with(model: str) -> dict:
+    """The settings that stand beside a trained model's folder; {} where there are none."""
+    path = Path(model).parent / "settings.json"
+    if not Path(model).is_dir() or not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: expected the settings of a training run; "
+                         "--task and --data take their place where it is moved away") from None
+
+
+def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = ""):
+    """The task's sample of what was given; ValueError for what it needs and did not get, or got and cannot use.
+
+    usual_data takes the place of --data where the task reads one and none is given.
+    """
+    if not hasattr(task.data, "sample_from"):
+        raise ValueError(f"task {name} makes no samples of one's own: {task.data.__name__} has no sample_from")
+    parameters = inspect.signature(task.data.sample_from).parameters
+    takes = f"task {name} takes {', '.join(f'--{part}' for part in parameters)}"
+    for part, value in given.items():
+        if value and part not in parameters:
+            raise ValueError(f"--{part}: {takes}")
+    given = {**given, "data": given["data"] or usual_data}
+    for part, parameter in parameters.items():
+        if parameter.default is parameter.empty and not given.get(part):
+            raise ValueError(f"--{part} expected; {takes}")
+    return task.data.sample_from(**{part: given[part] for part in parameters if given.get(part)})
+
+
+def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
+    """The completion's text, and whether it ended by itself."""
+    pictures, text = task.data.build_prompt(one, reasoning=settings.reasoning)
+    encoder, device = Encoder(settings.model, settings.max_pixels), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature,
+                        seed=f"{settings.seed}/predict")
+    policy = load_policy(settings.model, compute_dtype(settings.dtype, device)).requires_grad_(False).to(device)
+    group, = sample(policy, [encoder.encode(pictures, text, one, one.id)], 1, sampling)
+    return encoder.decode(group.completions[0]), group.finished[0]
+
+
+def main(words: list[str] | None = None) -> None:
+    settings = parse(Settings, words)
+    before = trained_with(settings.model)
+    name = settings.task or before.get("task", "more")
+    task = resolve_task(name)
+    given = {part: getattr(settings, part) for part in PARTS}
+    one = own_sample(task, name, given, before.get("data", "") if before.get("task") == name else "")
+    completion, finished = complete(settings, task, one)
+    print(completion)
+    if not finished:
+        print(f"(cut off after --max_completion_tokens {settings.max_completion_tokens})")
+    answer = task.rewards.parse(completion, one)
+    if isinstance(answer, list):
+        answer = "\n".join(map(str, answer)) or "nothing"
+    print(f"\nanswer: {'none that can be read' if answer is None else answer}")
+
+
+if __name__ == "__main__":
+    run_program(main)
