@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 8 -m grpo.evaluate --model runs/stage-1/model --data MORE --split test --output runs/test
 
-writes <output>/predictions.jsonl, one {id, completion, correct, reward parts, votes} a sample, and <output>/metrics.json.
+writes <output>/predictions.jsonl, one {id, completion, correct, reward parts, votes} a sample, <output>/metrics.json, and
+<output>/per_label.json where the task counts by label.
 """
 
 import json
@@ -70,6 +71,15 @@ def write_predictions(path: Path, task, samples: list, voted: list[tuple[str, in
     new.replace(path)
 
 
+def report_by_label(path: Path, task, samples: list, texts: list[str]) -> None:
+    """The task's own figures for each label, as a table to look at and as JSON."""
+    figures = task.rewards.per_label(texts, samples)
+    write_json(path, figures)
+    columns = list(next(iter(figures.values())))
+    show = lambda value: f"{100 * value:.2f}" if isinstance(value, float) else str(value)
+    say(table([["label (shares in %)", *columns], *([label, *map(show, row.values())] for label, row in figures.items())]))
+
+
 def main() -> None:
     settings = parse(Settings)
     settings.check()
@@ -86,9 +96,12 @@ def main() -> None:
     if rank() == 0:
         output.mkdir(parents=True, exist_ok=True)
         voted = [majority(task.rewards, texts, sample) for texts, sample in zip(several, samples)]
-        metrics = {**task.rewards.metrics([text for text, _ in voted], samples), "samples": len(samples),
+        texts = [text for text, _ in voted]
+        metrics = {**task.rewards.metrics(texts, samples), "samples": len(samples),
                    "seconds": round(watch.total(), 1)}
         write_predictions(output / "predictions.jsonl", task, samples, voted, options)
+        if hasattr(task.rewards, "per_label"):
+            report_by_label(output / "per_label.json", task, samples, texts)
         write_json(output / "metrics.json", metrics)
         record_settings(settings, output)
         say(table([["metric", settings.split], *([name, f"{value:.4g}"] for name, value in metrics.items())]))

@@ -85,7 +85,7 @@ def metrics(completions: list[str], samples: list) -> dict[str, float]:
 
 
 def per_label(completions: list[str], samples: list) -> dict[str, dict[str, float]]:
-    """For every candidate label: precision, recall, f1, and the counts gold, predicted and right behind them.
+    """For every candidate label: precision, recall, f1, and the counts behind them: support (gold), predicted, right.
 
     `none` has its row here too, although the micro figures leave it out.
     """
@@ -94,7 +94,7 @@ def per_label(completions: list[str], samples: list) -> dict[str, dict[str, floa
     for label in dict.fromkeys(label for sample in samples for label in sample.labels):
         right = sum(answer == gold == label for answer, gold in zip(answers, golds))
         predicted, gold = answers.count(label), golds.count(label)
-        counts = {"gold": gold, "predicted": predicted, "right": right}
+        counts = {"support": gold, "predicted": predicted, "right": right}
         table[label] = {**_scores(right, predicted, gold), **counts}
     return table
 

@@ -316,6 +316,16 @@ def test_an_asked_expert_ends_in_cold_start_data(samples, tmp_path, surroundings
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
+def test_an_endpoint_that_knows_no_such_key_ends_the_program_and_leaves_no_data(samples, tmp_path, surroundings, capfd):
+    with server(lambda number, body: (401, {"error": f"no such key: {KEY}"})) as http:
+        surroundings(http)
+        with pytest.raises(ValueError, match="chat/completions answered 401: .*no such key: .key.") as caught:
+            annotated(tmp_path, "--concurrency", "2")
+        assert len(http.requests) <= 4
+    assert "\n" not in str(caught.value) and KEY not in str(caught.value) + "".join(capfd.readouterr())
+    assert not (tmp_path / "cold.jsonl").exists()
+
+
 def test_a_template_takes_the_place_of_the_prompt(samples, tmp_path, surroundings):
     (tmp_path / "mine.txt").write_text('"{text}" and {entity}: {answer}, of {labels}. Keep {this}.')
     with server(lambda number, body: (200, completion("no"))) as http:

@@ -136,7 +136,7 @@ def test_every_label_has_its_own_row():
     golds = samples("none", "none", GOLD, GOLD)
     table = per_label(answers("none", GOLD, GOLD, "nonsense"), golds)
     assert list(table) == list(LABELS)
-    assert table[GOLD] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "gold": 2, "predicted": 2, "right": 1}
+    assert table[GOLD] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2, "predicted": 2, "right": 1}
     assert table["none"]["recall"] == 0.5 and table["none"]["precision"] == 1
     assert table["/per/per/peer"]["f1"] == 0
 

@@ -109,6 +109,9 @@ def test_an_evaluation_writes_a_prediction_for_every_sample_in_order(folder):
     assert [line["id"] for line in predictions] == [f"test/{i}" for i in range(12)]
     metrics = json.loads((folder / "test" / "metrics.json").read_text())
     assert metrics["accuracy"] == sum(line["correct"] for line in predictions) / 12
+    by_label = json.loads((folder / "test" / "per_label.json").read_text())
+    assert sum(row["support"] for row in by_label.values()) == 12 and "/per/org/member_of" in by_label
+    assert sum(row["right"] for row in by_label.values()) == sum(line["correct"] for line in predictions)
 
 
 def test_in_a_terminal_a_bar_shows_the_work_and_the_result_stands_below_it(folder, tmp_path):
