@@ -53,7 +53,8 @@ once() { # result, command: not again where <result>.done holds this very comman
     local mark=$1.done
     shift
     if [ -e "$mark" ]; then
-        [ "$(cat "$mark")" = "$*" ] || fail "$mark: found $(cat "$mark"); expected $*; remove it to do it again, or choose another --output"
+        [ "$(cat "$mark")" = "$*" ] ||
+            fail "$mark: found $(cat "$mark"); expected $*; remove it to do it again, or choose another --output"
         echo "done before, skipped: $mark"
         return
     fi

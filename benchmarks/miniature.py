@@ -1,4 +1,4 @@
-"""MORE-R1's claims in miniature: every row of its table and the mixing ablations on the embedded world, five paired seeds.
+"""MORE-R1's claims in miniature: the rows of its table and the mixing ablations on the embedded world, five seeds.
 
     python -m benchmarks.miniature --output runs/miniature
 
@@ -38,13 +38,16 @@ SPLIT = 600  # of the 3,600 samples that the cold start left: four epochs of wha
 MIXINGS = {"raw": "--mixing raw", "equal": "--decay 1", "hard": "--decay 0"}  # against full: --decay 0.5
 
 ROWS = {  # folder of the evaluation -> title, the row of the paper's table
-    "zero_shot_test": "zero-shot", "label_quarter_test": "label-only SFT (25%)", "label_all_test": "label-only SFT (all)",
+    "zero_shot_test": "zero-shot",
+    "label_quarter_test": "label-only SFT (25%)", "label_all_test": "label-only SFT (all)",
     "stage_1_test": "Stage 1", "full_test": "Stage 1 + GRPO, γ = 0.5 (full)",
     "raw_test": "… raw mixing", "equal_test": "… γ = 1", "hard_test": "… γ = 0",
 }
-PAPER = {"zero_shot_test": 24.84, "label_quarter_test": 52.96, "label_all_test": 59.56, "stage_1_test": 62.69, "full_test": 67.80}
+PAPER = {"zero_shot_test": 24.84, "label_quarter_test": 52.96, "label_all_test": 59.56, "stage_1_test": 62.69,
+         "full_test": 67.80}  # F1
 PAIRS = [  # what the paper says is better, and than what
-    ("label_all_test", "label_quarter_test"), ("stage_1_test", "label_quarter_test"), ("stage_1_test", "label_all_test"),
+    ("label_all_test", "label_quarter_test"),
+    ("stage_1_test", "label_quarter_test"), ("stage_1_test", "label_all_test"),
     ("full_test", "stage_1_test"), ("full_test", "raw_test"), ("full_test", "equal_test"), ("full_test", "hard_test"),
 ]
 
@@ -81,17 +84,20 @@ def stages(home: Path, seed: int) -> list[Stage]:
         add(f"{name}_test", name, "grpo.evaluate", f"--model {home / name / 'model'} --data {data} {how}")
 
     add("world", "", "data.synthetic", f"--train {TRAIN} --valid {VALID} --test {TEST}")
-    add("cold_start", "world", "data.annotate", f"--data {data} --expert file:{home / 'world' / 'expert.jsonl'}", "/data.jsonl")
-    train("stage_1", "cold_start", "sft.train", f"--model {model} {SFT} {REASON} --responses {responses} {QUARTER}", REASON)
-    add("split", "stage_1", "grpo.evaluate", f"--model {home / 'stage_1' / 'model'} --data {data} {REASON} --split train "
-                                             f"--exclude {drawn} --limit {SPLIT}")
+    expert = home / "world" / "expert.jsonl"
+    add("cold_start", "world", "data.annotate", f"--data {data} --expert file:{expert}", "/data.jsonl")
+    sft = f"--model {model} {SFT} {REASON} --responses {responses} {QUARTER}"
+    train("stage_1", "cold_start", "sft.train", sft, REASON)
+    split = f"--data {data} {REASON} --split train --exclude {drawn} --limit {SPLIT}"
+    add("split", "stage_1", "grpo.evaluate", f"--model {home / 'stage_1' / 'model'} {split}")
     grpo = f"--model {home / 'stage_1' / 'model'} {GRPO} {REASON} --predictions {home / 'split' / 'predictions.jsonl'}"
     train("full", "split", "grpo.train", grpo, REASON)
-    for name, mixing in MIXINGS.items():  # as many rollouts as the full one's four epochs, however many epochs those are
+    for name, mixing in MIXINGS.items():  # as many rollouts as the full one's four epochs, whatever epochs those are
         train(name, "full", "grpo.train", f"{grpo} {mixing} --epochs 6 --max_rollouts {{rollouts}}", REASON)
     label = f"--model {model} {SFT} {LABEL}"
     train("label_all", "cold_start", "sft.train", f"{label} {ALL}", f"--reasoning False {LABEL}")
-    train("label_quarter", "cold_start", "sft.train", f"{label} --samples {drawn} {QUARTER}", f"--reasoning False {LABEL}")
+    quarter = f"{label} --samples {drawn} {QUARTER}"
+    train("label_quarter", "cold_start", "sft.train", quarter, f"--reasoning False {LABEL}")
     add("zero_shot_test", "world", "grpo.evaluate", f"--model {model} --data {data} --reasoning False {LABEL}")
     return made
 
@@ -143,7 +149,8 @@ def run_all(waiting: list[Stage], at_once: int) -> None:
             process.join()
             if process.exitcode:
                 raise ValueError(f"{stage.folder}: ended with {process.exitcode}; {stage.folder / 'log.txt'} says why")
-            print(f"{time.strftime('%H:%M:%S')}  {stage.folder}: {json.loads(stage.done.read_text())['seconds']:.0f} s", flush=True)
+            seconds = json.loads(stage.done.read_text())["seconds"]
+            print(f"{time.strftime('%H:%M:%S')}  {stage.folder}: {seconds:.0f} s", flush=True)
 
 
 # ---- what is said about it ----
@@ -167,12 +174,14 @@ def markdown(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def results(homes: list[Path]) -> dict:
-    """Every row's percentages by seed, the paired differences in F1, what Stage 1 and the split looked like, the time."""
+    """Every row's percentages by seed, the paired differences in F1, the course of the training, the time."""
     rows = {row: metrics_of(homes, row) for row in ROWS}
-    differences = {f"{better} - {worse}": [a - b for a, b in zip(rows[better]["f1"], rows[worse]["f1"])] for better, worse in PAIRS}
+    differences = {f"{better} - {worse}": [a - b for a, b in zip(rows[better]["f1"], rows[worse]["f1"])]
+                   for better, worse in PAIRS}
     took = [json.loads(path.read_text()) for home in homes for path in home.glob("*/done.json")]
     return {"rows": rows, "differences": differences, "course": [course(home) for home in homes],
-            "seconds": sum(stage["seconds"] for stage in took), "core_seconds": sum(stage["core_seconds"] for stage in took)}
+            "seconds": sum(stage["seconds"] for stage in took),
+            "core_seconds": sum(stage["core_seconds"] for stage in took)}
 
 
 def course(home: Path) -> dict:
@@ -181,21 +190,23 @@ def course(home: Path) -> dict:
     easy = [json.loads(line)["correct"] for line in (home / "split" / "predictions.jsonl").read_text().splitlines()]
     best = {name: json.loads((home / name / "best.json").read_text())["step"] for name in ("full", *MIXINGS)}
     return {"stage_1_validation": [round(100 * line["valid/f1"], 1) for line in lines if "valid/f1" in line],
-            "hard": easy.count(False), "easy": easy.count(True), "rollouts": rollouts_of(home / "full"), "best_rollout": best}
+            "hard": easy.count(False), "easy": easy.count(True), "rollouts": rollouts_of(home / "full"),
+            "best_rollout": best}
 
 
 def figures(found: dict, seeds: list[int]) -> str:
     """What goes into the document."""
-    table = [[title, *(spread(found["rows"][row][metric]) for metric in METRICS), f"{PAPER[row]:.2f}" if row in PAPER else ""]
+    table = [[title, *(spread(found["rows"][row][metric]) for metric in METRICS), f"{PAPER.get(row, '')}"]
              for row, title in ROWS.items()]
     pairs = [[f"{ROWS[better]} − {ROWS[worse]}", spread(values), f"{sum(v > 0 for v in values)} of {len(values)}",
               *(f"{value:+.1f}" for value in values)]
              for (better, worse), values in zip(PAIRS, found["differences"].values())]
-    courses = [[str(seed), " ".join(map(str, one["stage_1_validation"])), f"{one['hard']} / {one['easy']}", str(one["rollouts"]),
-                " / ".join(map(str, one["best_rollout"].values()))] for seed, one in zip(seeds, found["course"])]
+    courses = [[str(seed), " ".join(map(str, one["stage_1_validation"])), f"{one['hard']} / {one['easy']}",
+                str(one["rollouts"]), " / ".join(map(str, one["best_rollout"].values()))]
+               for seed, one in zip(seeds, found["course"])]
     return "\n\n".join([
-        f"{len(seeds)} seeds, {TEST:,} test samples each, percent, mean ± standard deviation over the seeds; written by "
-        f"`python -m benchmarks.miniature` on {time.strftime('%Y-%m-%d')} in {found['core_seconds'] / 60:.0f} core-minutes.",
+        f"{len(seeds)} seeds, {TEST:,} test samples each, percent, mean ± standard deviation over the seeds; "
+        f"`python -m benchmarks.miniature`, {time.strftime('%Y-%m-%d')}, {found['core_seconds'] / 60:.0f} core-minutes.",
         markdown(["", "Acc", "P", "R", "F1", "F1 in the paper"], table),
         "F1, paired by seed:",
         markdown(["", "difference", "above 0", *(f"seed {seed}" for seed in seeds)], pairs),

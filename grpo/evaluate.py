@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 -m grpo.evaluate --model runs/stage-1/model --data MORE --split test --output runs/test
 
-writes <output>/predictions.jsonl, one {id, completion, correct, reward parts, votes} a sample, <output>/metrics.json, and
-<output>/per_label.json where the task counts by label.
+writes <output>/predictions.jsonl, one {id, completion, correct, reward parts, votes} a sample, <output>/metrics.json,
+and <output>/per_label.json where the task counts by label.
 """
 
 import json
@@ -77,7 +77,8 @@ def report_by_label(path: Path, task, samples: list, texts: list[str]) -> None:
     write_json(path, figures)
     columns = list(next(iter(figures.values())))
     show = lambda value: f"{100 * value:.2f}" if isinstance(value, float) else str(value)
-    say(table([["label (shares in %)", *columns], *([label, *map(show, row.values())] for label, row in figures.items())]))
+    rows = [[label, *map(show, row.values())] for label, row in figures.items()]
+    say(table([["label (shares in %)", *columns], *rows]))
 
 
 def main() -> None:

@@ -78,7 +78,8 @@ def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "
 def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
     """The completion's text, and whether it ended by itself."""
     pictures, text = task.data.build_prompt(one, reasoning=settings.reasoning)
-    encoder, device = Encoder(settings.model, settings.max_pixels), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = Encoder(settings.model, settings.max_pixels)
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature,
                         seed=f"{settings.seed}/predict")
     policy = load_policy(settings.model, compute_dtype(settings.dtype, device)).requires_grad_(False).to(device)

@@ -42,7 +42,7 @@ class Settings(TrainingSettings):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; at least 1 expected")
         if self.patience < 0 or self.patience and not self.valid_split:
-            raise ValueError(f"--patience is {self.patience}; 0 (no limit) or more expected, and more only with a --valid_split")
+            raise ValueError(f"--patience is {self.patience}; expected 0 (no limit), or more with a --valid_split")
 
 
 def training_pairs(run: Run) -> list[tuple]:

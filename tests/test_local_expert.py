@@ -30,13 +30,15 @@ def requests(folder):
 
 
 def ask(folder, requests, **options):
-    return local_expert.ask_all(str(folder / "model"), requests, folder / "answers.jsonl", options={**GREEDY, **options})
+    path = folder / "answers.jsonl"
+    return local_expert.ask_all(str(folder / "model"), requests, path, options={**GREEDY, **options})
 
 
 def test_it_answers_what_the_checkpoint_says(folder, requests):
     answers = ask(folder, requests)
     encoder, policy = Encoder(str(folder / "model")), load_policy(str(folder / "model"))
-    group, = sample(policy, [encoder.encode(*requests[1].prompt(), id="train/1")], 1, Sampling(6, encoder.end_tokens, 0.0))
+    prompt = encoder.encode(*requests[1].prompt(), id="train/1")
+    group, = sample(policy, [prompt], 1, Sampling(6, encoder.end_tokens, 0.0))
     assert answers["train/1"] == encoder.decode(group.completions[0]) and list(answers) == [one.id for one in requests]
     kept = [json.loads(row) for row in (folder / "answers.jsonl").read_text().splitlines()]
     assert {row["id"]: row["response"] for row in kept} == answers and kept[1]["tokens_out"] <= 6 < kept[1]["tokens_in"]

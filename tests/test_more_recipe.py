@@ -1,4 +1,4 @@
-"""./launch.sh more-r1: which programs it runs in which order, what it skips, and that its recipes hold the paper's settings."""
+"""./launch.sh more-r1: which programs run in which order, what is skipped, and recipes with the paper's settings."""
 
 import json
 import os
@@ -40,10 +40,12 @@ def launch(tmp_path):
     def run(*words, fails="nothing"):
         calls = tmp_path / "calls"
         calls.write_text("")
-        environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "FAILS": fails, "PROCESSES": "2"}
-        done = subprocess.run([ROOT / "launch.sh", "more-r1", *words], env=environment, cwd=tmp_path, capture_output=True,
-                              text=True, timeout=60)
-        return done.returncode, done.stdout + done.stderr, [line.partition("-m ")[2] for line in calls.read_text().splitlines()]
+        environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "FAILS": fails,
+                       "PROCESSES": "2"}
+        done = subprocess.run([ROOT / "launch.sh", "more-r1", *words], env=environment, cwd=tmp_path,
+                              capture_output=True, text=True, timeout=60)
+        return (done.returncode, done.stdout + done.stderr,
+                [line.partition("-m ")[2] for line in calls.read_text().splitlines()])
 
     return run
 
@@ -65,12 +67,14 @@ def test_the_whole_pipeline_is_one_line(launch):
     status, said, calls = launch(*MODEL)
     assert status == 0, said
     assert programs(calls) == [
-        ("data.more", ""), ("data.annotate", "cold_start.jsonl"), ("sft.train", "stage_1"), ("grpo.evaluate", "test/stage_1"),
-        ("grpo.evaluate", "split"), ("grpo.train", "stage_2"), ("grpo.evaluate", "test/stage_2"), ("grpo.paper_table", "table")]
+        ("data.more", ""), ("data.annotate", "cold_start.jsonl"), ("sft.train", "stage_1"),
+        ("grpo.evaluate", "test/stage_1"), ("grpo.evaluate", "split"), ("grpo.train", "stage_2"),
+        ("grpo.evaluate", "test/stage_2"), ("grpo.paper_table", "table")]
     assert "--expert openai:gpt-4o" in calls[1]
     assert "--model M" in calls[2] and "--responses runs/more-r1/cold_start.jsonl" in calls[2]
     assert "--split train" in calls[4] and "--exclude runs/more-r1/cold_start.drawn.json" in calls[4]
-    assert "--model runs/more-r1/stage_1/model" in calls[5] and "--predictions runs/more-r1/split/predictions.jsonl" in calls[5]
+    assert "--model runs/more-r1/stage_1/model" in calls[5]
+    assert "--predictions runs/more-r1/split/predictions.jsonl" in calls[5]
 
 
 def test_what_is_done_is_skipped_and_said_and_what_was_cut_off_is_not(launch):
@@ -101,11 +105,12 @@ def test_each_stage_alone_starts_from_what_is_there(launch):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--modle", "M"), "no option --modle"), (("--data", "D"), "--model expected"), (("--model", "M"), "--data DIR expected"),
+    (("--stage", "zero_shot", "--modle", "M"), "no option --modle"),
+    (("--stage", "zero_shot", "--data", "D"), "--model expected"), (("--model", "M"), "--data DIR expected"),
     ((*MODEL, "--stage", "stage-3"), "no stage stage-3"), (("--model",), "no value behind it"),
 ])
 def test_a_line_that_does_not_fit_is_refused_before_anything_runs(launch, words, message):
-    status, said, calls = launch(*words, *(() if "--stage" in words else ("--stage", "zero_shot")) if words != ("--model",) else ())
+    status, said, calls = launch(*words)
     assert status == 2 and message in said and not calls
 
 
@@ -135,10 +140,12 @@ def test_the_recipes_hold_the_papers_settings():
     stage_1, label_only, stage_2 = (json.loads((RECIPES / "more-r1" / f"{name}.json").read_text())
                                     for name in ("stage_1", "label_only", "stage_2"))
     assert {**stage_1, "max_completion_tokens": 64} == label_only
-    wanted = {"epochs": 20, "batch_size": 8 * 8 * 2, "learning_rate": 1e-4, "warmup": 0.05, "max_tokens": 2096, "train_vision": False}
+    wanted = {"epochs": 20, "batch_size": 8 * 8 * 2, "learning_rate": 1e-4, "warmup": 0.05, "max_tokens": 2096,
+              "train_vision": False}
     assert wanted.items() <= stage_1.items()
-    wanted = {"epochs": 4, "learning_rate": 1e-6, "warmup": 0.05, "temperature": 0.8, "max_completion_tokens": 1024, "clip_low": 0.2,
-              "clip_high": 0.2, "beta": 0.001, "kl": "k3", "updates": 2, "decay": 0.5, "mixing": "progressive"}
+    wanted = {"epochs": 4, "learning_rate": 1e-6, "warmup": 0.05, "temperature": 0.8, "max_completion_tokens": 1024,
+              "clip_low": 0.2, "clip_high": 0.2, "beta": 0.001, "kl": "k3", "updates": 2, "decay": 0.5,
+              "mixing": "progressive"}
     assert wanted.items() <= stage_2.items()
     assert stage_2["prompts_per_rollout"] * stage_2["group_size"] == 128
 

@@ -22,15 +22,16 @@ def folder(tmp_path):
     (tmp_path / "data").mkdir()
     write_more(tmp_path / "data", [line()])
     prompts = [more.build_prompt(one)[1] for one in more.load(tmp_path / "data", "train")]
-    write_tiny_model(tmp_path / "run" / "model", prompts, vocabulary=300, hidden=32, layers=1, heads=2, key_value_heads=1)
+    small = dict(vocabulary=300, hidden=32, layers=1, heads=2, key_value_heads=1)
+    write_tiny_model(tmp_path / "run" / "model", prompts, **small)
     settings = {"settings": {"task": "more", "data": str(tmp_path / "data")}}
     (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
     return tmp_path
 
 
 def words(folder, **changes):
-    given = {"model": folder / "run" / "model", "image": folder / "data" / "img_org" / "train" / "a.png", "box": "0.5,0.5,0.2,0.4",
-             "text": "Celtics beat Heat", "entity": "Heat", "max_completion_tokens": 5, **changes}
+    given = {"model": folder / "run" / "model", "image": folder / "data" / "img_org" / "train" / "a.png",
+             "box": "0.5,0.5,0.2,0.4", "text": "Celtics beat Heat", "entity": "Heat", "max_completion_tokens": 5, **changes}
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
@@ -42,7 +43,7 @@ def test_it_prints_what_the_checkpoint_says(folder, capsys):
     assert capsys.readouterr().out != first
 
 
-def test_reasoning_and_label_stand_below_each_other_and_the_labels_are_those_of_the_training(folder, monkeypatch, capsys):
+def test_reasoning_and_label_are_printed_and_the_labels_are_those_of_the_training(folder, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(predict, "complete", lambda settings, task, one: asked.append(one) or (COMPLETION, True))
     predict.main(words(folder))

@@ -21,8 +21,8 @@
 #   everything                          all of these
 
 more_r1() {
-    local model="" data="" output=runs/more-r1 expert=openai:gpt-4o missing=stop seed=0 recipe=$here/docs/recipes/more-r1
-    local stages=check,data,stage_1,split,stage_2,table more=() stage
+    local model="" data="" output=runs/more-r1 expert=openai:gpt-4o missing=stop seed=0 more=() stage
+    local recipe=$here/docs/recipes/more-r1 stages=check,data,stage_1,split,stage_2,table
     while [ $# -gt 0 ]; do
         [ "$1" = -- ] && { shift; more=("$@"); break; }
         [ "$1" = --help ] && { sed -n '/^$/q; s/^# \{0,1\}//p' "$here/docs/recipes/more-r1.sh"; return; }
@@ -50,11 +50,12 @@ more_stage() { # the variables are more_r1's
     case $1 in
         check)
             title "the dataset: counts, missing pictures, bad boxes"
-            one data.more --check "$data" || [ "$missing" != stop ] || fail "more-r1: the dataset is not as it should be" ;;
+            one data.more --check "$data" || [ "$missing" != stop ] ||
+                fail "more-r1: the dataset is not as it should be" ;;
         data)
             title "cold-start data: a quarter of each label, the expert's reasoning, filtered"
-            once "$cold" one data.annotate --config "$recipe/data.json" --data "$data" --expert "$expert" --seed "$seed" \
-                --missing_images "$missing" --output "$cold.jsonl" ;;
+            once "$cold" one data.annotate --config "$recipe/data.json" --data "$data" --expert "$expert" \
+                --seed "$seed" --missing_images "$missing" --output "$cold.jsonl" ;;
         zero_shot)
             title "zero-shot"
             more_test zero_shot "$model" answer ;;
