@@ -58,7 +58,7 @@ def answers_of(model: str, requests: list[Request], options: dict, max_pixels: i
         for begin in range(0, len(requests), AT_ONCE):
             some = requests[begin : begin + AT_ONCE]
             prompts = [encoder.encode(*one.prompt(), id=one.id) for one in some]
-            groups = sample(policy, prompts, 1, sampling, lambda written, ended: bar.update(ended))
+            groups = sample(policy, prompts, 1, sampling, lambda written, ended, spared: bar.update(ended))
             for one, group in zip(some, groups):
                 yield one, {"response": encoder.decode(group.completions[0]), "tokens_in": len(group.prompt),
                             "tokens_out": len(group.completions[0])}
