@@ -28,7 +28,7 @@ PARTS = ("image", "text", "box", "entity", "data")
 class Settings:
     """Answer one sample."""
 
-    model: str = required("checkpoint folder or hub name of Qwen2.5-VL weights")
+    model: str = required("checkpoint folder or hub name of the weights")
     task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's own, else more")
     image: str = setting("", "the picture's file")
     text: str = setting("", "the text that goes with it")

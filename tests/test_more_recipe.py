@@ -37,12 +37,12 @@ def launch(tmp_path):
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
 
-    def run(*words, fails="nothing"):
+    def run(*words, fails="nothing", command="more-r1"):
         calls = tmp_path / "calls"
         calls.write_text("")
         environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "FAILS": fails,
                        "PROCESSES": "2"}
-        done = subprocess.run([ROOT / "launch.sh", "more-r1", *words], env=environment, cwd=tmp_path,
+        done = subprocess.run([ROOT / "launch.sh", command, *words], env=environment, cwd=tmp_path,
                               capture_output=True, text=True, timeout=60)
         return (done.returncode, done.stdout + done.stderr,
                 [line.partition("-m ")[2] for line in calls.read_text().splitlines()])
@@ -91,6 +91,19 @@ def test_another_run_in_the_same_folder_is_refused(launch):
     status, said, calls = launch(*MODEL, "--stage", "data", "--seed", "1")
     assert status == 2 and not calls
     assert "error: runs/more-r1/cold_start.done: found one data.annotate" in said and "--seed 1" in said
+
+
+def test_the_demo_is_the_same_pipeline_and_another_seed_begins_anew(launch):
+    status, said, calls = launch(command="demo")
+    wanted = [("data.synthetic", "world"), ("data.annotate", "cold_start.jsonl"), ("grpo.evaluate", "test/zero_shot"),
+              ("sft.train", "stage_1"), ("grpo.evaluate", "test/stage_1"), ("grpo.evaluate", "split"),
+              ("grpo.train", "stage_2"), ("grpo.evaluate", "test/stage_2"), ("grpo.compare", "results.json"),
+              ("grpo.report", "report.html")]
+    short = lambda calls: [(program, path.removeprefix("runs/demo/")) for program, path in programs(calls)]
+    assert status == 0 and short(calls) == wanted, said
+    assert "docs/recipes/more-demo/stage_2.json" in calls[6] and "--data runs/demo/world/MORE" in calls[6]
+    assert short(launch(command="demo")[2]) == wanted[-2:]
+    assert short(launch("--seed", "1", command="demo")[2]) == wanted
 
 
 def test_each_stage_alone_starts_from_what_is_there(launch):
