@@ -99,25 +99,28 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax."""
+    top = logits.amax(-1, keepdim=True)
+    masses = (logits - top).exp_()
+    log_norm = top[:, 0] + masses.sum(-1).log()
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     elif sampling.top_k or sampling.top_p < 1:
         tokens = invert(keep_top(logits, sampling.top_k, sampling.top_p).softmax(-1), uniform)
     else:
-        tokens = invert(logits.softmax(-1), uniform)
-    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        tokens = invert(masses, uniform)
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - log_norm
 
 
 BLOCK = 512
 
 
-def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution: (B, V), (B,) numbers in [0, 1) → (B,) places, none of probability 0.
+def invert(masses: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution of (B, V) masses: (B,) numbers in [0, 1) → (B,) places, none of mass 0.
 
     One number a token, so a completion's noise is a plain list. First the block of BLOCK places, then the place in
     it: a running sum over 152k places would take most of a step. Sums are float64: float32 would lose the improbable.
     """
-    blocks = F.pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = F.pad(masses, (0, -masses.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     ends = blocks.sum(-1).double().cumsum(-1)  # of the blocks
     block, before = first_beyond(ends, uniform * ends[:, -1])
     inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
