@@ -30,9 +30,10 @@ class Packed:
     segments: one (P, [C₁ … C_G]) per group. `prompt_cache`, if given, is a list that receives, layer by layer,
     the keys and values of every prompt: [(heads, P, head size), …] twice; that is what makes a pass a prefill.
 
-    Attention form, by counting and not yet by measuring: one call for the prompt, then one lower-right causal call
-    per continuation on [prompt, own] keys, P² + Σ C_i (P + C_i) scores. One call with a dense mask over the whole
-    group would compute (P + ΣC)²: 3.6 times as many at P = 200, G = 8, C = 100.
+    Attention form, chosen by measurement (benchmarks.attention_forms): one call for the prompt, then one lower-right
+    causal call per continuation on [prompt, own] keys, P² + Σ C_i (P + C_i) scores. One call with a dense mask over the
+    whole group computes (P + ΣC)² and takes several times as long; a batch of G rows padded to the longest is as fast
+    where all are equally long and twice as slow where they are ragged. FlexAttention has no backward on a CPU.
     """
 
     def __init__(self, segments: list[tuple[int, list[int]]], prompt_cache: list | None = None):

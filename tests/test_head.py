@@ -1,4 +1,5 @@
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.head import CompletionLogp, completion_logp
 
@@ -60,3 +61,24 @@ def test_a_bfloat16_heads_gradient_is_summed_in_float32_over_the_chunks():
         logp, _ = completion_logp(hidden, weight, targets, 1.0, BANNED, tile)
         gradients.append(torch.autograd.grad(logp.sum(), weight)[0].float())
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=0.2)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor made inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in (made if isinstance(made, tuple) else (made,)) if torch.is_tensor(x))])
+        return made
+
+
+def test_no_tensor_grows_with_tokens_times_vocabulary():
+    weight = torch.randn(128, 4, requires_grad=True)
+    for tokens in (64, 100):
+        hidden = torch.randn(tokens, 4, requires_grad=True)
+        with Largest() as largest:
+            logp, _ = completion_logp(hidden, weight, torch.zeros(tokens, dtype=torch.long), 0.7, BANNED, (16, 16))
+            logp.sum().backward()
+        assert largest.numbers == 128 * 4  # the head's own gradient; all logits would be 64 × 128
