@@ -40,13 +40,16 @@ class Packed:
         # a prompt and one continuation are one causal sequence
         self.segments = [(p + lengths[0], []) if len(lengths) == 1 else (p, lengths) for p, lengths in segments]
         self.prompt_cache = prompt_cache
-        self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._masks: dict[tuple, Tensor] = {}
 
-    def _lower_right(self, rows: int, columns: int, device) -> Tensor:
-        """(C, P + C) bool: row j of a continuation sees the whole prompt and its own first j + 1 tokens."""
-        at = (rows, columns, device)
+    def _lower_right(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """(C, P + C): row j of a continuation sees the whole prompt and its own first j + 1 tokens; 0 there, −∞ elsewhere.
+
+        Added and not bool: torch would make this of a bool mask in every layer, and keep each for the backward.
+        """
+        at = (rows, columns, like.dtype, like.device)
         if at not in self._masks:  # the same in every layer
-            self._masks[at] = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
+            self._masks[at] = like.new_full((rows, columns), float("-inf")).triu_(columns - rows + 1)
         return self._masks[at]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -65,7 +68,7 @@ class Packed:
                 if length:
                     outputs.append(attention(
                         own_query, torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2),
-                        scaling, self._lower_right(length, prompt_length + length, query.device)))
+                        scaling, self._lower_right(length, prompt_length + length, query)))
         if self.prompt_cache is not None:
             self.prompt_cache.append(cached)
         return torch.cat(outputs, dim=2).transpose(1, 2)
