@@ -1,5 +1,6 @@
 """What every benchmark needs: where figures go (results.jsonl, and from it RESULTS.md), and the peak of memory."""
 
+import ctypes
 import datetime
 import json
 import os
@@ -50,6 +51,7 @@ class PeakMemory:
     """Peak of this process's resident set in bytes since `start`, less what it was then (Linux)."""
 
     def start(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before and kept by the allocator would hide what is new
         Path("/proc/self/clear_refs").write_text("5")
         self.before = self.read("VmRSS")
 
