@@ -66,13 +66,13 @@ class PeakMemory:
 
 def without_vision_operators() -> None:
     """Let torchvision be imported beside a torch for which it was not built: it declares operators that are not there."""
-    import torch
+    from torch import library
 
-    register = torch.library.register_fake
+    register = library.register_fake
 
     def lenient(name, *arguments, **keywords):
         if isinstance(name, str) and name.startswith("torchvision::"):
             return lambda function: function
         return register(name, *arguments, **keywords)
 
-    torch.library.register_fake = lenient
+    library.register_fake = lenient
