@@ -106,7 +106,7 @@ class Journal:
 
 def append_line(path: Path, content: dict) -> None:
     """One JSON object as one whole line: a single write at the file's end, so that a reader who comes in between finds
-    only whole lines, or (a full disk) a last one without its end, which is to be left out."""
+    only whole lines, or a last one without its end (a write under way, a full disk), which is to be left out."""
     # a mean of nothing is not a number, and JSON has no word for that but null
     missing = {name for name, value in content.items() if isinstance(value, float) and not math.isfinite(value)}
     content = {name: None if name in missing else value for name, value in content.items()}
