@@ -6,6 +6,7 @@ from grpo.journal import progress
 from grpo.policy import Policy
 from grpo.rollout import Sampling
 from grpo.sharding import gather, sample_whole, see_whole, share, unshare, world_size
+from grpo.watchdog import pulse
 
 
 class Prompts:
@@ -92,6 +93,7 @@ class Ended:
         self.bar, self.group_size, self.count = bar, group_size, 0
 
     def __call__(self, written: int, ended: int, spared: int) -> None:
+        pulse()
         before = self.count // self.group_size
         self.count += ended
         self.bar.update(self.count // self.group_size - before)

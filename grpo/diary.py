@@ -23,7 +23,7 @@ from grpo.group import Group, packs
 from grpo.journal import append_line, say
 from grpo.memory import enough_memory
 from grpo.run import Run
-from grpo.sharding import gather, rank, reshard, total
+from grpo.sharding import from_first, gather, rank, reshard, total
 from grpo.update import idle_pack, pass_over
 
 
@@ -49,17 +49,20 @@ class Diary:
 
     every   rollouts between records; the first and the last rollout are always recorded
     groups  of a record, over all processes; 0 for no journal of rollouts
+    step    rollouts that a run which goes on has behind it: records beyond are those of a process that was killed
     limit   bytes. A file that would outgrow it loses every second record, and from then on half as many are
             written: what is kept is spread evenly over the whole run, however long it becomes.
     """
 
-    def __init__(self, run: Run, temperature: float, every: int, groups: int, limit: int):
+    def __init__(self, run: Run, temperature: float, every: int, groups: int, limit: int, step: int = 0):
         self.run, self.temperature = run, temperature
         self.every, self.groups, self.limit = every, groups, limit
         self.last = -1
         self.path = Path(run.output) / "rollouts.jsonl"
-        if rank() == 0:
+        if rank() == 0 and not step:
             self.path.unlink(missing_ok=True)
+        elif rank() == 0 and self.path.exists():
+            self.keep(lambda lines: [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step])
 
     def begin(self, step: int, epoch: int, groups: list[Group], advantages: Tensor) -> Watched | None:
         """Before the updates of rollout `step`, from 0; None where it is not recorded. `advantages` (groups, G)."""
@@ -112,6 +115,7 @@ class Diary:
                 row += 1
             described.append({**describe(group, self.run), "completions": completions})
         self.write({"step": watched.step + 1, "epoch": watched.epoch, "groups": gather(described)})
+        self.every = from_first(lambda: self.every)  # the first process may have thinned: all must agree on when to score
 
     def words(self, group: Group, i: int) -> dict:
         tokens, encoder = group.completions[i], self.run.encoder
@@ -129,13 +133,17 @@ class Diary:
         append_line(self.path, record)
 
     def thin(self) -> None:
-        """Every second record goes; written beside and renamed, so that a reader sees the old file or the new one."""
-        with self.path.open("rb") as file:
-            kept = file.readlines()[::2]
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_bytes(b"".join(kept) if len(kept) > 1 else b"")
-        new.replace(self.path)
+        """Every second record goes."""
+        self.keep(lambda lines: lines[::2] if len(lines) > 2 else [])
         self.every *= 2
+
+    def keep(self, choose) -> None:
+        """Of the file's lines; written beside and renamed, so that a reader sees the old file or the new one."""
+        with self.path.open("rb") as file:
+            kept = choose(file.readlines())
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_bytes(b"".join(kept))
+        new.replace(self.path)
 
 
 def describe(group: Group, run: Run) -> dict:

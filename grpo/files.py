@@ -1,6 +1,7 @@
-"""The small files of a checkpoint, from a folder or the hub."""
+"""The small files of a checkpoint, from a folder or the hub; and what is written is written."""
 
 import json
+import os
 from pathlib import Path
 
 from transformers.utils import cached_file
@@ -27,3 +28,12 @@ def read_json(model: str, name: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or renamed in a folder, is on the disk and not only in the system's memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -82,19 +82,21 @@ class Stopwatch:
 class Journal:
     """`metrics.jsonl` in the run's folder: one JSON object an update, written by the first process.
 
+    A run that goes on has `lines` lines already; what a process that was killed wrote beyond them goes away.
     With `events` the same numbers go into TensorBoard event files in <output>/tensorboard: "on", "off", or "auto",
     which is on where tensorboard is installed.
     """
 
-    def __init__(self, output: str, name: str = "metrics.jsonl", events: str = "off"):
-        self.path = Path(output) / name
+    def __init__(self, output: str, name: str = "metrics.jsonl", events: str = "off", lines: int = 0, step: int = 0):
+        self.path, self.lines = Path(output) / name, lines
         self.events = None
         if rank() == 0:
-            self.events = open_events(self.path.parent / "tensorboard", events)
+            self.events = open_events(self.path.parent / "tensorboard", events, step)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
+            keep_lines(self.path, lines)
 
     def write(self, line: dict) -> None:
+        self.lines += 1
         if rank() == 0:
             append_line(self.path, line)
             if self.events:
@@ -117,8 +119,21 @@ def append_line(path: Path, content: dict) -> None:
         os.close(file)
 
 
-def open_events(folder: Path, choice: str):
-    """A writer of TensorBoard events, or None; ValueError if they are asked for and tensorboard is not there."""
+def keep_lines(path: Path, count: int) -> None:
+    """The file's first `count` lines, written beside and renamed. ValueError where it has fewer: some were lost."""
+    kept = path.read_bytes().splitlines(keepends=True)[:count] if count else []
+    if len(kept) < count:
+        raise ValueError(f"{path}: {len(kept)} lines; {count} expected, as the checkpoint says: some are lost")
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(b"".join(kept))
+    new.replace(path)
+
+
+def open_events(folder: Path, choice: str, step: int = 0):
+    """A writer of TensorBoard events, or None; ValueError if they are asked for and tensorboard is not there.
+
+    Beyond step 0 it goes on behind what was written up to there.
+    """
     if choice == "off":
         return None
     try:
@@ -128,9 +143,9 @@ def open_events(folder: Path, choice: str):
             how = "pip install 'grpo-vlm[tensorboard]'"
             raise ValueError(f"--tensorboard on: tensorboard is not installed ({how})") from None
         return None
-    for old in folder.glob("events.out.tfevents.*"):  # like metrics.jsonl, they begin anew with the run
+    for old in folder.glob("events.out.tfevents.*") if not step else ():  # like metrics.jsonl, they begin anew with the run
         old.unlink()
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def write_json(path: Path, content) -> None:

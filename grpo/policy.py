@@ -46,6 +46,7 @@ class Policy(nn.Module):
             raise ValueError(f"the model's layers are {kinds}; only full_attention is supported")
         text._attn_implementation = "layout"
         self.banned = self.backbone.banned(self.config)
+        self.rollout_weights, self.compute_dtype = "auto", torch.float32  # set by sharding.shard
 
     @property
     def visual(self) -> nn.Module:

@@ -15,6 +15,7 @@ from grpo.files import model_file
 
 PIECE = 2**20  # bytes hashed at either end of a file
 CONTENTS = 256  # files of which contents are hashed, the largest first
+FILES = ("responses", "samples", "predictions")  # settings that name a file which decides what is learned
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 
@@ -27,6 +28,7 @@ def what_ran(settings) -> dict:
         "commit": commit(),
         "data_hash": fingerprint(Path(settings.data)),
         "model_hash": fingerprint(model_file(settings.model, "config.json").parent),
+        "file_hashes": {name: file_hash(path) for name in FILES if isinstance(path := getattr(settings, name, ""), str) and path},
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
@@ -46,6 +48,12 @@ def commit(root: Path = Path(__file__).parent.parent) -> str | None:
         return ask("rev-parse", "HEAD").strip() + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def file_hash(path: str) -> str:
+    """The first 16 hexadecimal digits of the sha256 of its contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def fingerprint(folder: Path) -> str:

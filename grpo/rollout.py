@@ -20,6 +20,7 @@ from grpo.head import token_logits
 from grpo.policy import Policy
 
 
+Turn = Callable[[bool], bool]  # this process has work → any process has; see `sample`
 PREFILL_TOKENS = 32_768  # of one packed pass over prompts: memory, not result
 
 
@@ -142,19 +143,35 @@ def first_beyond(cumulative: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return place[:, 0], before[:, 0]
 
 
+def slots(prompts: list[Prompt], group_size: int, sampling: Sampling) -> tuple[int, int]:
+    """(groups, rows) that caches have room for. A group that has no live row while its others wait leaves a row free:
+    never more groups than rows."""
+    rows = min(sampling.rows, len(prompts) * group_size)
+    return min(rows, len(prompts)), rows
+
+
+def head_size(text) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def cache_bytes(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling, item: int) -> int:
+    """What the caches of a rollout take, `item` bytes a number: prompts padded to the longest, rows to the limit."""
+    text, (groups, rows) = policy.config.text_config, slots(prompts, group_size, sampling)
+    tokens = groups * max(map(len, prompts), default=0) + rows * sampling.max_tokens
+    return 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * item
+
+
 class Rollout:
     """The state of one call of `sample`: caches, live rows, live groups."""
 
-    def __init__(self, policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling):
+    def __init__(self, policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling, turn: Turn):
         self.policy, self.prompts, self.sampling = policy, prompts, sampling
-        self.group_size = group_size
+        self.group_size, self.turn = group_size, turn
         self.waiting = deque((p, i) for p in range(len(prompts)) for i in range(group_size))
         self.rows: list[Row] = []
         self.slots: list[Slot] = []
-        row_slots = min(sampling.rows, len(self.waiting))
-        self.max_rows = row_slots
-        # A group that has no live row while its others wait leaves a row free: never more groups than rows.
-        self.caches = self._allocate(min(row_slots, len(prompts)), row_slots)
+        self.max_rows = slots(prompts, group_size, sampling)[1]
+        self.caches = self._allocate(*slots(prompts, group_size, sampling))
         self.hidden: Tensor | None = None  # (live rows, hidden): what predicts each row's next token
         self.decode: Decode | None = None
         self.done: list[list[Row | None]] = [[None] * group_size for _ in prompts]
@@ -163,7 +180,7 @@ class Rollout:
     def _allocate(self, groups: int, rows: int) -> list[KeysValues]:
         text, weight = self.policy.config.text_config, self.policy.model.lm_head.weight
         heads = text.num_key_value_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        size = head_size(text)
         longest = max(map(len, self.prompts))
         # zeros, not empty: a weight of exactly 0 times uninitialised memory may still be NaN
         new = lambda slots, length: torch.zeros(slots, heads, length, size, dtype=weight.dtype, device=weight.device)
@@ -185,6 +202,7 @@ class Rollout:
         embedded = self.policy.embed(prompts)[None]
         positions = torch.cat([prompt.positions for prompt in prompts], 1)[:, None].to(self.policy.device)
         layout = Packed([(len(prompt), []) for prompt in prompts], prompt_cache=cache)
+        self.turn(True)
         hidden = self.policy.trunk(embedded, positions, layout)[0]
         for layer, keys_values in zip(self.caches, cache):
             for offset, (key, value) in enumerate(keys_values):
@@ -270,6 +288,7 @@ class Rollout:
         tokens = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.policy.device)
         embedded = self.policy.model.get_input_embeddings()(tokens)
         positions = (self.first_position + self.decode.own_length)[None, :, None].expand(3, -1, -1)
+        self.turn(True)
         self.hidden = self.policy.trunk(embedded, positions, self.decode)[:, 0]
         self.decode.advance()
 
@@ -289,17 +308,17 @@ class Rollout:
 @torch.no_grad()
 def sample(
     policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling,
-    on_tokens: Callable[[int, int, int], None] | None = None,
+    on_tokens: Callable[[int, int, int], None] | None = None, turn: Turn | None = None,
 ) -> list[Group]:
     """Continue every prompt `group_size` times. Every step calls `on_tokens(tokens written, rows ended,
     tokens that these rows have not written of their limit)`.
 
-    Sharded weights must be whole meanwhile: `sharding.sample_whole` sees to it.
+    Sharded weights are whole meanwhile, or every pass through the layers is a collective and `turn` keeps the processes
+    in step: it is called before every pass, tells whether any process has work, and who has none goes along with an
+    idle token as long as others have. `sharding.sample_whole` sees to both.
     """
-    if not prompts:
-        return []
-    rollout = Rollout(policy, prompts, group_size, sampling)
-    while rollout.waiting or rollout.rows:
+    rollout = Rollout(policy, prompts, group_size, sampling, turn or (lambda working: working)) if prompts else None
+    while rollout and (rollout.waiting or rollout.rows):
         rollout.admit()
         live, spared = len(rollout.rows), rollout.spared
         written = rollout.write()
@@ -309,4 +328,12 @@ def sample(
             rollout.read()
         else:
             rollout.hidden = None
-    return rollout.groups()
+    while turn and turn(False):
+        go_along(policy)
+    return rollout.groups() if rollout else []
+
+
+def go_along(policy: Policy) -> None:
+    """A pass of one token for the company of those who still work."""
+    word = policy.words(torch.zeros(1, dtype=torch.long))
+    policy.trunk(word[None], torch.zeros(3, 1, 1, dtype=torch.long, device=policy.device), Packed([(1, [])]))

@@ -1,8 +1,12 @@
-"""What both trainers do around their loops: load, freeze, shard, validate, keep the best, name what was written."""
+"""What both trainers do around their loops: load, freeze, shard, validate, keep the best, stop and go on."""
 
 import json
+import math
 import random
+import signal
+import sys
 from pathlib import Path
+from typing import Callable
 
 from data.task import Task, resolve_task
 from grpo.answer import Prompts, answer
@@ -12,10 +16,14 @@ from grpo.journal import Journal, say, write_json
 from grpo.lora import add_adapter, export_adapter, merged
 from grpo.policy import Policy
 from grpo.provenance import what_ran
+from grpo.resume import Checkpoints, differences, refusal
 from grpo.rollout import Sampling
 from grpo.settings import TrainingSettings
-from grpo.sharding import compute_dtype, rank, shard, start, whole_weights
+from grpo.sharding import anyone, compute_dtype, finish, from_first, gather, rank, shard, start, whole_weights
 from grpo.update import set_gradient_checkpointing
+from grpo.watchdog import pulse, watch
+
+STOPPED = 128 + signal.SIGTERM  # exit status, as a shell says it
 
 
 def record_settings(settings, folder: Path) -> None:
@@ -43,18 +51,39 @@ def read_lines(path: str, samples: list, field: str, kind: type) -> list[tuple]:
     return pairs
 
 
+def check_shared(folder: Path) -> None:
+    """Every process must see the same folder: parts of one checkpoint lie in it together."""
+    mark = folder / ".seen"
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    from_first(lambda: None)
+    blind = gather([] if mark.exists() else [rank()])
+    if rank() == 0:
+        mark.unlink()
+    if blind:
+        raise ValueError(f"{folder}: process {blind[0]} does not see what process 0 writes there; expected a folder that all "
+                         f"machines share")
+
+
 class Run:
     """One training run: its policy, its data halves, its folder, its best checkpoint so far."""
 
     def __init__(self, settings: TrainingSettings, reasoning: bool = True):
         settings.check()
-        self.device = start()
+        self.device = start(settings.hang_minutes)
         settings.check()
+        watch(settings.hang_minutes)
+        self.told_to_stop = False
+        signal.signal(signal.SIGTERM, self.stop)
         self.settings, self.output = settings, Path(settings.output)
         self.task: Task = resolve_task(settings.task)
         self.valid = self.load_valid()
         self.check_metric()
         self.encoder = Encoder(settings.model, settings.max_pixels)
+        self.checkpoints = Checkpoints(self.output, settings.checkpoints_kept)
+        self.ran = from_first(lambda: what_ran(settings))
+        self.saved = self.find_checkpoint()
         self.dtype = compute_dtype(settings.dtype, self.device)
         self.policy = load_policy(settings.model)
         if not settings.train_vision:
@@ -62,11 +91,75 @@ class Run:
         if settings.lora_rank:
             self.add_adapter()
         set_gradient_checkpointing(self.policy, settings.gradient_checkpointing)
-        shard(self.policy, self.dtype, self.device)
+        self.shard(self.policy)
         self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
-        self.journal = Journal(settings.output, events=settings.tensorboard)
-        record_settings(settings, self.output)
-        self.best = float("-inf")
+        self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
+        self.journal = Journal(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0), step=self.step)
+        if rank() == 0:
+            write_json(self.output / "settings.json", self.ran)
+        best = self.saved.get("best")
+        self.best = float("-inf") if best is None else best
+        self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
+
+    def shard(self, policy: Policy, offload: bool = False) -> Policy:
+        s = self.settings
+        return shard(policy, self.dtype, self.device, offload, s.shard_size, s.rollout_weights)
+
+    # ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def find_checkpoint(self) -> dict:
+        """The state from which this run goes on, {} where it begins. ValueError if it is another run's."""
+        if self.settings.resume == "never":
+            self.checkpoints.forget()
+            return {}
+        check_shared(self.output)
+        saved = self.checkpoints.newest()
+        if saved is None:
+            return {}
+        changed = differences(saved["ran"], self.ran)
+        if fault := refusal(changed, self.checkpoints.good, self.settings.resume):
+            raise ValueError(fault)
+        say(f"{self.checkpoints.good}: going on after step {saved['step']}"
+            + "".join(f"; {name} {old!r} → {new!r}" for name, (old, new) in changed.items()))
+        return saved
+
+    def restore(self, optimizer) -> dict:
+        """Weights, optimizer and random states as they were, where this run goes on; the trainer's own progress."""
+        if not self.saved:
+            return {}
+        self.checkpoints.load(self.policy, optimizer)
+        return self.saved["progress"]
+
+    def checkpoint(self, optimizer, step: int, progress: Callable[[], dict], last: bool = False) -> None:
+        """The whole state after `step`, every so often, at the end, and when told to stop, which then happens here."""
+        pulse("checkpoint")
+        every, stopping = self.settings.checkpoint_every, anyone(self.told_to_stop, self.device)
+        if stopping or last or every and step % every == 0:
+            self.checkpoints.save(self.policy, optimizer, step, {
+                "ran": self.ran, "best": self.best if math.isfinite(self.best) else None, "lines": self.journal.lines,
+                "bad_updates": self.bad_updates, "progress": progress()})
+        if stopping and not last:
+            say(f"stopped after step {step} by SIGTERM; the same command goes on from {self.checkpoints.good}")
+            finish()
+            sys.exit(STOPPED)
+
+    def stop(self, *_) -> None:
+        """SIGTERM: the step at hand is finished, then a checkpoint is written."""
+        self.told_to_stop = True
+
+    def judge(self, norms: list[float]) -> dict:
+        """Updates with a loss or gradient that is not finite were skipped: count them, and end a run of them."""
+        for norm in norms:
+            self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
+            self.bad_updates += not math.isfinite(norm)
+        if self.bad_in_a_row:
+            say(f"update skipped: its loss or gradient is not finite ({self.bad_in_a_row} in a row)")
+        if self.bad_in_a_row >= self.settings.max_bad_updates:
+            raise ValueError(f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not finite "
+                             f"(--max_bad_updates); {self.checkpoints.last_good()}; lower --learning_rate or check the rewards")
+        return {"bad_updates": self.bad_updates} if self.bad_updates else {}
+
+    # ── the parts of a run ───────────────────────────────────────────────────────────────────────────────────────
 
     def load(self, split: str) -> list:
         return self.task.data.load(self.settings.data, split, missing_images=self.settings.missing_images)
@@ -98,12 +191,13 @@ class Run:
         if self.settings.lora_rank:
             return self.policy
         reference = load_policy(model).requires_grad_(False)
-        return shard(reference, self.dtype, self.device, self.settings.offload_reference)
+        return self.shard(reference, self.settings.offload_reference)
 
     def validate(self, step: int) -> dict:
         """Greedy metrics on the validation samples; a new best is exported to <output>/model."""
         if not self.valid:
             return {}
+        pulse("validate")
         sampling = Sampling(self.settings.max_completion_tokens, self.encoder.end_tokens, temperature=0.0,
                             rows=self.settings.rollout_rows)
         texts = answer(self.policy, self.prompts, self.valid, sampling, what="validate")

@@ -78,17 +78,31 @@ class TrainingSettings(CommonSettings):
     adam_beta1: float = setting(0.9, "AdamW β₁")
     adam_beta2: float = setting(0.95, "AdamW β₂")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    max_bad_updates: int = setting(3, "an update whose loss or gradient is not finite is skipped; stop after so many in a row")
+    checkpoint_every: int = setting(20, "updates of SFT, rollouts of GRPO, between checkpoints of the whole training state in "
+                                        "<output>/checkpoints; 0: only at the end and on SIGTERM")
+    checkpoints_kept: int = setting(2, "the newest so many stay; the best weights are in <output>/model besides")
+    resume: str = setting("auto", "what to do with checkpoints in --output. auto: go on from the newest whole one, refuse if "
+                                  "settings or data differ; changed: go on with the new settings; never: begin anew",
+                          choices=("auto", "changed", "never"))
+    hang_minutes: float = setting(30.0, "end, and say which process is missing, when none has made progress for so long")
+    shard_size: int = setting(0, "spread the weights over so many processes and keep a copy in each further so many (hybrid "
+                                 "sharding, for slow links between machines); 0: over all")
+    rollout_weights: str = setting("auto", "of sharded weights in a rollout. whole: gathered once on every process; layers: a layer "
+                                           "at a time, every token; auto: whole where it fits", choices=("auto", "whole", "layers"))
     tensorboard: str = setting("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
                                choices=("auto", "on", "off"))
 
     def check(self) -> None:
         """Refuse what no training can be done with."""
-        positive = ("learning_rate", "epochs", "tokens_per_pass", "max_grad_norm", "rollout_rows", "max_completion_tokens")
+        positive = ("learning_rate", "epochs", "tokens_per_pass", "max_grad_norm", "rollout_rows", "max_completion_tokens",
+                    "max_bad_updates", "checkpoints_kept", "hang_minutes")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
-        if self.valid_samples < 0:
-            raise ValueError(f"--valid_samples is {self.valid_samples}; it must be 0 (all) or more")
+        for name in ("valid_samples", "checkpoint_every", "shard_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
         if self.lora_rank < 0 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_rank is {self.lora_rank}, --lora_alpha {self.lora_alpha}, --lora_dropout "
                              f"{self.lora_dropout}; expected a rank from 0, an α above 0, a dropout from 0 to below 1")
@@ -156,16 +170,24 @@ def parse_options(text: str, name: str) -> dict[str, float]:
     return options
 
 
+def leave(status: int) -> None:
+    """Under torchrun all is written and the process group is closed; taking the interpreter down around what is left of
+    its communication threads aborts now and then ("terminate called without an active exception")."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Run a program; what the user can mend ends in one line and exit status 2."""
     try:
         main()
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            # Under torchrun all is written and the process group is closed; taking the interpreter down around what
-            # is left of its communication threads aborts now and then ("terminate called without an active exception").
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            leave(0)
+    except SystemExit as end:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            leave(end.code)
+        raise
     except (ValueError, OSError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise

@@ -13,17 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from grpo.group import Group
 from grpo.memory import enough_memory
 from grpo.policy import Policy
-from grpo.rollout import sample
+from grpo.rollout import Sampling, cache_bytes, sample
 
 
-def start() -> torch.device:
-    """Join the processes torchrun has started (alone without it) and take this one's device."""
+def start(hang_minutes: float = 30.0) -> torch.device:
+    """Join the processes torchrun has started (alone without it) and take this one's device.
+
+    A collective that waits for twice `hang_minutes` fails; by then grpo/watchdog.py has said who is missing.
+    """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local >= torch.cuda.device_count():
@@ -34,7 +38,7 @@ def start() -> torch.device:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), **where)
+        dist.init_process_group(backend, timeout=timedelta(minutes=2 * hang_minutes), **where)
     if rank():
         logging.disable(logging.WARNING)  # every process finds the same; the first one says it
     return device
@@ -60,18 +64,23 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False) -> Policy:
+def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False, shard_size: int = 0,
+          rollout_weights: str = "auto") -> Policy:
     """Spread float32 masters over all processes; compute in `dtype`; gradients are reduced in float32.
 
     offload: on a GPU, the weights wait in host memory and each layer's visit the device for its turn.
+    shard_size: hybrid sharding, weights spread over so many processes and the same again in the next so many, which
+    exchange gradients alone: for a fast link within a machine and a slow one between machines. 0: over all.
+    rollout_weights: how `sample_whole` and `see_whole` hold the weights, see `holds_whole`.
     """
+    policy.rollout_weights, policy.compute_dtype = rollout_weights, dtype
     offload = offload and device.type == "cuda"
     if not offload:
         policy.to(device)
     if world_size() == 1 and dtype == torch.float32 and not offload:
         return policy
-    mesh = dist.init_device_mesh(device.type, (world_size(),))
-    options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    options = dict(mesh=mesh_of(device, shard_size),
+                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     if offload:
         options["offload_policy"] = CPUOffloadPolicy()
     for layer in policy.trunk_layers:
@@ -79,6 +88,16 @@ def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: boo
     fully_shard(policy, **options)
     register_fsdp_forward_method(policy, "call_inside")
     return policy
+
+
+def mesh_of(device: torch.device, shard_size: int) -> DeviceMesh:
+    """All processes in a row, or rows of `shard_size`: (copies, processes that share one copy)."""
+    size = shard_size or world_size()
+    if world_size() % size:
+        raise ValueError(f"--shard_size is {size}; expected a divisor of the {world_size()} processes")
+    if size == world_size():
+        return dist.init_device_mesh(device.type, (size,))
+    return dist.init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("copy", "part"))
 
 
 def sharded_modules(policy: Policy) -> list[FSDPModule]:
@@ -106,16 +125,46 @@ def whole(policy: Policy):
             module.set_reshard_after_forward(module is not policy)  # the root's are needed again at once
 
 
-def sample_whole(policy: Policy, *arguments, **keywords) -> list[Group]:
-    """`sample` on sharded weights."""
-    with enough_memory("in a rollout", "lower --rollout_rows or --max_completion_tokens"), whole(policy):
-        return policy.call_inside(sample, *arguments, **keywords)
+def holds_whole(policy: Policy, more_bytes: int) -> bool:
+    """Whether every process gathers all weights for a rollout, or layer by layer in every pass.
+
+    Whole is faster and takes the weights' room in compute precision, `more_bytes` of caches beside them; layer by layer
+    each token of a rollout gathers every layer once. "auto": whole where it fits on every process.
+    """
+    if policy.rollout_weights != "auto" or policy.device.type != "cuda":
+        return policy.rollout_weights != "layers"
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+    weights = sum(p.numel() for p in policy.parameters()) * policy.compute_dtype.itemsize
+    fits = torch.tensor(float(weights + more_bytes < 0.9 * free), device=policy.device)
+    return bool(total(fits, dist.ReduceOp.MIN))
+
+
+def anyone(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process."""
+    return bool(total(torch.tensor(float(flag), device=device), dist.ReduceOp.MAX))
+
+
+def sample_whole(policy: Policy, prompts: list, group_size: int, sampling: Sampling, on_tokens=None) -> list[Group]:
+    """`sample` on sharded weights: whole, or layer by layer, where every process makes as many passes as the busiest."""
+    needed = cache_bytes(policy, prompts, group_size, sampling, policy.compute_dtype.itemsize)
+    with enough_memory("in a rollout", "lower --rollout_rows or --max_completion_tokens"):
+        if not sharded_modules(policy) or holds_whole(policy, needed):
+            with whole(policy):
+                return policy.call_inside(sample, prompts, group_size, sampling, on_tokens)
+        try:
+            return policy.call_inside(sample, prompts, group_size, sampling, on_tokens,
+                                      lambda working: anyone(working, policy.device))
+        finally:
+            reshard(policy)
 
 
 def see_whole(policy: Policy, prompts) -> None:
-    """`keep_features` on sharded weights, where pictures may be distributed unequally."""
-    with enough_memory("in the vision encoder", "lower --max_pixels"), whole(policy):
+    """`keep_features` on sharded weights, where pictures may be distributed unequally. The encoder is the root's own,
+    and the root is whole inside `call_inside`, the layers need not be."""
+    with enough_memory("in the vision encoder", "lower --max_pixels"):
         policy.call_inside(Policy.keep_features, prompts)
+        reshard(policy)
 
 
 def total(values: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
@@ -133,6 +182,19 @@ def gather(rows: list) -> list:
     lists = [None] * world_size()
     dist.all_gather_object(lists, rows)
     return [row for part in lists for row in part]
+
+
+def from_first(make):
+    """What `make()` gives on the first process, on every process."""
+    return gather([make()] if rank() == 0 else [])[0]
+
+
+def is_first_copy(policy: Policy) -> bool:
+    """Whether this process holds rows of the first of hybrid sharding's copies; without copies all do."""
+    for parameter in policy.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2:
+            return parameter.device_mesh.get_local_rank(0) == 0
+    return rank() == 0 or bool(sharded_modules(policy))
 
 
 def share(items: list) -> list:

@@ -9,6 +9,7 @@ What is kept of GRPO: group-normalised advantages, the clipped ratio, the KL to 
 no critic, no learned reward, no replay: a rollout is used for μ updates and forgotten.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Optional
 
@@ -31,6 +32,7 @@ from grpo.settings import TrainingSettings, parse, parse_options, run_program, s
 from grpo.sharding import finish, gather, rank, reshard, sample_whole, see_whole, share, total, world_size
 from grpo.update import idle_pack, learning_rate, make_optimizer, pass_over, update
 from grpo.variants import Preset, load_objective, loss_options, resolve
+from grpo.watchdog import pulse
 
 OVERRIDES = ("group_size", "updates", "temperature", "beta", "kl", "clip_low", "clip_high", "scale", "ddof", "eps",
              "level", "aggregate", "truncated", "flat_groups", "surrogate", "kl_weighted", "combine", "overlong_share", "length")
@@ -132,6 +134,11 @@ class Curriculum:
         for epoch in self.epochs:
             journal.write(epoch.record)
 
+    def plan(self) -> list[tuple[int, list, bool]]:
+        """(epoch, samples, whether they are the epoch's last) of every rollout."""
+        every = [(index, batch, batch is epoch.batches[-1]) for index, epoch in enumerate(self.epochs) for batch in epoch.batches]
+        return every[: self.rollouts]
+
     def epoch(self, index: int) -> Epoch:
         s = self.settings
         return epoch_batches(
@@ -158,9 +165,17 @@ class Trainer:
             raise ValueError(f"--reward_weights: no reward {sorted(unknown)[0]!r}; the task has {', '.join(rewards.WEIGHTS)}")
         self.reward_options = parse_options(settings.reward_options, "reward_options")
         self.part_weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
-        self.too_long, self.longest, self.learned = 0, 0, False
-        self.diary = Diary(run, self.preset.temperature, settings.journal_every, settings.journal_groups,
-                           int(settings.journal_megabytes * 2**20))
+        before = run.restore(self.optimizer)
+        first = rank() == 0  # counts of all processes until then go on with the first one's
+        self.too_long, self.longest = (before.get(name, 0) if first else 0 for name in ("too_long", "longest"))
+        self.learned = before.get("learned", False)
+        self.diary = Diary(run, self.preset.temperature, before.get("journal_every", settings.journal_every),
+                           settings.journal_groups, int(settings.journal_megabytes * 2**20), run.step)
+
+    def progress(self) -> dict:
+        """What a run that goes on must know besides weights and optimizer."""
+        return {"too_long": sum(gather([self.too_long])), "longest": max(gather([self.longest])),
+                "learned": any(gather([self.learned])), "journal_every": self.diary.every}
 
     def rollout(self, samples: list, seed: int | str) -> list[Group]:
         """This process's groups. Prompts over the limit are dropped: a cut one would split its picture's tokens."""
@@ -176,6 +191,7 @@ class Trainer:
         most = len(prompts) * preset.group_size * settings.max_completion_tokens
         with progress(most, "rollout", "token") as bar:
             def count(written: int, ended: int, spared: int) -> None:
+                pulse()
                 bar.total -= spared  # what ended early will not be written: time left is an upper bound that sinks
                 bar.update(written)
             return sample_whole(self.run.policy, prompts, preset.group_size, sampling, count)
@@ -185,6 +201,7 @@ class Trainer:
         parts = torch.zeros(len(groups), self.preset.group_size, len(self.weights), dtype=torch.float64)
         for g, group in enumerate(groups):
             for i, completion in enumerate(group.completions):
+                pulse()
                 sample = group.prompt.sample
                 try:
                     reward = self.run.task.rewards.reward(self.run.encoder.decode(completion), sample, **self.reward_options)
@@ -260,8 +277,9 @@ class Trainer:
         names = sorted({name for names in gather([list(sums)]) for name in names})
         summed = total(torch.tensor([float(sums.get(name, 0.0)) for name in names], dtype=torch.float64, device=device))
         loss = total(torch.tensor(float(sum(losses)), device=device)) / len(rates)
-        return {"loss": float(loss), "grad_norm": sum(norms) / len(norms), "learning_rate": rates[-1],
-                **mean_statistics(dict(zip(names, summed)))}
+        good = [norm for norm in norms if math.isfinite(norm)]
+        return {"loss": float(loss), "grad_norm": sum(good) / len(good) if good else math.nan, "learning_rate": rates[-1],
+                **self.run.judge(norms), **mean_statistics(dict(zip(names, summed)))}
 
     def mask(self, part: list[Group]) -> Tensor:
         """(N, L): the end token is inside; completions cut by the limit are out if the objective says so."""
@@ -271,16 +289,19 @@ class Trainer:
     def step(self, samples: list, step: int, rates: list[float], epoch: int = 0) -> dict:
         """One rollout and its updates; returns the line for the journal."""
         watch = Stopwatch()
+        pulse("rollout")
         with watch("rollout"):
             drawn, drawn_parts = self.drawn(samples, step)
         keep = self.kept(drawn_parts)
         groups, parts = [drawn[i] for i in keep], drawn_parts[keep]
         packed = packs(groups, self.settings.tokens_per_pass)
+        pulse("score")
         with watch("score"):
             ref_logps = self.reference_logps(packed)
         advantages = self.advantages(groups, parts, ref_logps)
         with watch("journal"):
             watched = self.diary.begin(step, epoch, groups, advantages)
+        pulse("update")
         with watch("update"):
             learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
         with watch("journal"):
@@ -345,28 +366,26 @@ class Trainer:
 def train(trainer: Trainer, curriculum: Curriculum) -> None:
     """Epochs of rollouts; validation before the first, then every so often, keeps the best checkpoint."""
     run, settings, mu = trainer.run, trainer.settings, trainer.preset.updates
-    rollouts, done = curriculum.rollouts, 0
+    rollouts = curriculum.rollouts
     split = f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy" if settings.predictions else len(curriculum.hard)
     say(f"{split} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
     trainer.diary.last = rollouts - 1
-    run.journal.write({"step": 0, **run.validate(0)})
+    if not run.step:
+        run.journal.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
-        for index, epoch in enumerate(curriculum.epochs):
-            for batch in epoch.batches:
-                if done == rollouts:
-                    break
-                rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup, settings.schedule)
-                         for i in range(mu)]
-                line = {"step": done + 1, "epoch": index, **trainer.step(batch, done, rates, index)}
-                done += 1
-                bar.update()
-                last_of_epoch = batch is epoch.batches[-1]
-                due = done % settings.validate_every == 0 if settings.validate_every else last_of_epoch
-                if due or done == rollouts:
-                    line |= run.validate(done)
-                run.journal.write(line)
-                say(readable(line, rollouts))
+        bar.update(run.step)
+        for done, (epoch, batch, last_of_epoch) in enumerate(curriculum.plan()[run.step:], run.step):
+            rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup, settings.schedule)
+                     for i in range(mu)]
+            step, last = done + 1, done + 1 == rollouts
+            line = {"step": step, "epoch": epoch, **trainer.step(batch, done, rates, epoch)}
+            bar.update()
+            if last or (step % settings.validate_every == 0 if settings.validate_every else last_of_epoch):
+                line |= run.validate(step)
+            run.journal.write(line)
+            say(readable(line, rollouts))
+            run.checkpoint(trainer.optimizer, step, trainer.progress, last)
     if not sum(gather([trainer.learned])):
         raise ValueError(f"nothing was learned: {sum(gather([trainer.too_long]))} prompts are longer than --max_prompt_tokens "
                          f"{settings.max_prompt_tokens} (the longest has {max(gather([trainer.longest]))} tokens), the rest gave flat groups")

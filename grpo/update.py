@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from grpo.group import Group, Prompt
 from grpo.memory import enough_memory, keep_state_on_host
 from grpo.policy import Policy, Scores
-from grpo.sharding import clip_gradients, total, world_size
+from grpo.sharding import anyone, clip_gradients, total, world_size
+from grpo.watchdog import pulse
 
 
 def make_optimizer(policy: Policy, settings) -> torch.optim.AdamW:
@@ -52,22 +53,27 @@ def update(
     policy: Policy, optimizer: torch.optim.Optimizer, packs: list[list[Group]],
     loss_of_pack: Callable[[int, Scores], Tensor], temperature: float, max_grad_norm: float, rate: float,
 ) -> float:
-    """Backward through every pack, then one step. Returns the gradient norm before clipping.
+    """Backward through every pack, then one step. Returns the gradient norm before clipping; NaN where the step was
+    skipped on every process, because the loss of one of them or the gradient is not finite.
 
     `loss_of_pack(index, scores)` must already be divided by *global* counts, so that packs and processes simply
     add up. Every process does the same number of forwards, whatever it holds: each is a collective.
     """
     passes = int(total(torch.tensor(len(packs), device=policy.device), torch.distributed.ReduceOp.MAX))
+    losses = []
     for index in range(passes):
+        pulse()
         pack = packs[index] if index < len(packs) else idle_pack(policy)
         with enough_memory(*pass_over(pack)):
             scores = policy.score(pack, temperature)
             loss = loss_of_pack(index, scores) if index < len(packs) else 0.0 * scores.logp.sum()
             (loss * world_size()).backward()  # sharding averages over processes; the losses are parts of one sum
+        losses.append(loss.detach())
     norm = clip_gradients(policy, max_grad_norm)
-    if not math.isfinite(norm):
+    finite = math.isfinite(norm) and bool(torch.stack(losses).isfinite().all())
+    if anyone(not finite, policy.device):
         optimizer.zero_grad()
-        raise ValueError(f"the gradient norm is {norm} at learning rate {rate:.3g}; lower --learning_rate or check the rewards")
+        return math.nan
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

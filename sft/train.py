@@ -18,8 +18,9 @@ from grpo.group import Group, packs
 from grpo.journal import Stopwatch, progress, say
 from grpo.run import Run, read_lines
 from grpo.settings import TrainingSettings, parse, run_program, setting
-from grpo.sharding import finish, rank, see_whole, share, total
+from grpo.sharding import finish, gather, rank, see_whole, share, total
 from grpo.update import learning_rate, make_optimizer, update
+from grpo.watchdog import pulse
 
 
 @dataclass
@@ -80,21 +81,28 @@ def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
     parts = packs(groups, run.settings.tokens_per_pass)
     norm = update(run.policy, optimizer, parts, loss_of_pack, 1.0, run.settings.max_grad_norm, rate)
     run.prompts.settle(prompts)
-    return {"loss": float(total(sum(losses))), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens}
+    return {"loss": float(total(sum(losses))), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens,
+            **run.judge([norm])}
 
 
 def train(run: Run, pairs: list[tuple]) -> None:
     """Epochs of shuffled batches; validation keeps the best checkpoint."""
     settings, optimizer = run.settings, make_optimizer(run.policy, run.settings)
-    steps_per_epoch = -(-len(pairs) // settings.batch_size)
-    steps, done, clock = steps_per_epoch * settings.epochs, 0, Stopwatch()
-    in_vain = 0  # validations since the best one
-    for epoch in range(settings.epochs):
+    # in_vain: validations since the best one; trained: responses of the epoch at hand, seconds: of all, until then
+    before = {"in_vain": 0, "trained": 0, "seconds": 0.0, "over": False, **run.restore(optimizer)}
+    per_epoch, clock = -(-len(pairs) // settings.batch_size), Stopwatch()
+    steps, done, in_vain = per_epoch * settings.epochs, run.step, before["in_vain"]
+    trained = before["trained"] if rank() == 0 else 0
+    minutes = lambda: (before["seconds"] + clock.total()) / 60
+    over = before["over"]
+    while done < steps and not over:
+        epoch, index = divmod(done, per_epoch)
         order = random.Random(f"{settings.seed}/{epoch}").sample(pairs, len(pairs))
-        trained = 0
-        with progress(steps_per_epoch, f"epoch {epoch + 1}/{settings.epochs}", "update") as bar:
-            for start in range(0, len(order), settings.batch_size):
+        with progress(per_epoch, f"epoch {epoch + 1}/{settings.epochs}", "update") as bar:
+            bar.update(index)
+            for start in range(index * settings.batch_size, len(order), settings.batch_size):
                 watch = Stopwatch()
+                pulse("update")
                 groups = encode_batch(run, share(order[start : start + settings.batch_size]))
                 trained += len(groups)
                 rate = learning_rate(done, steps, settings.learning_rate, settings.warmup, settings.schedule)
@@ -103,18 +111,28 @@ def train(run: Run, pairs: list[tuple]) -> None:
                 run.journal.write({"step": done, "epoch": epoch, **line, "step_time": watch.total()})
                 bar.update()
                 say(f"{done}/{steps}  loss {line.get('loss', float('nan')):.4f}  rate {rate:.2g}  {watch.total():.1f} s")
-        report_dropped(epoch, int(total(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
-        out_of_time = agreed(settings.minutes and clock.total() > 60 * settings.minutes, run.device)
-        if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs or out_of_time:
-            best = run.best
-            run.journal.write({"step": done, "epoch": epoch, **run.validate(done)})
-            in_vain = 0 if run.best > best else in_vain + 1
-        if out_of_time:
-            say(f"stopped after epoch {epoch + 1}: --minutes {settings.minutes} are over")
-            break
-        if settings.patience and in_vain >= settings.patience:
-            say(f"stopped after epoch {epoch + 1}: {in_vain} validations without a new best")
-            break
+                if done % per_epoch == 0:
+                    report_dropped(epoch, int(total(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
+                    trained, (in_vain, over) = 0, end_epoch(run, epoch, done, in_vain, minutes())
+                run.checkpoint(optimizer, done, lambda: {
+                    "in_vain": in_vain, "trained": sum(gather([trained])), "seconds": 60 * minutes(), "over": over},
+                    last=done == steps or over)
+
+
+def end_epoch(run: Run, epoch: int, done: int, in_vain: int, minutes: float) -> tuple[int, bool]:
+    """Validation where it is due: (validations since the best one, whether training is over before its time)."""
+    settings = run.settings
+    out_of_time = agreed(settings.minutes and minutes > settings.minutes, run.device)
+    if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs or out_of_time:
+        best = run.best
+        run.journal.write({"step": done, "epoch": epoch, **run.validate(done)})
+        in_vain = 0 if run.best > best else in_vain + 1
+    in_vain_enough = bool(settings.patience) and in_vain >= settings.patience
+    if out_of_time:
+        say(f"stopped after epoch {epoch + 1}: --minutes {settings.minutes} are over")
+    elif in_vain_enough and epoch + 1 < settings.epochs:
+        say(f"stopped after epoch {epoch + 1}: {in_vain} validations without a new best")
+    return in_vain, out_of_time or in_vain_enough
 
 
 def agreed(flag, device) -> bool:

@@ -94,7 +94,7 @@ def test_event_files_that_are_asked_for_without_tensorboard_end_in_one_line(tmp_
 def test_event_files_hold_the_journals_numbers(tmp_path, monkeypatch):
     said = []
     writer = SimpleNamespace(add_scalar=lambda *words: said.append(words), flush=lambda: said.append("flush"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder, **_: writer))
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out.tfevents.1").write_text("of the run before")
     Journal(tmp_path, events="auto").write({"step": 7, "reward": 2.0, "kl": None, "prompts": 4})
