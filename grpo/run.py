@@ -21,7 +21,7 @@ from grpo.rollout import Sampling
 from grpo.settings import TrainingSettings
 from grpo.sharding import anyone, compute_dtype, finish, from_first, gather, rank, shard, start, whole_weights
 from grpo.update import set_gradient_checkpointing
-from grpo.watchdog import pulse, watch
+from grpo.watchdog import pulse
 
 STOPPED = 128 + signal.SIGTERM  # exit status, as a shell says it
 
@@ -73,7 +73,6 @@ class Run:
         settings.check()
         self.device = start(settings.hang_minutes)
         settings.check()
-        watch(settings.hang_minutes)
         self.told_to_stop = False
         signal.signal(signal.SIGTERM, self.stop)
         self.settings, self.output = settings, Path(settings.output)

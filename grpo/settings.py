@@ -170,6 +170,11 @@ def parse_options(text: str, name: str) -> dict[str, float]:
     return options
 
 
+def lost_company(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is no more; that one's end has its own cause."""
+    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "have not come in"))
+
+
 def leave(status: int) -> None:
     """Under torchrun all is written and the process group is closed; taking the interpreter down around what is left of
     its communication threads aborts now and then ("terminate called without an active exception")."""
@@ -188,9 +193,11 @@ def run_program(main: Callable[[], None]) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             leave(end.code)
         raise
-    except (ValueError, OSError) as error:
-        if os.environ.get("GRPO_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("GRPO_TRACEBACK") or isinstance(error, RuntimeError) and not lost_company(error):
             raise
+        if isinstance(error, RuntimeError):
+            error = f"another process of this run is no more ({str(error).splitlines()[0][:200]})"
         process = int(os.environ.get("RANK", 0))
         if process:
             # All processes usually find the same fault and the first one says it; torchrun ends the others

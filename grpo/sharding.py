@@ -18,15 +18,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from grpo.group import Group
+from grpo.meeting import connect, meet
 from grpo.memory import enough_memory
 from grpo.policy import Policy
 from grpo.rollout import Sampling, cache_bytes, sample
+from grpo.watchdog import Watchdog
 
 
 def start(hang_minutes: float = 30.0) -> torch.device:
     """Join the processes torchrun has started (alone without it) and take this one's device.
 
-    A collective that waits for twice `hang_minutes` fails; by then grpo/watchdog.py has said who is missing.
+    Where no process makes progress for `hang_minutes` the run ends and says who is missing, see grpo/watchdog.py; a
+    collective would wait twice as long.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -37,8 +40,11 @@ def start(hang_minutes: float = 30.0) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(minutes=2 * hang_minutes), **where)
+        mine, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        store, life = meet(mine, world, hang_minutes) if "RANK" in os.environ else (dist.HashStore(), "")
+        dist.init_process_group(backend, store=store, rank=mine, world_size=world, timeout=timedelta(minutes=2 * hang_minutes))
+        if world > 1:
+            Watchdog(connect(timedelta(minutes=hang_minutes)), life, mine, world, hang_minutes)
     if rank():
         logging.disable(logging.WARNING)  # every process finds the same; the first one says it
     return device

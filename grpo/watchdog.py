@@ -12,11 +12,8 @@ import socket
 import sys
 import threading
 import time
-from datetime import timedelta
 
-import torch.distributed as dist
-
-from grpo.sharding import rank, world_size
+from torch.distributed import PrefixStore, Store
 
 EXIT_STATUS = 3
 _pulse = {"phases": 0, "steps": 0, "phase": "starting"}
@@ -31,25 +28,20 @@ def pulse(phase: str | None = None) -> None:
 
 
 class Watchdog:
-    """A thread of this process; it dies with it."""
+    """A thread of this process; it dies with it. `store` is a connection of its own: the main thread's may be waiting."""
 
-    def __init__(self, minutes: float):
-        self.seconds = 60 * minutes
-        # A connection of its own: the main thread's may be waiting for something.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(10, self.seconds)))
-        # Under torchrun the store outlives a restart; what an earlier life has written is nobody's pulse.
-        self.store = dist.PrefixStore(f"pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    def __init__(self, store: Store, life: str, rank: int, world: int, minutes: float):
+        self.store, self.rank, self.world, self.seconds = PrefixStore(f"{life}/pulse", store), rank, world, 60 * minutes
         self.say()
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def say(self) -> None:
         p = _pulse
-        self.store.set(str(rank()), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} {p['phase']}")
+        self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} {p['phase']}")
 
     def everyone(self) -> list[list[str]]:
         """[phases, steps, process id, host, phase] of each process that has begun to watch."""
-        keys = [str(r) for r in range(world_size())]
+        keys = map(str, range(self.world))
         return [self.store.get(key).decode().split(" ", 4) if self.store.check([key]) else ["0", "0", "?", "?", "starting"]
                 for key in keys]
 
@@ -65,7 +57,7 @@ class Watchdog:
             if everyone != seen:
                 moved, seen = time.monotonic(), everyone
             # The first that is alive speaks; its end ends the others.
-            if time.monotonic() - moved > self.seconds + 2 * rank():
+            if time.monotonic() - moved > self.seconds + 2 * self.rank:
                 print("error: " + verdict(everyone or [], self.seconds), file=sys.stderr, flush=True)
                 os._exit(EXIT_STATUS)
 
@@ -79,9 +71,3 @@ def verdict(everyone: list[list[str]], seconds: float) -> str:
     others = f"; {waiting} others wait for it" if waiting else ""
     return (f"no process has made progress for {seconds / 60:.3g} minutes: {', '.join(late)}{others} "
             f"(--hang_minutes sets the limit)")
-
-
-def watch(minutes: float) -> None:
-    """Begin to watch, where there are several processes."""
-    if world_size() > 1:
-        Watchdog(minutes)

@@ -8,37 +8,38 @@ from torch.distributed.tensor import DTensor
 
 from grpo.group import packs
 from grpo.rollout import Sampling, sample
-from grpo.sharding import gather, sample_whole, shard, share, unshare, whole_weights
+from grpo.sharding import gather, sample_whole, see_whole, shard, share, unshare, whole_weights
 from grpo.update import update
 
 LENGTHS = ((5, 1, 9), (3, 4, 2), (6, 2, 2), (4, 4, 4))
 TOKENS = sum(map(sum, LENGTHS))
 
 
-def one_update(groups, budget: int, sharded: bool):
+def one_update(groups, budget: int, sharded: bool, shard_size: int = 0):
     """A plain SGD step on −Σ log p / TOKENS, so that the step itself shows the gradient."""
     policy = tiny_policy()
     if sharded:
-        shard(policy, torch.float32, torch.device("cpu"))
+        shard(policy, torch.float32, torch.device("cpu"), shard_size=shard_size)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.0)
     norm = update(policy, optimizer, packs(groups, budget), lambda _, scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
     return norm, policy
 
 
-def check_gradients(path, uneven: bool):
+def check_gradients(path, uneven: bool, shard_size: int):
     everyone = tiny_groups(lengths=LENGTHS)
     mine = (everyone if torch.distributed.get_rank() == 0 else []) if uneven else share(everyone)
-    norm, policy = one_update(mine, 40, sharded=True)  # a budget of 40 tokens: one pack a group, unequal counts
+    norm, policy = one_update(mine, 40, sharded=True, shard_size=shard_size)  # a budget of 40 tokens: one pack a group, unequal counts
     weights = whole_weights(policy)
     if torch.distributed.get_rank() == 0:
         torch.save({"norm": norm, "weights": weights}, path)
 
 
-@pytest.mark.parametrize("world,uneven", [(2, False), (3, False), (2, True)],
-                         ids=["two", "three, unequal packs", "one has nothing at all"])
-def test_the_number_of_processes_does_not_change_the_update(tmp_path, world, uneven):
+@pytest.mark.parametrize("world,uneven,shard_size", [(2, False, 0), (3, False, 0), (2, True, 0), (4, False, 0), (4, True, 2), (2, False, 1)],
+                         ids=["two", "three, unequal packs", "one has nothing at all", "four", "two copies of two parts, three "
+                              "have nothing at all", "two copies"])
+def test_the_number_of_processes_does_not_change_the_update(tmp_path, world, uneven, shard_size):
     norm, policy = one_update(tiny_groups(lengths=LENGTHS), 10**6, sharded=False)
-    run_processes(check_gradients, world, tmp_path / "found.pt", uneven)
+    run_processes(check_gradients, world, tmp_path / "found.pt", uneven, shard_size)
     found = torch.load(tmp_path / "found.pt")
     assert found["norm"] == pytest.approx(norm, rel=1e-4)
     for name, expected in policy.model.state_dict().items():
@@ -48,10 +49,16 @@ def test_the_number_of_processes_does_not_change_the_update(tmp_path, world, une
 SAMPLING = Sampling(max_tokens=10, end_tokens=(END, *range(20)), temperature=0.8, rows=4)
 
 
-def check_rollout(path):
-    policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
-    prompts = [tiny_prompt(i, ((1, 4, 4),), length=4 + 3 * i) for i in range(5)]  # 3 and 2: unequal work
+def check_rollout(path, rollout_weights):
+    policy = shard(tiny_policy(), torch.float32, torch.device("cpu"), rollout_weights=rollout_weights)
+    prompts = [tiny_prompt(i, ((1, 4, 4),), length=4 + 3 * i) for i in range(5)]  # shared out: unequal work
+    policy.freeze_vision()
+    see_whole(policy, share(prompts))
+    gathered = set()
+    policy.trunk_layers[1].register_forward_pre_hook(
+        lambda *_: gathered.add(sum(isinstance(p, DTensor) for p in policy.trunk_layers[0].parameters()) > 0))
     groups = sample_whole(policy, share(prompts), 3, SAMPLING)
+    assert gathered == {rollout_weights == "layers"}  # whether a layer is sharded while the next one works
     assert all(isinstance(p, DTensor) for p in policy.parameters())  # sharded again
     policy.score(tiny_groups())  # a rollout before the first forward leaves the root able to start
     tokens = unshare(gather([[c.tolist() for c in group.completions] for group in groups]))
@@ -59,10 +66,11 @@ def check_rollout(path):
         torch.save(tokens, path)
 
 
-def test_two_processes_sample_what_one_does(tmp_path):
+@pytest.mark.parametrize("world,rollout_weights", [(2, "whole"), (2, "layers"), (3, "layers")])
+def test_several_processes_sample_what_one_does(tmp_path, world, rollout_weights):
     prompts = [tiny_prompt(i, ((1, 4, 4),), length=4 + 3 * i) for i in range(5)]
     alone = [[c.tolist() for c in group.completions] for group in sample(tiny_policy(), prompts, 3, SAMPLING)]
-    run_processes(check_rollout, 2, tmp_path / "tokens.pt")
+    run_processes(check_rollout, world, tmp_path / "tokens.pt", rollout_weights)
     assert torch.load(tmp_path / "tokens.pt") == alone
 
 

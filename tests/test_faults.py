@@ -1,0 +1,212 @@
+"""What happens to real runs happens to these: killed, told to stop, no room on the disk, not a number, a hang."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_loop import make
+from test_pipeline import COMMON, ROOT, folder, lines  # noqa: F401  (the fixture)
+from test_resume import newest, same_run, trained
+
+import grpo.train
+from grpo.objective import grpo_loss
+from grpo.resume import Checkpoints
+from grpo.watchdog import verdict
+
+
+def words_of(folder, output, *more):
+    return ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", output, "--max_rollouts", 5,
+            "--predictions", folder / "split" / "predictions.jsonl", "--learning_rate", 1e-3, "--prompts_per_rollout", 2,
+            "--group_size", 3, "--reward_options", "min_length=60", "--checkpoint_every", 1, "--journal_groups", 1,
+            "--valid_samples", 4, *COMMON, *more]
+
+
+def begin(words, processes=2, restarts=0, faults="", **more):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--max-restarts", restarts, "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0", "--monitor-interval", 0.1] if processes else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "FAULTS": faults}
+    command = [sys.executable, *launcher, ROOT / "tests" / "faulty.py", *words]
+    return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+
+
+def end(process, seconds=240):
+    text, _ = process.communicate(timeout=seconds)
+    return process.returncode, text
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    status, text = end(begin(words_of(folder, output)))
+    assert status == 0, text
+    return output
+
+
+def test_killed_in_every_phase_and_restarted_by_torchrun_it_ends_with_the_same_result(folder, undisturbed, tmp_path):
+    faults = "rollout:kill@0 score:kill@1 update:kill@2 writing:kill@3"
+    status, text = end(begin(words_of(folder, tmp_path), restarts=4, faults=faults))
+    assert status == 0, text
+    assert text.count("fault: kill") == 4
+    # the second life began with the first one's checkpoint, and so on: nothing was done three times
+    assert re.findall(r"going on after step (\d)", text) == ["1", "2", "2", "3"]
+    same_run(undisturbed, tmp_path)
+
+
+def stop_after(process, output, rollouts):
+    """SIGTERM as soon as so many rollouts are behind it."""
+    for _ in range(1200):
+        if (output / "metrics.jsonl").exists() and len((output / "metrics.jsonl").read_bytes().splitlines()) > rollouts:
+            return process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    raise AssertionError("it did not get that far")
+
+
+@pytest.mark.parametrize("processes,status", [(0, 143), (2, 1)], ids=["one process", "two under torchrun"])
+def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(folder, undisturbed, tmp_path, processes, status):
+    words = words_of(folder, tmp_path, "--checkpoint_every", 0)
+    process = begin(words, processes)
+    stop_after(process, tmp_path, 2)
+    found, text = end(process)
+    assert found == status and re.search(r"stopped after step \d by SIGTERM; the same command goes on", text), text
+    assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in text
+    stopped = int(newest(tmp_path).name.removeprefix("step-"))
+    assert 2 <= stopped < 5
+    status, text = end(begin(words, processes))
+    assert status == 0 and f"going on after step {stopped}" in text, text
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(6))
+    if processes:
+        same_run(undisturbed, tmp_path)
+
+
+def test_a_worker_that_hangs_is_named_instead_of_silence(folder, tmp_path):
+    process = begin(words_of(folder, tmp_path, "--hang_minutes", 0.15), faults="rollout:hang@0")
+    status, text = end(process, 120)
+    assert status != 0
+    assert re.search(r"error: no process has made progress for 0.15 minutes: process 1 \(pid \d+ on \S+\) in 'rollout'; "
+                     r"1 others wait for it \(--hang_minutes", text), text
+
+
+def test_a_worker_that_hangs_is_restarted_and_the_run_ends_with_the_same_result(folder, undisturbed, tmp_path):
+    words = words_of(folder, tmp_path, "--hang_minutes", 0.15)
+    status, text = end(begin(words, restarts=1, faults="update:hang@0"))
+    assert status == 0 and "process 1" in text, text
+    same_run(undisturbed, tmp_path)
+
+
+def test_the_verdict_names_who_is_furthest_behind():
+    everyone = [["7", "90", "11", "a", "update"], ["6", "95", "12", "b", "score"], ["7", "70", "13", "b", "update"]]
+    assert verdict(everyone, 60) == ("no process has made progress for 1 minutes: process 1 (pid 12 on b) in 'score'; "
+                                     "2 others wait for it (--hang_minutes sets the limit)")
+
+
+# ── the disk ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB; where none can be mounted, a limit on the size of files does."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], capture_output=True).returncode == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        if mounted:
+            free = os.statvfs(tmp_path)
+            (tmp_path / "other people's").write_bytes(b"." * (free.f_bavail * free.f_frsize - 100_000))
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    yield tmp_path, fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if mounted:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("where", ["disk", "limit"])
+def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(small_disk, where):
+    output, fill = small_disk
+    policy, optimizer = trained(1)
+    checkpoints = Checkpoints(output, 2)
+    checkpoints.save(policy, optimizer, 1, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill() if where == "disk" else resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    with pytest.raises(OSError, match=r"step-00000002: the checkpoint cannot be written \(process 0: .*(No space left|too large).*"
+                                      r"the last good one is .*step-00000001"):
+        checkpoints.save(policy, optimizer, 2, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000001"]
+    again = Checkpoints(output, 2)
+    assert again.newest()["step"] == 1
+    again.load(policy, optimizer)
+
+
+def test_a_run_on_a_full_disk_ends_in_one_line(folder, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))  # weights fit, Adam's moments beside them do not
+    status, text = end(begin(words_of(folder, tmp_path), processes=0, preexec_fn=limit))
+    assert status == 2, text
+    assert re.search(r"^error: .*step-00000001: the checkpoint cannot be written \(.*; there is none before it$", text, re.M), text
+
+
+# ── not a number ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def poisoned(trainer, updates):
+    """Every loss of the updates with these numbers is not a number."""
+    real, calls = trainer.loss, []
+
+    def loss(*arguments, **options):
+        value, statistics = real(*arguments, **options)
+        calls.append(0)
+        return value * (float("nan") if len(calls) in updates else 1.0), statistics
+
+    trainer.loss = loss
+
+
+def test_an_update_that_is_not_a_number_is_skipped_and_counted(folder, tmp_path):
+    trainer, _, samples = make(folder, tmp_path, "--updates", 1)
+    poisoned(trainer, {1})
+    before = {name: p.detach().clone() for name, p in trainer.run.policy.named_parameters()}
+    line = trainer.step(samples[:2], 0, [1e-3])
+    assert line["bad_updates"] == 1 and line["grad_norm"] != line["grad_norm"]
+    assert all(torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
+    assert not any(trainer.optimizer.state.values())
+    line = trainer.step(samples[2:4], 1, [1e-3])
+    assert line["bad_updates"] == 1 and line["grad_norm"] > 0
+    assert any(not torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
+
+
+def test_a_run_of_them_ends_it_and_names_the_last_good_checkpoint(folder, tmp_path):
+    trainer, curriculum, samples = make(folder, tmp_path, "--updates", 1, "--checkpoint_every", 1, "--max_rollouts", 9)
+    poisoned(trainer, {2, 4, 5, 6})
+    with pytest.raises(ValueError, match="3 updates in a row had a loss or gradient that is not finite .*the last good one is "
+                                         ".*step-00000005; lower --learning_rate"):
+        grpo.train.train(trainer, curriculum)
+    assert [line.get("bad_updates", 0) for line in lines(tmp_path / "metrics.jsonl")[1:]] == [0, 1, 1, 2, 3]
+
+
+def test_a_loss_that_is_infinite_on_one_process_alone_is_skipped_by_all(tmp_path):
+    from processes import run_processes
+
+    run_processes(check_skipped_by_all, 2)
+
+
+def check_skipped_by_all():
+    from tiny import tiny_groups, tiny_policy
+
+    from grpo.sharding import rank, shard
+    from grpo.update import update
+
+    policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    before = [p.detach().to_local().clone() for p in policy.parameters()]
+    bad = lambda _, scores: scores.logp.sum().detach() * float("inf") + 0.0 * scores.logp.sum() if rank() else -scores.logp.sum()
+    norm = update(policy, optimizer, [tiny_groups()], bad, 1.0, 1.0, rate=1.0)
+    assert norm != norm
+    assert all(torch.equal(old, p.detach().to_local()) for old, p in zip(before, policy.parameters()))
