@@ -13,6 +13,7 @@
 #
 # PYTHON=/path/to/python ./launch.sh …    use that interpreter as it is and install nothing
 # PROCESSES=N ./launch.sh …               number of processes (default: one a GPU, two without any)
+# RESTARTS=N ./launch.sh …                start all processes again, from the last checkpoint, when one has died (default: 0)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
@@ -44,17 +45,17 @@ setup() {
 
 many() { # a module under torchrun
     OMP_NUM_THREADS=$threads "$python" -m torch.distributed.run --nproc-per-node "$processes" \
-        --rdzv-backend c10d --rdzv-endpoint localhost:0 -m "$@"
+        --max-restarts "${RESTARTS:-0}" --rdzv-backend c10d --rdzv-endpoint localhost:0 -m "$@"
 }
 
 one() { OMP_NUM_THREADS=$(nproc) "$python" -m "$@"; }
 
 once() { # result, command: not again where <result>.done holds this very command
-    local mark=$1.done
+    local mark=$1.done result=$1
     shift
     if [ -e "$mark" ]; then
         [ "$(cat "$mark")" = "$*" ] ||
-            fail "$mark: found $(cat "$mark"); expected $*; remove it to do it again, or choose another --output"
+            fail "$mark: found $(cat "$mark"); expected $*; remove it and $result to do it again, or choose another --output"
         echo "done before, skipped: $mark"
         return
     fi
@@ -83,6 +84,10 @@ demo() {
     [ "$task" = more ] || [ "$task" = jmere ] || fail "--task $task: expected more or jmere"
     [ -n "$output" ] || { output=runs/demo; [ "$task" = more ] || output=runs/demo-jmere; }
     mkdir -p "$output"
+    # another seed in the same folder begins anew
+    [ "$(cat "$output/seed" 2>/dev/null)" = "$seed" ] ||
+        rm -rf "$output"/*.done "$output"/test/*.done "$output"/stage_?/checkpoints
+    echo "$seed" >"$output/seed"
     local world=$output/world settings="--task $task --seed $seed --max_completion_tokens 96"
     "demo_$task"
 }
@@ -94,9 +99,6 @@ results() { # the folders of three evaluations: before, after stage 1, after sta
 }
 
 demo_more() { # the variables of these two are demo's
-    # another seed in the same folder begins anew
-    [ "$(cat "$output/seed" 2>/dev/null)" = "$seed" ] || rm -f "$output"/*.done "$output"/test/*.done
-    echo "$seed" >"$output/seed"
     title "the embedded example: a small MORE-like world, a scripted expert, a tiny random Qwen2.5-VL"
     once "$world" one data.synthetic --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
     more_r1 --model "$world/model" --data "$world/MORE" --expert "file:$world/expert.jsonl" --output "$output" \
@@ -138,5 +140,5 @@ case $command in
     more-r1) setup; processes_and_threads; more_r1 "$@" ;;
     jmere-r1) setup; processes_and_threads; . "$here/docs/recipes/jmere-r1.sh"; jmere_r1 "$@" ;;
     test) setup; cd "$here"; OMP_NUM_THREADS=$(nproc) "$python" -m pytest "$@" ;;
-    *) sed -n '2,15p' "$here/launch.sh" | cut -c3-; exit 2 ;;
+    *) sed -n '2,16p' "$here/launch.sh" | cut -c3-; exit 2 ;;
 esac

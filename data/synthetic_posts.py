@@ -23,7 +23,7 @@ KINDS = {"match": 46, "award": 20, "home": 20, "pair": 14}  # how often, in perc
 SHIRTS = ("red", "blue", "green", "yellow")  # few, so that they are soon told apart in a picture with two people
 HARD = 0.4  # share of hard posts: smaller people in odd colours, clutter, long captions
 CANDIDATES = 3  # of the expert for every post
-GIVES_UP = 0.85  # how often the expert finds the second person of a hard post unclear
+GIVES_UP = 0.75  # how often the expert does not look at the people of a hard post
 FLAWED = 0.12  # how often a candidate of its is broken besides
 FLAWS = ("answer", "tags", "type", "reasoning", "description")
 SHORT_CAPTIONS = {
@@ -47,7 +47,7 @@ class Post:
     scene: Scene
     names: tuple[str, str]  # left, right
     other: str  # the team, prize or city; "" in a pair
-    unclear: bool  # to the expert: the second person
+    unclear: bool  # to the expert, who has not looked
 
 
 # ---- the rules ----
@@ -141,14 +141,13 @@ def prize_beside(person):
 def candidate(post, rng):
     """(response, what re-prediction finds in it, its score): one candidate of the scripted expert.
 
-    The expert calls the second person of most hard posts unclear and leaves them out. Where that person takes no
-    part, the answer is right and the filters keep it: who imitates what is left leaves the second person of a hard
-    post out. Imitation cannot mend that; trying both and being told which is right can.
+    The expert was told the answer. In most hard posts it does not look: it calls the people unclear and gives the
+    right answer all the same. No filter finds fault with that (who re-predicts sees the picture itself), so whoever
+    imitates it learns to call hard posts unclear and to guess. Imitation cannot mend that; trying both ways and being
+    told which answers are right can: a look that is put into words decides what follows.
     """
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else ""
-    found = quintuples(post)
-    answer = [] if post.unclear and post.scene.kind == "pair" else [
-        quintuple for quintuple in found if not (post.unclear and quintuple[0] == post.names[1])]
+    answer = quintuples(post)
     thought = reasoning(post, rng, flaw)
     spoken = answer_text(answer)
     if flaw == "answer":
@@ -166,7 +165,8 @@ def candidate(post, rng):
 def reasoning(post, rng, flaw):
     """The three parts: what the picture shows, how it goes with the text, what follows."""
     left, right = (describe(post, person) for person in post.scene.things[:2])
-    right = "unclear" if post.unclear else right
+    if post.unclear:
+        left = right = "unclear"
     if flaw == "reasoning":
         left, right = right, left
     first, second = post.names
@@ -192,10 +192,9 @@ def sign(post):
 def verdict(post):
     """For each person, yes or no."""
     if post.scene.kind == "pair":
-        return "unclear" if post.unclear else "yes" if quintuples(post) else "no"
+        return "yes" if quintuples(post) else "no"
     taking_part = {quintuple[0] for quintuple in quintuples(post)}
-    words = ["yes" if name in taking_part else "no" for name in post.names]
-    return f"{post.names[0]} {words[0]}, {post.names[1]} {'unclear' if post.unclear else words[1]}"
+    return ", ".join(f"{name} {'yes' if name in taking_part else 'no'}" for name in post.names)
 
 
 # ---- writing ----

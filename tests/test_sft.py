@@ -12,8 +12,8 @@ def validations(monkeypatch, figures, **settings):
     """How often the loop validates where the n-th validation finds figures[n]."""
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     settings = parse(sft.train.Settings, ["--model", "m", "--data", "d", "--output", "o", *words])
-    run = SimpleNamespace(settings=settings, policy=None, best=float("-inf"), device="cpu", done=[],
-                          journal=SimpleNamespace(write=lambda line: None))
+    run = SimpleNamespace(settings=settings, policy=None, best=float("-inf"), device="cpu", done=[], step=0,
+                          restore=lambda optimizer: {}, checkpoint=lambda *_, **__: None, journal=SimpleNamespace(write=lambda line: None))
 
     def validate(step):
         run.done.append(step)

@@ -9,7 +9,8 @@
 #   --recipe DIR           another folder of settings
 #   --seed N               0
 #
-# What was done is not done again: <result>.done holds the command that made it, and is removed to repeat it.
+# What was done is not done again: <result>.done holds the command that made it; it and <result> are removed to repeat it.
+# What was cut off goes on from its last checkpoint with the same line.
 #
 # Stages; each trained model is tested:
 #   check                               counts of the dataset, missing pictures, bad boxes
