@@ -15,6 +15,7 @@ from grpo.attention import Packed
 from grpo.backbones import backbone
 from grpo.group import Group, Prompt, within
 from grpo.head import completion_logp
+from grpo.lean import make_lean
 
 
 PATCHES_AT_ONCE = 65_536  # through the vision encoder: about a dozen pictures of the default limit
@@ -45,6 +46,7 @@ class Policy(nn.Module):
         if kinds != ["full_attention"]:
             raise ValueError(f"the model's layers are {kinds}; only full_attention is supported")
         text._attn_implementation = "layout"
+        make_lean(model)
         self.banned = self.backbone.banned(self.config)
         self.rollout_weights, self.compute_dtype = "auto", torch.float32  # set by sharding.shard
 

@@ -1,0 +1,99 @@
+"""What MLPs and norms keep for the backward pass: nothing that a pass over memory makes again.
+
+As transformers writes them, a gated MLP keeps gate, silu(gate), up and their product, and an RMSNorm beside its input
+what it made of it (in bf16 two float32 copies and one more). That is two fifths of all that an update's packed pass
+keeps. Here an MLP keeps gate and up, a norm its input and one number a token. Values are the same to the bit, gradients
+up to rounding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class Norm(torch.autograd.Function):
+    """weight · x / √(mean x² + ε), in float32 up to the weight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        grad_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_normed = (grad * weight).float()
+        along = (grad_normed * normed).mean(-1, keepdim=True)  # the part of it that changes x's length alone
+        return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) · up."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+class GatedLinear(torch.autograd.Function):
+    """(silu(gate) · up) Wᵀ + b; the linear layer's gradient, too, is the product made again."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up, weight = ctx.saved_tensors
+        grad_product, act = grad @ weight, F.silu(gate)
+        grad_up, rows = grad_product * act, grad.flatten(0, -2)
+        grad_weight = rows.T @ act.mul_(up).flatten(0, -2) if ctx.needs_input_grad[2] else None
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
+        return torch.ops.aten.silu_backward(grad_product.mul_(up), gate), grad_up, grad_weight, grad_bias
+
+
+class LeanNorm(nn.Module):
+    """In a norm's place, with its weight."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.weight, self.eps = base.weight, base.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Norm.apply(x, self.weight, self.eps)
+
+
+class LeanMLP(nn.Module):
+    """In a gated MLP's place, with its three matrices, which keep their names."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = base.gate_proj, base.up_proj, base.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if type(down) is nn.Linear:
+            return GatedLinear.apply(gate, up, down.weight, down.bias)
+        return down(Gated.apply(gate, up))  # an adapter beside it needs the product itself
+
+
+def make_lean(network: nn.Module) -> None:
+    """Put these in the places of the network's RMSNorms and SwiGLUs, those of the vision encoder too."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
+                setattr(parent, name, LeanNorm(child))
+            elif hasattr(child, "gate_proj") and isinstance(child.act_fn, type(ACT2FN["silu"])):
+                setattr(parent, name, LeanMLP(child))
