@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.head import CompletionLogp, completion_logp
+from grpo.head import FEW_ROWS, CompletionLogp, completion_logp, token_logits
 
 BANNED = (3, 11)
 ON = torch.tensor(BANNED)
@@ -61,6 +62,17 @@ def test_a_bfloat16_heads_gradient_is_summed_in_float32_over_the_chunks():
         logp, _ = completion_logp(hidden, weight, targets, 1.0, BANNED, tile)
         gradients.append(torch.autograd.grad(logp.sum(), weight)[0].float())
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_logits_of_a_row_are_the_same_however_many_rows_come_with_it(dtype):
+    hidden, weight = torch.randn(FEW_ROWS + 1, 16, dtype=dtype), torch.randn(70, 16, dtype=dtype)
+    expected = (hidden @ weight.T / 0.7).float().index_fill(-1, ON, float("-inf"))
+    for rows in (1, 2, 8, 9, 16, FEW_ROWS, FEW_ROWS + 1):
+        logits = token_logits(hidden[:rows], weight, 0.7, BANNED)
+        assert logits.is_contiguous() and logits.dtype == torch.float32
+        closeness = dict(rtol=2e-2, atol=5e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, expected[:rows], **closeness)
 
 
 class Largest(TorchDispatchMode):
