@@ -3,6 +3,7 @@
 big-head   45M parameters, almost all in the real vocabulary's 151,936 rows: hidden 256, 6 layers, head tied
 trunk      7B's proportions, where the layers dominate: hidden 512, 12 layers, vocabulary 8,192, head not tied; the
            vision encoder has 7B's proportion in width (192) and a quarter of it in depth (4)
+planned    88M parameters, 354 MB: large enough for its memory to be told from the interpreter's
 """
 
 import json
@@ -20,6 +21,8 @@ SHAPES = {
                   vision_depth=4, tied=False, vocabulary=8_192),
     "middle": dict(hidden=256, layers=6, heads=4, key_value_heads=2, intermediate=1344, vision_hidden=96,
                    vision_depth=2, tied=False, vocabulary=8_192),
+    "planned": dict(hidden=1024, layers=3, heads=8, key_value_heads=2, intermediate=8704, vision_hidden=128,
+                    vision_depth=2, tied=False, vocabulary=8_704),
     # for warming up, and for trying a benchmark's code
     "small": dict(hidden=64, layers=2, heads=2, key_value_heads=1, intermediate=128, vision_hidden=32,
                   vision_depth=2, tied=True, vocabulary=1_024),

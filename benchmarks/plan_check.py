@@ -1,0 +1,127 @@
+"""Does grpo.plan's arithmetic tell the truth? Its peak for one process on a CPU against the peak of a real step.
+
+    python -m benchmarks.plan_check [--record]
+
+A random Qwen2.5-VL of 88M parameters (354 MB) goes through one Trainer.step of GRPO in float32, in a process of its own
+for each case: rollout, reference, two updates. Measured is the peak of the resident set from before the weights are
+loaded, less what the process held then; a step of a small model has gone before, so that everything is imported. The
+plan sees config.json and the settings. Nothing in it is fitted to these figures.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.record import PeakMemory, append
+from benchmarks.shapes import MODELS, write_model
+
+TOLERANCE = 0.15
+
+
+@dataclass
+class Case:
+    """Two prompts of two pictures, `side` pixels each; `completion` tokens in each of the four completions."""
+
+    prompt: int
+    side: int
+    completion: int
+    gradient_checkpointing: bool = False
+    tokens_per_pass: int = 4096
+    lora_rank: int = 0
+
+    def settings(self) -> dict:
+        """What trainer and plan are both told."""
+        return dict(max_completion_tokens=self.completion, group_size=4, prompts_per_rollout=2, updates=2, beta=0.001, rollout_rows=64,
+                    tokens_per_pass=self.tokens_per_pass, gradient_checkpointing=self.gradient_checkpointing, dtype="float32",
+                    lora_rank=self.lora_rank)
+
+
+CASES = {
+    "plain": Case(200, 112, 64),
+    "checkpointing": Case(200, 112, 64, gradient_checkpointing=True),
+    "long prompt": Case(800, 224, 32),
+    "two passes": Case(200, 112, 64, tokens_per_pass=512),
+    "adapter": Case(400, 112, 64, lora_rank=16),
+}
+
+
+def real_step(folder: Path, case: Case) -> None:
+    """Load, and one step of the product's own trainer."""
+    from benchmarks.shapes import words_for
+    from grpo.encode import Encoder
+    from grpo.run import Run
+    from grpo.train import Settings, Trainer
+
+    text = words_for(Encoder(str(folder)), case.prompt, case.side)
+    settings = Settings(model=str(folder), data=f"{case.side}/{text}", output=tempfile.mkdtemp(), task="benchmarks.two_pictures",
+                        valid_split="", learning_rate=1e-6, journal_groups=0, **case.settings())
+    run = Run(settings)
+    run.encoder.end_tokens = ()  # nothing ends a completion but the limit
+    Trainer(run, settings).step(run.load("train")[: settings.prompts_per_rollout], 0, [1e-6] * settings.updates)
+
+
+def measured(models: Path, case: Case) -> int:
+    """Peak bytes beyond what a process holds that has done the same in small."""
+    small = write_model(models / "small", "small")
+    real_step(small, Case(60, 112, 8, case.gradient_checkpointing, lora_rank=case.lora_rank))
+    gc.collect()
+    memory = PeakMemory()
+    memory.start()
+    real_step(models / "planned", case)
+    return memory.beyond()
+
+
+def planned(models: Path, case: Case):
+    """The plan for the same step."""
+    from grpo.costs import read_shape
+    from grpo.plan import Settings, plan
+
+    pictures = 2 * (case.side // 28) ** 2
+    settings = Settings(model=str(models / "planned"), gpus=[1], device="cpu", prompt_tokens=case.prompt, picture_tokens=pictures,
+                        **case.settings())
+    return plan(read_shape(settings.model), settings, 1)
+
+
+def measure_apart(models: Path, name: str) -> int:
+    """`measured` in a process of its own."""
+    write_model(models / "planned", "planned")
+    words = [sys.executable, "-m", "benchmarks.plan_check", "--measure", name, "--models", str(models)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                          cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--measure", choices=list(CASES), help="only this one, in this process, as a number of bytes")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder for the random checkpoints")
+    parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl")
+    settings = parser.parse_args()
+    models = settings.models.absolute()
+    if settings.measure:
+        return print(json.dumps(measured(models, CASES[settings.measure])))
+    print(f"{'':14}{'measured, MB':>14}{'planned, MB':>13}{'off by':>8}   phase of the planned peak")
+    rows = []
+    for name in settings.cases:
+        found, expected = measure_apart(models, name), planned(models, CASES[name])
+        off = expected.peak / found - 1
+        rows.append({"case": name, "measured_bytes": found, "planned_bytes": round(expected.peak), "off": off, "phase": expected.peak_phase})
+        print(f"{name:14}{found / 1e6:14.0f}{expected.peak / 1e6:13.0f}{off:8.1%}   {expected.peak_phase}", flush=True)
+    worst = max(rows, key=lambda row: abs(row["off"]))
+    summary = f"largest error: {worst['off']:+.1%} ({worst['case']}); {TOLERANCE:.0%} are allowed"
+    print(summary)
+    if settings.record:
+        append("plan_check", {"tolerance": TOLERANCE}, rows, summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What a run of Stage 2 needs, before a GPU is rented: memory of each phase and seconds of each step, from config.json alone.
+
+    python -m grpo.plan --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 1 2 4 8
+
+What does not fit is followed by the settings that make it fit, each tried in the same arithmetic. No weights are
+downloaded and no GPU is asked: costs.py counts the bytes, pace.py the seconds.
+"""
+
+import itertools
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from grpo.costs import COMPONENTS, PHASES, Costs, Shape, read_shape, total
+from grpo.journal import say, table, write_json
+from grpo.pace import seconds
+from grpo.settings import LORA_TARGETS, parse, required, run_program, setting
+from grpo.train import Settings as TrainSettings
+
+GIB = 2**30
+MOST_SUGGESTIONS = 4
+MOST_CHANGES = 4  # settings of one suggestion
+
+
+@dataclass
+class Settings:
+    """Plan Stage 2. Settings that grpo.train has too mean the same here; the defaults are its own."""
+
+    model: str = required("checkpoint folder, its config.json, or hub name; no weights are read")
+    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64], metadata={"help": "numbers of GPUs to plan for"})
+    device: str = setting("gpu", "what a process computes on; cpu: --gpus counts processes", choices=("gpu", "cpu"))
+    gpu_memory: float = setting(80.0, "GiB of one GPU")
+    spare: float = setting(4.0, "GiB of them left for the CUDA context, communication buffers and the allocator's gaps")
+    tflops: float = setting(989.0, "peak of one GPU's matrix products, 10¹² operations a second (H100 SXM, dense bfloat16)")
+    efficiency: float = setting(0.4, "assumed share of that peak which training and prefill reach")
+    bandwidth: float = setting(3350.0, "of one GPU's memory, GB/s (H100 SXM)")
+    memory_efficiency: float = setting(0.7, "assumed share of that bandwidth which decoding reaches")
+    link: float = setting(450.0, "between GPUs of one machine, GB/s received by each (NVLink of an H100)")
+    network: float = setting(50.0, "between GPUs of different machines, GB/s received by each (400 Gb/s)")
+    host_link: float = setting(50.0, "between a GPU and its host's memory, GB/s (PCIe 5)")
+    gpus_per_machine: int = setting(8, "GPUs that --link joins")
+    prompt_tokens: int = setting(1500, "of a prompt, its pictures included: the longest counts")
+    picture_tokens: int = setting(1000, "of them from pictures")
+    max_completion_tokens: int = setting(1024, "of every completion: planned is the worst case, all at the limit")
+    group_size: int = setting(8, "G, completions a prompt")
+    prompts_per_rollout: int = setting(16, "over all processes; raised here to a multiple of the GPUs where it is none")
+    updates: int = setting(2, "μ, updates a rollout")
+    beta: float = setting(0.001, "weight of the KL to the reference; 0: there is no reference")
+    rollout_rows: int = setting(64, "completions written at once on each process")
+    tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward")
+    dtype: str = setting("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU, float32 on a CPU",
+                         choices=("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = setting(False, "recompute activations layer by layer")
+    lora_rank: int = setting(0, "train an adapter of this rank instead of the weights; 0 for none")
+    lora_targets: str = setting(LORA_TARGETS, "names of the adapted matrices, separated by commas")
+    offload_reference: bool = setting(False, "keep the reference's weights in host memory between its layers' turns")
+    offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory between its steps")
+    shard_size: int = setting(0, "weights are sharded over so many processes and replicated beyond; 0 for all of them")
+    rollout_weights: str = setting("whole", "in a rollout every process holds all weights, or gathers them layer by layer; "
+                                   "auto: whole where that fits", choices=("whole", "layers", "auto"))
+    loading: str = setting("whole", "whole: every process loads all float32 weights before it keeps its shard; shards: it reads "
+                                    "no more than a layer beyond its own", choices=("whole", "shards"))
+    json: str = setting("", "file for all the numbers; empty for none")
+
+    def check(self) -> None:
+        """Refuse what cannot be planned."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = LEAST.get(f.name)
+            if isinstance(value, (int, float)) and least is not None and not value >= least:
+                raise ValueError(f"--{f.name} is {value}; it must be {least} or more")
+            if isinstance(value, float) and f.name not in MAY_BE_ZERO and not value > 0:
+                raise ValueError(f"--{f.name} is {value}; it must be above 0")
+        if min(self.gpus, default=0) < 1:
+            raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
+        if self.picture_tokens >= self.prompt_tokens:
+            raise ValueError(f"--picture_tokens is {self.picture_tokens}; it must be below --prompt_tokens {self.prompt_tokens}")
+        if self.spare >= self.gpu_memory:
+            raise ValueError(f"--spare is {self.spare}; it must be below --gpu_memory {self.gpu_memory}")
+        for gpus in self.gpus:
+            if self.shard_size and max(gpus, self.shard_size) % min(gpus, self.shard_size):
+                raise ValueError(f"--shard_size is {self.shard_size}; {gpus} GPUs are no multiple of it")
+
+
+LEAST = dict(prompt_tokens=1, picture_tokens=0, max_completion_tokens=1, group_size=2, prompts_per_rollout=1, updates=1,
+             rollout_rows=1, tokens_per_pass=1, lora_rank=0, shard_size=0, gpus_per_machine=1, beta=0, spare=0)
+MAY_BE_ZERO = ("beta", "spare")
+
+
+@dataclass
+class Plan:
+    """One number of GPUs: bytes by phase and component, seconds by phase."""
+
+    gpus: int
+    prompts: int
+    phases: dict[str, dict[str, float]]
+    host: dict[str, float]
+    seconds: dict[str, float]
+    bound: str
+    limit: float
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: total(self.phases[name]))
+
+    @property
+    def peak(self) -> float:
+        return total(self.phases[self.peak_phase])
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+def plan(shape: Shape, s: Settings, gpus: int) -> Plan:
+    """The arithmetic for one number of GPUs."""
+    if s.rollout_weights == "auto":
+        whole, layers = (plan(shape, replace(s, rollout_weights=how), gpus) for how in ("whole", "layers"))
+        return whole if whole.fits else layers
+    costs = Costs(shape, s, gpus)
+    paces, bound = seconds(costs)
+    return Plan(gpus, costs.prompts * gpus, costs.memory(), costs.host(), paces, bound, (s.gpu_memory - s.spare) * GIB)
+
+
+# ── what would make it fit ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def moves(s: Settings, gpus: int) -> list[tuple[str, object]]:
+    """Single changes worth trying: settings that cost time, then more GPUs, then an adapter, which learns something else."""
+    halves = lambda value, least: [value >> times for times in range(1, 12) if value >> times >= least]
+    group = s.prompt_tokens + s.group_size * s.max_completion_tokens  # a pass holds at least one
+    tried = [("gradient_checkpointing", True), ("offload_optimizer", True), ("offload_reference", bool(s.beta and not s.lora_rank)),
+             ("rollout_weights", "layers"), ("loading", "shards")]
+    tried = [(name, value) for name, value in tried if value and getattr(s, name) != value]
+    tried += [("tokens_per_pass", value) for value in halves(s.tokens_per_pass, group)[:3]]
+    tried += [("rollout_rows", value) for value in halves(s.rollout_rows, 4)[:4]]
+    tried += [("gpus", count) for count in (2, 4, 8, 16, 32, 64) if count > gpus]
+    return tried + ([] if s.lora_rank else [("lora_rank", 64)])
+
+
+@dataclass
+class Suggestion:
+    """Changes that together make a plan fit, none of them in vain."""
+
+    changes: tuple[tuple[str, object], ...]
+    plan: Plan
+
+    def __str__(self) -> str:
+        return " ".join(f"--{name} {value}" for name, value in self.changes)
+
+    def cost(self) -> tuple:
+        """Few changes first; of as many, an adapter last; then by GPU-seconds."""
+        return len(self.changes), "lora_rank" in dict(self.changes), self.plan.gpus * sum(self.plan.seconds.values())
+
+
+def changed(shape: Shape, s: Settings, gpus: int, changes) -> Plan:
+    """The plan under other settings."""
+    other = dict(changes)
+    gpus = other.pop("gpus", gpus)
+    return plan(shape, replace(s, **other), gpus)
+
+
+def suggestions(shape: Shape, s: Settings, gpus: int) -> list[Suggestion]:
+    """The least costly changes that make it fit, each found by planning anew. Of a setting with several values only
+    the first that does is kept; what contains a set that fits already is left out."""
+    found: list[Suggestion] = []
+    for size in range(1, MOST_CHANGES + 1):
+        for changes in itertools.combinations(moves(s, gpus), size):
+            if len(dict(changes)) < size or any(covers(changes, old.changes) for old in found):
+                continue
+            if (new := changed(shape, s, gpus, changes)).fits:
+                found.append(Suggestion(changes, new))
+    return sorted(found, key=Suggestion.cost)[:MOST_SUGGESTIONS]
+
+
+def covers(changes, old) -> bool:
+    """Whether `changes` touches all that `old` does: it then asks for as much or more."""
+    return {name for name, _ in old} <= {name for name, _ in changes}
+
+
+# ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_phase(one: Plan) -> str:
+    """GiB by phase and component."""
+    parts = [part for part in COMPONENTS if any(phase[part] for phase in one.phases.values())]
+    rows = [["phase", *parts, "all", ""]]
+    for name, phase in one.phases.items():
+        rows.append([name, *(f"{phase[part] / GIB:.1f}" if phase[part] else "" for part in parts), f"{total(phase) / GIB:.1f}",
+                     "" if total(phase) <= one.limit else "too much"])
+    return table(rows)
+
+
+def by_gpus(plans: list[Plan]) -> str:
+    rows = [["GPUs", "prompts", "peak, GiB", "in phase", "fits", "rollout, s", "reference, s", "update, s", "step, s", "waits for"]]
+    for one in plans:
+        rows.append([one.gpus, one.prompts, f"{one.peak / GIB:.1f}", one.peak_phase, "yes" if one.fits else "no",
+                     *(f"{value:.3g}" for value in (*one.seconds.values(), sum(one.seconds.values()))), one.bound])
+    return table(rows)
+
+
+def advice(shape: Shape, s: Settings, one: Plan) -> list[str]:
+    """Lines for a plan that does not fit."""
+    too_large = ", ".join(name for name in PHASES if total(one.phases[name]) > one.limit)
+    lines = [f"{one.gpus} GPU{'s' * (one.gpus > 1)}: {too_large} need{'s' * (',' not in too_large)} more than "
+             f"{one.limit / GIB:.0f} GiB. It would fit with"]
+    found = suggestions(shape, s, one.gpus)
+    coming = {name for new in found for name, _ in new.changes} - {f.name for f in fields(TrainSettings)} - {"gpus"}
+    for new in found:
+        marks = "".join("*" for name, _ in new.changes if name in coming)[:1]
+        lines.append(f"  {new}{marks}    {new.plan.peak / GIB:.1f} GiB, {sum(new.plan.seconds.values()):.3g} s a step")
+    if not found:
+        lines[0] = lines[0].replace("It would fit with", f"None of the settings tried makes it fit, {MOST_CHANGES} at a time")
+    if coming:
+        lines.append(f"  * grpo.train has no --{' and no --'.join(sorted(coming))} yet")
+    return lines
+
+
+def main() -> None:
+    s = parse(Settings)
+    s.check()
+    shape = read_shape(s.model)
+    plans = [plan(shape, s, gpus) for gpus in sorted(set(s.gpus))]
+    shown = next((one for one in plans if one.fits), plans[-1])
+    say(f"{s.model}: {shape.total / 1e9:.3f} billion parameters, {Costs(shape, s, 1).trained / 1e9:.3f} billion of them train\n")
+    say(f"GiB on each of {shown.gpus} {s.device.upper()}s, {shown.limit / GIB:.0f} to be had\n{by_phase(shown)}\n")
+    host = {name: value * min(shown.gpus, s.gpus_per_machine) / GIB for name, value in shown.host.items()}
+    say(f"of a machine's own memory {host['loading']:.0f} GiB while it loads, {host['waiting']:.0f} for what waits there\n")
+    say(f"a step: one rollout, {s.updates} updates\n{by_gpus(plans)}")
+    for one in plans:
+        if not one.fits:
+            say("\n" + "\n".join(advice(shape, s, one)))
+    if s.json:
+        write_json(Path(s.json), {"settings": asdict(s), "shape": asdict(shape), "plans": [
+            {**asdict(one), "peak": one.peak, "peak_phase": one.peak_phase, "fits": one.fits} for one in plans]})
+
+
+if __name__ == "__main__":
+    run_program(main)
