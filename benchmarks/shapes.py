@@ -3,7 +3,8 @@
 big-head   45M parameters, almost all in the real vocabulary's 151,936 rows: hidden 256, 6 layers, head tied
 trunk      7B's proportions, where the layers dominate: hidden 512, 12 layers, vocabulary 8,192, head not tied; the
            vision encoder has 7B's proportion in width (192) and a quarter of it in depth (4)
-planned    88M parameters, 354 MB: large enough for its memory to be told from the interpreter's
+planned    107M parameters, 429 MB, large enough for its memory to be told from the interpreter's; the matrices are
+           few and large, as in real models
 """
 
 import json

@@ -1,11 +1,11 @@
-"""What one step of Stage 2 costs each process: bytes by phase and seconds, from a network's shape and the settings alone.
+"""What one step of Stage 2 costs each process, in bytes by phase, from a network's shape and the settings alone.
 
 Nothing is measured and nothing fitted: every term is a tensor that the code allocates, and says which. Counted are
 the tensors of a run under way, from its second update on, all completions as long as their limit, all prompts as long
 as `prompt_tokens`, the vision encoder frozen. Not counted are the CUDA context, communication buffers and the
 allocator's gaps. `s` is grpo.plan's Settings, whose names are grpo.train's.
 
-Activations are counted per packed token in widths of the network: h hidden, q queries, k keys, i MLP, all in compute dtype.
+Activations are counted as elements per packed token times the compute dtype's bytes, named where they are float32.
 """
 
 import json
@@ -83,13 +83,16 @@ def shape_of(policy: Policy) -> Shape:
     count = lambda module: sum(parameter.numel() for parameter in module.parameters())
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     linear = [(name.split(".")[-1], module.in_features + module.out_features)
-              for name, module in policy.model.get_submodule(LANGUAGE_MODEL).named_modules() if isinstance(module, nn.Linear)]
+              for name, module in policy.model.get_submodule(LANGUAGE_MODEL).named_modules()
+              if isinstance(module, nn.Linear)]
     embedding, head = policy.model.get_input_embeddings().weight, policy.model.lm_head.weight
     return Shape(
-        total=count(policy), vision=count(policy.visual), layer=count(policy.trunk_layers[0]), layers=len(policy.trunk_layers),
+        total=count(policy), vision=count(policy.visual),
+        layer=count(policy.trunk_layers[0]), layers=len(policy.trunk_layers),
         table=head.numel(), tied=embedding is head, vocabulary=len(head), hidden=text.hidden_size,
-        intermediate=text.intermediate_size, heads=text.num_attention_heads, queries=size * text.num_attention_heads,
-        keys=size * text.num_key_value_heads, vision_hidden=vision.hidden_size, vision_intermediate=vision.intermediate_size,
+        intermediate=text.intermediate_size, heads=text.num_attention_heads,
+        queries=size * text.num_attention_heads, keys=size * text.num_key_value_heads,
+        vision_hidden=vision.hidden_size, vision_intermediate=vision.intermediate_size,
         patches=getattr(vision, "spatial_merge_size", 1) ** 2,
         patch_values=3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2, matrices=tuple(linear))
 
@@ -105,7 +108,8 @@ class Costs:
         self.shards = min(s.shard_size or gpus, gpus)
         wanted, known = target_names(s.lora_targets) if s.lora_rank else [], {name for name, _ in shape.matrices}
         if unknown := [name for name in wanted if name not in known]:
-            raise ValueError(f"--lora_targets: no matrix {unknown[0]!r} in the language model; it has {', '.join(sorted(known))}")
+            raise ValueError(f"--lora_targets: no matrix {unknown[0]!r} in the language model; "
+                             f"it has {', '.join(sorted(known))}")
         self.adapted = [size for name, size in shape.matrices if name in wanted]
         self.adapter = s.lora_rank * sum(self.adapted)
         self.trained = self.adapter if s.lora_rank else shape.total - shape.vision
@@ -157,7 +161,7 @@ class Costs:
     # ── activations ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def forward_bytes(self, tokens: int) -> float:
-        """The widest moment of a pass without gradient: embedding, residual and normed input, and what a block makes."""
+        """The widest moment of a pass without gradient: embedding, residual, normed input, and what a block makes."""
         x, wide = self.shape, 4 / self.width  # the norm computes in float32
         mlp = 3 * x.intermediate  # silu(gate), up and their product
         attention = 2 * x.keys + 4 * x.queries  # rope's terms, later the outputs and their two copies
@@ -167,7 +171,8 @@ class Costs:
     def vision_bytes(self) -> float:
         """Pixels once more end to end, then the widest moment of a block; its rope computes in float32."""
         x, wide = self.shape, 4 / self.width
-        patches = min(max(PATCHES_AT_ONCE, self.s.picture_tokens * x.patches), self.prompts * self.s.picture_tokens * x.patches)
+        one = self.s.picture_tokens * x.patches  # prompt's
+        patches = min(max(PATCHES_AT_ONCE, one), self.prompts * one)
         rope = (3 + (4 if self.width == 2 else 0) + 4 * wide) * x.vision_hidden
         block = 2 * x.vision_hidden + max(3 * x.vision_intermediate, rope)
         return patches * (x.patch_values * 4 + self.width * block)
@@ -175,7 +180,8 @@ class Costs:
     def layer_bytes(self) -> float:
         """What autograd keeps of one decoder layer in one packed pass."""
         x, s, width, tokens = self.shape, self.s, self.width, self.tokens
-        both_keys = self.groups * s.group_size * (s.prompt_tokens + s.max_completion_tokens - 1)  # [prompt, own] of each continuation
+        # [prompt, own] of each continuation
+        both_keys = self.groups * s.group_size * (s.prompt_tokens + s.max_completion_tokens - 1)
         keys = 2 * both_keys * x.keys
         if self.on_gpu:  # there keys are repeated for every query head, the prompt's too
             keys = 2 * (both_keys + self.groups * s.prompt_tokens) * x.queries
@@ -195,7 +201,8 @@ class Costs:
 
     def kept_bytes(self, layers: int) -> float:
         """What autograd keeps of the first `layers` layers between forward and backward."""
-        return layers * (self.tokens * self.shape.hidden * self.width if self.s.gradient_checkpointing else self.layer_bytes())
+        inputs = self.tokens * self.shape.hidden * self.width
+        return layers * (inputs if self.s.gradient_checkpointing else self.layer_bytes())
 
     def shared_bytes(self) -> float:
         """What all layers share: rope's cosines and sines, a continuation's mask."""
@@ -243,9 +250,11 @@ class Costs:
         phases = {
             "loading": self.loading(),
             "vision": add(rest, gathered=whole, activations=self.vision_bytes()),
-            "prefill": add(rest, gathered=whole, caches=self.cache_bytes() + own_keys, activations=self.forward_bytes(prefilled)),
+            "prefill": add(rest, gathered=whole, caches=self.cache_bytes() + own_keys,
+                           activations=self.forward_bytes(prefilled)),
             # logits, their exponentials, those padded to whole blocks
-            "decode": add(rest, gathered=whole, caches=self.cache_bytes(), activations=scores, head=3 * 4 * self.rows * x.vocabulary),
+            "decode": add(rest, gathered=whole, caches=self.cache_bytes(), activations=scores,
+                          head=3 * 4 * self.rows * x.vocabulary),
             "reference": self.reference_pass(layered),
             "passes": max(self.moments(layered), key=total),
             "step": add(self.resident(optimizer=True), gradients=MASTER * self.trained / self.shards),
@@ -269,16 +278,17 @@ class Costs:
                    add(self.resident(), gathered=layered, activations=hidden, head=self.head_forward()), key=total)
 
     def moments(self, layered: float) -> list[dict[str, float]]:
-        """Of a packed pass: in the head, forward and backward; in the last layer's backward and the first's; at the end."""
+        """Of a packed pass: the head's forward and backward; the last layer's backward and the first's; the end."""
         x, full = self.shape, not self.s.lora_rank
         every = MASTER * self.trained / self.shards
         before = every if self.passes > 1 else 0.0  # earlier passes' gradients
         head = x.table * self.width * full  # the head's gradient: sharded only at the root's turn, which is last
         trained_layer = self.layer if full else self.adapter / x.layers
-        # a layer's gradients in compute dtype and in float32 for the sum over processes; or, of a later pass, one matrix
-        layer = trained_layer * (self.width + MASTER) if self.sharded else MASTER * x.hidden * x.intermediate * bool(before) * full
-        # the root's, embedding and head; a tied table's two gradients meet here
-        root = (x.tables * (self.width + MASTER) if self.sharded else MASTER * x.table * (x.tied or bool(before))) * full
+        if self.sharded:  # unsharded gradients in compute dtype, and in float32 for the sum over processes
+            layer, root = trained_layer * (self.width + MASTER), x.tables * (self.width + MASTER) * full
+        else:  # one matrix of a later pass; a table of a later pass, or a tied one's two gradients
+            layer = MASTER * x.hidden * x.intermediate * bool(before) * full
+            root = MASTER * x.table * (x.tied or bool(before)) * full
         almost = max(before, every - MASTER * x.table * full / self.shards)  # the embedding's comes last
         kept, tail, one = self.kept_bytes(x.layers), self.tail_bytes(), self.kept_bytes(1)
         again = self.layer_bytes() if self.s.gradient_checkpointing else 0.0

@@ -1,4 +1,4 @@
-"""How long a step of Stage 2 takes at least: necessary operations and bytes over a GPU's rates, from the counts in costs.py.
+"""How long a step of Stage 2 takes at least: necessary operations and bytes over a GPU's rates.
 
 A part of the step takes as long as the slowest of four things that go on at once: products, reading weights and caches,
 traffic between GPUs, traffic with host memory. Launching kernels, Python and unequal completions come on top; the
@@ -14,7 +14,7 @@ RESOURCES = ("products", "memory", "network", "host")
 
 @dataclass
 class Part:
-    """Of a phase: operations, bytes read or written in GPU memory, bytes received from other GPUs, to and from the host."""
+    """Of a phase: operations, bytes read or written in GPU memory, received from other GPUs, to or from a host."""
 
     phase: str
     products: float = 0.0
@@ -53,7 +53,8 @@ class Work:
         P, C, whole = s.prompt_tokens, s.max_completion_tokens, s.rollout_weights == "whole"
         weights, rows = c.width * (self.layers + self.head), c.prompts * s.group_size
         steps = C * -(-rows // c.rows)
-        look = Part("rollout", 2 * c.shape.vision * c.prompts * s.picture_tokens * c.shape.patches, c.width * c.shape.vision)
+        patches = c.prompts * s.picture_tokens * c.shape.patches
+        look = Part("rollout", 2 * c.shape.vision * patches, c.width * c.shape.vision)
         prefill = Part("rollout", c.prompts * (2 * self.layers * P + self.pair * P * P / 2), c.width * self.layers)
         decode = Part("rollout", rows * C * (2 * self.layers + 2 * self.head + self.pair * (P + C / 2)),
                       steps * (weights + self.token_cache * (c.slots * P + c.rows * C / 2)))
@@ -74,8 +75,8 @@ class Work:
         c, (trunk, head) = self.costs, self.score()
         if not c.s.beta:
             return Part("reference")
-        return Part("reference", trunk + head, c.passes * c.width * (self.layers + self.head), c.passes * self.everything,
-                    c.passes * c.reference() if c.s.offload_reference else 0.0)
+        return Part("reference", trunk + head, c.passes * c.width * (self.layers + self.head),
+                    c.passes * self.everything, c.passes * c.reference() * c.s.offload_reference)
 
     def passes(self) -> Part:
         """Forward, backward to the inputs and, where weights train, to them; layers once more with checkpointing."""
@@ -85,7 +86,7 @@ class Work:
         gather = 2 * self.everything  # for the forward and for the backward
         reduce = MASTER * c.trained * self.others
         replicas = c.gpus / c.shards
-        between = 2 * MASTER * c.trained / c.shards * (replicas - 1) / replicas  # sums over replicas, at the shards' pace
+        between = 2 * MASTER * c.trained / c.shards * (replicas - 1) / replicas  # sums over replicas
         return Part("update", products, c.passes * c.width * (self.layers + self.head) * 2,
                     c.passes * (gather + reduce + between) if c.sharded else 0.0)
 

@@ -1,4 +1,4 @@
-"""What a run of Stage 2 needs, before a GPU is rented: memory of each phase and seconds of each step, from config.json alone.
+"""What a run of Stage 2 needs, before a GPU is rented: memory of each phase, seconds of each step, from config.json.
 
     python -m grpo.plan --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 1 2 4 8
 
@@ -26,11 +26,13 @@ class Settings:
     """Plan Stage 2. Settings that grpo.train has too mean the same here; the defaults are its own."""
 
     model: str = required("checkpoint folder, its config.json, or hub name; no weights are read")
-    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64], metadata={"help": "numbers of GPUs to plan for"})
+    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64],
+                            metadata={"help": "numbers of GPUs to plan for"})
     device: str = setting("gpu", "what a process computes on; cpu: --gpus counts processes", choices=("gpu", "cpu"))
     gpu_memory: float = setting(80.0, "GiB of one GPU")
     spare: float = setting(4.0, "GiB of them left for the CUDA context, communication buffers and the allocator's gaps")
-    tflops: float = setting(989.0, "peak of one GPU's matrix products, 10¹² operations a second (H100 SXM, dense bfloat16)")
+    tflops: float = setting(989.0, "peak of one GPU's matrix products, 10¹² operations a second (H100 SXM, "
+                                   "dense bfloat16)")
     efficiency: float = setting(0.4, "assumed share of that peak which training and prefill reach")
     bandwidth: float = setting(3350.0, "of one GPU's memory, GB/s (H100 SXM)")
     memory_efficiency: float = setting(0.7, "assumed share of that bandwidth which decoding reaches")
@@ -54,11 +56,11 @@ class Settings:
     lora_targets: str = setting(LORA_TARGETS, "names of the adapted matrices, separated by commas")
     offload_reference: bool = setting(False, "keep the reference's weights in host memory between its layers' turns")
     offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory between its steps")
-    shard_size: int = setting(0, "weights are sharded over so many processes and replicated beyond; 0 for all of them")
-    rollout_weights: str = setting("whole", "in a rollout every process holds all weights, or gathers them layer by layer; "
-                                   "auto: whole where that fits", choices=("whole", "layers", "auto"))
-    loading: str = setting("whole", "whole: every process loads all float32 weights before it keeps its shard; shards: it reads "
-                                    "no more than a layer beyond its own", choices=("whole", "shards"))
+    shard_size: int = setting(0, "weights are sharded over so many processes and replicated beyond; 0 for all")
+    rollout_weights: str = setting("whole", "in a rollout every process holds all weights, or gathers them layer by "
+                                   "layer; auto: whole where that fits", choices=("whole", "layers", "auto"))
+    loading: str = setting("whole", "whole: every process loads all float32 weights before it keeps its shard; "
+                                    "shards: it reads no more than a layer beyond its own", choices=("whole", "shards"))
     json: str = setting("", "file for all the numbers; empty for none")
 
     def check(self) -> None:
@@ -73,7 +75,8 @@ class Settings:
         if min(self.gpus, default=0) < 1:
             raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
         if self.picture_tokens >= self.prompt_tokens:
-            raise ValueError(f"--picture_tokens is {self.picture_tokens}; it must be below --prompt_tokens {self.prompt_tokens}")
+            raise ValueError(f"--picture_tokens is {self.picture_tokens}; "
+                             f"it must be below --prompt_tokens {self.prompt_tokens}")
         if self.spare >= self.gpu_memory:
             raise ValueError(f"--spare is {self.spare}; it must be below --gpu_memory {self.gpu_memory}")
         for gpus in self.gpus:
@@ -125,11 +128,11 @@ def plan(shape: Shape, s: Settings, gpus: int) -> Plan:
 
 
 def moves(s: Settings, gpus: int) -> list[tuple[str, object]]:
-    """Single changes worth trying: settings that cost time, then more GPUs, then an adapter, which learns something else."""
+    """Single changes worth trying: settings that cost time, then more GPUs, then an adapter, which learns otherwise."""
     halves = lambda value, least: [value >> times for times in range(1, 12) if value >> times >= least]
     group = s.prompt_tokens + s.group_size * s.max_completion_tokens  # a pass holds at least one
-    tried = [("gradient_checkpointing", True), ("offload_optimizer", True), ("offload_reference", bool(s.beta and not s.lora_rank)),
-             ("rollout_weights", "layers"), ("loading", "shards")]
+    tried = [("gradient_checkpointing", True), ("offload_optimizer", True), ("rollout_weights", "layers"),
+             ("offload_reference", bool(s.beta and not s.lora_rank)), ("loading", "shards")]
     tried = [(name, value) for name, value in tried if value and getattr(s, name) != value]
     tried += [("tokens_per_pass", value) for value in halves(s.tokens_per_pass, group)[:3]]
     tried += [("rollout_rows", value) for value in halves(s.rollout_rows, 4)[:4]]
@@ -143,9 +146,6 @@ class Suggestion:
 
     changes: tuple[tuple[str, object], ...]
     plan: Plan
-
-    def __str__(self) -> str:
-        return " ".join(f"--{name} {value}" for name, value in self.changes)
 
     def cost(self) -> tuple:
         """Few changes first; of as many, an adapter last; then by GPU-seconds."""
@@ -183,15 +183,16 @@ def covers(changes, old) -> bool:
 def by_phase(one: Plan) -> str:
     """GiB by phase and component."""
     parts = [part for part in COMPONENTS if any(phase[part] for phase in one.phases.values())]
-    rows = [["phase", *parts, "all", ""]]
+    rows = [["phase", *parts, "all", "fits"]]
     for name, phase in one.phases.items():
-        rows.append([name, *(f"{phase[part] / GIB:.1f}" if phase[part] else "" for part in parts), f"{total(phase) / GIB:.1f}",
-                     "" if total(phase) <= one.limit else "too much"])
+        rows.append([name, *(f"{phase[part] / GIB:.1f}" if phase[part] else "" for part in parts),
+                     f"{total(phase) / GIB:.1f}", "yes" if total(phase) <= one.limit else "no"])
     return table(rows)
 
 
 def by_gpus(plans: list[Plan]) -> str:
-    rows = [["GPUs", "prompts", "peak, GiB", "in phase", "fits", "rollout, s", "reference, s", "update, s", "step, s", "waits for"]]
+    rows = [["GPUs", "prompts", "peak, GiB", "in phase", "fits", "rollout, s", "reference, s", "update, s", "step, s",
+             "waits for"]]
     for one in plans:
         rows.append([one.gpus, one.prompts, f"{one.peak / GIB:.1f}", one.peak_phase, "yes" if one.fits else "no",
                      *(f"{value:.3g}" for value in (*one.seconds.values(), sum(one.seconds.values()))), one.bound])
@@ -200,19 +201,36 @@ def by_gpus(plans: list[Plan]) -> str:
 
 def advice(shape: Shape, s: Settings, one: Plan) -> list[str]:
     """Lines for a plan that does not fit."""
-    too_large = ", ".join(name for name in PHASES if total(one.phases[name]) > one.limit)
-    lines = [f"{one.gpus} GPU{'s' * (one.gpus > 1)}: {too_large} need{'s' * (',' not in too_large)} more than "
-             f"{one.limit / GIB:.0f} GiB. It would fit with"]
+    too_large = [name for name in PHASES if total(one.phases[name]) > one.limit]
     found = suggestions(shape, s, one.gpus)
+    lines = [f"{one.gpus} {devices(s, one.gpus)}: {', '.join(too_large)} need{'s' * (len(too_large) == 1)} more than "
+             f"{one.limit / GIB:.0f} GiB. "
+             + ("It would fit with" if found else f"No {MOST_CHANGES} of the settings tried make it fit.")]
     coming = {name for new in found for name, _ in new.changes} - {f.name for f in fields(TrainSettings)} - {"gpus"}
     for new in found:
-        marks = "".join("*" for name, _ in new.changes if name in coming)[:1]
-        lines.append(f"  {new}{marks}    {new.plan.peak / GIB:.1f} GiB, {sum(new.plan.seconds.values()):.3g} s a step")
-    if not found:
-        lines[0] = lines[0].replace("It would fit with", f"None of the settings tried makes it fit, {MOST_CHANGES} at a time")
+        words = " ".join(f"--{name} {value}{'*' * (name in coming)}" for name, value in new.changes)
+        lines.append(f"  {words}: {new.plan.peak / GIB:.1f} GiB, {sum(new.plan.seconds.values()):.3g} s a step")
     if coming:
         lines.append(f"  * grpo.train has no --{' and no --'.join(sorted(coming))} yet")
     return lines
+
+
+def devices(s: Settings, count: int) -> str:
+    return {"gpu": "GPU", "cpu": "CPU process"}[s.device] + ("" if count == 1 else "s" if s.device == "gpu" else "es")
+
+
+def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
+    """One number of GPUs in full, the smallest that fits or else the largest; then all; then what would help."""
+    shown = next((one for one in plans if one.fits), plans[-1])
+    machine = min(shown.gpus, s.gpus_per_machine)
+    parts = [
+        f"{s.model}: {shape.total / 1e9:.3f} billion parameters, "
+        f"{Costs(shape, s, 1).trained / 1e9:.3f} billion of them train",
+        f"{shown.gpus} {devices(s, shown.gpus)}, GiB on each, {shown.limit / GIB:.0f} to be had\n" + by_phase(shown),
+        f"host memory of a machine: {shown.host['loading'] * machine / GIB:.0f} GiB while it loads, "
+        f"{shown.host['waiting'] * machine / GIB:.0f} for what waits there",
+        f"a step is one rollout and {s.updates} updates\n{by_gpus(plans)}"]
+    return "\n\n".join(parts + ["\n".join(advice(shape, s, one)) for one in plans if not one.fits])
 
 
 def main() -> None:
@@ -220,15 +238,7 @@ def main() -> None:
     s.check()
     shape = read_shape(s.model)
     plans = [plan(shape, s, gpus) for gpus in sorted(set(s.gpus))]
-    shown = next((one for one in plans if one.fits), plans[-1])
-    say(f"{s.model}: {shape.total / 1e9:.3f} billion parameters, {Costs(shape, s, 1).trained / 1e9:.3f} billion of them train\n")
-    say(f"GiB on each of {shown.gpus} {s.device.upper()}s, {shown.limit / GIB:.0f} to be had\n{by_phase(shown)}\n")
-    host = {name: value * min(shown.gpus, s.gpus_per_machine) / GIB for name, value in shown.host.items()}
-    say(f"of a machine's own memory {host['loading']:.0f} GiB while it loads, {host['waiting']:.0f} for what waits there\n")
-    say(f"a step: one rollout, {s.updates} updates\n{by_gpus(plans)}")
-    for one in plans:
-        if not one.fits:
-            say("\n" + "\n".join(advice(shape, s, one)))
+    say(report(shape, s, plans))
     if s.json:
         write_json(Path(s.json), {"settings": asdict(s), "shape": asdict(shape), "plans": [
             {**asdict(one), "peak": one.peak, "peak_phase": one.peak_phase, "fits": one.fits} for one in plans]})

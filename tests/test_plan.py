@@ -1,7 +1,7 @@
 """The plan is arithmetic: every term is held against what torch really allocates, in small."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from grpo.plan import Settings, advice, changed, main, moves, plan, suggestions
 from grpo.rollout import Rollout, Sampling
 from grpo.settings import LORA_TARGETS, parse
 from grpo.sharding import shard, whole
+from grpo.train import Settings as TrainSettings
 from grpo.update import set_gradient_checkpointing
 
 GROUPS, G, COMPLETION, PROMPT = 2, 3, 30, 50
@@ -103,7 +104,7 @@ def test_the_activations_are_what_autograd_keeps(changes):
     bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     if s.gradient_checkpointing:
         bytes_kept += costs.shared_bytes()  # arguments of the checkpointed layers, which the hooks do not see
-    # indices are left out, little in full; an adapter's first layer gets inputs that need no gradient, and tiny has two layers
+    # indices are left out, little in full; an adapter's first layer has inputs without gradient, and tiny has two
     allowed = 0.06 if s.lora_rank else 0.04 if s.gradient_checkpointing else 0.01
     assert costs.kept_bytes(costs.shape.layers) + costs.tail_bytes() == pytest.approx(bytes_kept, rel=allowed)
 
@@ -157,11 +158,12 @@ def test_a_suggestion_really_makes_it_fit_and_each_of_its_changes_is_needed(seve
 
 
 def test_more_gpus_never_need_more_memory_each(seven):
-    for s in (Settings(model="m"), Settings(model="m", rollout_weights="layers", gradient_checkpointing=True), Settings(model="m", lora_rank=8)):
+    for changes in ({}, {"rollout_weights": "layers", "gradient_checkpointing": True}, {"lora_rank": 8}):
+        s = Settings(model="m", **changes)
         plans = [plan(seven, s, gpus) for gpus in (1, 2, 3, 4, 8, 16, 32, 64)]
         for fewer, more in zip(plans, plans[1:]):
             for phase in fewer.phases:
-                assert sum(more.phases[phase].values()) <= sum(fewer.phases[phase].values()), (fewer.gpus, more.gpus, phase)
+                assert sum(more.phases[phase].values()) <= sum(fewer.phases[phase].values()), (more.gpus, phase)
 
 
 def test_every_move_lowers_the_memory_of_a_phase_and_raises_none(seven):
@@ -170,7 +172,8 @@ def test_every_move_lowers_the_memory_of_a_phase_and_raises_none(seven):
     for move in moves(s, 8):
         after = changed(seven, s, 8, [move]).phases
         lower = [sum(after[phase].values()) - sum(before[phase].values()) for phase in before]
-        assert min(lower) < 0 or move[0] in ("tokens_per_pass", "rollout_rows"), move  # one group, few rows: nothing to halve
+        # one group a pass and 16 rows: half of that changes nothing
+        assert min(lower) < 0 or move[0] in ("tokens_per_pass", "rollout_rows"), move
         assert max(lower) <= 1e-3 * sum(before["loading"].values()) or move[0] == "lora_rank", move
 
 
@@ -183,7 +186,8 @@ def test_an_adapter_cuts_optimizer_gradients_and_reference(seven):
 def test_offloading_moves_bytes_to_the_host_and_back_for_the_step(seven):
     s = Settings(model="m", offload_optimizer=True, offload_reference=True)
     here, there = plan(seven, Settings(model="m"), 4), plan(seven, s, 4)
-    assert there.phases["passes"]["optimizer"] == 0 < there.phases["step"]["optimizer"] == here.phases["step"]["optimizer"]
+    assert there.phases["passes"]["optimizer"] == 0
+    assert there.phases["step"]["optimizer"] == here.phases["step"]["optimizer"] > 0
     assert there.host["waiting"] == here.phases["step"]["optimizer"] + here.phases["step"]["reference"]
 
 
@@ -224,13 +228,15 @@ def test_the_program_says_what_fits_and_writes_the_numbers(tmp_path, monkeypatch
     assert "--gradient_checkpointing True" in text and "passes" in text
     written = json.loads((tmp_path / "plan.json").read_text())
     assert [one["gpus"] for one in written["plans"]] == [1, 8]
-    assert written["plans"][0]["peak"] == pytest.approx(max(sum(phase.values()) for phase in written["plans"][0]["phases"].values()))
+    assert written["plans"][0]["peak"] == max(sum(phase.values()) for phase in written["plans"][0]["phases"].values())
 
 
 def test_settings_that_grpo_train_lacks_are_marked(seven):
     s = Settings(model="m", gradient_checkpointing=True, loading="whole", gpu_memory=34)
     lines = advice(seven, s, plan(seven, s, 64))
-    assert any("--loading shards*" in line for line in lines) == any("grpo.train has no" in line and "loading" in line for line in lines)
+    known = "loading" in {f.name for f in fields(TrainSettings)}
+    assert any("--loading shards*" in line for line in lines) != known
+    assert any(line.startswith("  * grpo.train has no") and "--loading" in line for line in lines) != known
 
 
 @pytest.mark.parametrize("words,expected", [
@@ -265,10 +271,6 @@ def test_a_config_that_is_none_is_refused_by_its_name(tmp_path, content, expecte
 
 
 def test_every_setting_has_a_help_text_and_the_trainers_names_keep_their_types():
-    from dataclasses import fields
-
-    from grpo.train import Settings as TrainSettings
-
     theirs = {f.name: f for f in fields(TrainSettings)}
     for f in fields(Settings):
         assert f.metadata.get("help"), f.name
