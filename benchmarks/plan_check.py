@@ -2,10 +2,10 @@
 
     python -m benchmarks.plan_check [--record]
 
-A random Qwen2.5-VL of 107M parameters (429 MB) goes through one Trainer.step of GRPO in float32, in a process of its
-own for each case: rollout, reference, two updates. Measured is the peak of the resident set from before the weights
-are loaded, less what the process held then; a step of a small model has gone before, so that everything is imported.
-The plan sees config.json and the settings. Nothing in it is fitted to these figures.
+A random Qwen2.5-VL of 107M parameters (429 MB) goes through one Trainer.step of GRPO, in a process of its own for each
+case: rollout, reference, two updates. Measured is the peak of the resident set from before the weights are loaded,
+less what the process held then; a step of a small model has gone before, so that everything is imported. The plan sees
+config.json and the settings. Nothing in it is fitted to these figures.
 
 The second measurement is of the same step in a process that gives each block of 128 kB and more back when it is freed
 (MALLOC_MMAP_THRESHOLD_). glibc by itself keeps those below 32 MB as holes of its heap, which belong to no tensor and

@@ -80,13 +80,15 @@ class Work:
 
     def passes(self) -> Part:
         """Forward, backward to the inputs and, where weights train, to them; layers once more with checkpointing."""
-        c, (trunk, head) = self.costs, self.score()
-        full, again = not c.s.lora_rank, c.s.gradient_checkpointing
+        c, s, (trunk, head) = self.costs, self.costs.s, self.score()
+        full, again = not s.lora_rank, s.gradient_checkpointing
         products = trunk * (2 + full + again) + head * (3 + full)  # the head's logits are always made twice
         gather = 2 * self.everything  # for the forward and for the backward
         reduce = MASTER * c.trained * self.others
         replicas = c.gpus / c.shards
         between = 2 * MASTER * c.trained / c.shards * (replicas - 1) / replicas  # sums over replicas
+        if c.shards <= s.gpus_per_machine < c.gpus:  # these leave the machine, which the shards' own traffic does not
+            between *= s.link / s.network
         return Part("update", products, c.passes * c.width * (self.layers + self.head) * 2,
                     c.passes * (gather + reduce + between) if c.sharded else 0.0)
 
