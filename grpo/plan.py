@@ -57,7 +57,7 @@ class Settings:
     offload_reference: bool = setting(False, "keep the reference's weights in host memory between its layers' turns")
     offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory between its steps")
     shard_size: int = setting(0, "weights are sharded over so many processes and replicated beyond; 0 for all")
-    rollout_weights: str = setting("whole", "in a rollout every process holds all weights, or gathers them layer by "
+    rollout_weights: str = setting("auto", "in a rollout every process holds all weights, or gathers them layer by "
                                    "layer; auto: whole where that fits", choices=("whole", "layers", "auto"))
     loading: str = setting("whole", "whole: every process loads all float32 weights before it keeps its shard; "
                                     "shards: it reads no more than a layer beyond its own", choices=("whole", "shards"))

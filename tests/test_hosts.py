@@ -59,7 +59,7 @@ def begin(host, words, restarts, log):
                f"{ADDRESS['a']}:29511", "--rdzv-conf", f"is_host={host == 'a'},join_timeout=90,keep_alive_interval=1", "--local-addr", ADDRESS[host],
                "--monitor-interval", 0.1, ROOT / "tests" / "faulty.py", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-                   "GLOO_SOCKET_IFNAME": f"cable-{host}"}
+                   "GLOO_SOCKET_IFNAME": f"cable-{host}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
 
