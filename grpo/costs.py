@@ -106,11 +106,11 @@ class Costs:
         self.width = 4 if s.dtype == "float32" or (s.dtype == "auto" and not self.on_gpu) else 2
         self.sharded = gpus > 1 or self.width == 2  # as in sharding.shard
         self.shards = min(s.shard_size or gpus, gpus)
-        wanted, known = target_names(s.lora_targets) if s.lora_rank else [], {name for name, _ in shape.matrices}
-        if unknown := [name for name in wanted if name not in known]:
+        self.wanted, known = target_names(s.lora_targets) if s.lora_rank else [], {name for name, _ in shape.matrices}
+        if unknown := [name for name in self.wanted if name not in known]:
             raise ValueError(f"--lora_targets: no matrix {unknown[0]!r} in the language model; "
                              f"it has {', '.join(sorted(known))}")
-        self.adapted = [size for name, size in shape.matrices if name in wanted]
+        self.adapted = [size for name, size in shape.matrices if name in self.wanted]
         self.adapter = s.lora_rank * sum(self.adapted)
         self.trained = self.adapter if s.lora_rank else shape.total - shape.vision
         self.total, self.layer = shape.total + self.adapter, shape.layer + self.adapter // shape.layers
@@ -185,19 +185,19 @@ class Costs:
         keys = 2 * both_keys * x.keys
         if self.on_gpu:  # there keys are repeated for every query head, the prompt's too
             keys = 2 * (both_keys + self.groups * s.prompt_tokens) * x.queries
-        kept = tokens * (3 * x.queries + 2 * x.keys + 4 * x.intermediate) + keys
+        product = any(name == "down_proj" for name in self.wanted)  # kept for an adapter's gradient alone, see lean.py
+        kept = tokens * (3 * x.queries + 2 * x.keys + (2 + product) * x.intermediate) + keys
         kept += tokens * s.lora_rank * len(self.adapted) / x.layers
         softmax = tokens * x.heads * 4
         return width * kept + softmax + 2 * self.norm_bytes()
 
     def norm_bytes(self) -> float:
-        """RMSNorm: its input in float32, normalised (where its weight trains), and its output."""
-        normalised = 0 if self.s.lora_rank else self.width
-        return self.tokens * (self.shape.hidden * (4 + normalised + self.width) + 4)
+        """RMSNorm: its input, one number a token, and its output."""
+        return self.tokens * (2 * self.shape.hidden * self.width + 4)
 
     def backward_bytes(self) -> float:
-        """Gradients of the MLP's widths beyond what is freed meanwhile."""
-        return self.tokens * self.width * (2 * self.shape.intermediate + 2 * self.shape.hidden)
+        """Of an MLP's backward: the product made again, its gradient, up's and gate's; the residual's and the input's."""
+        return self.tokens * self.width * (4 * self.shape.intermediate + 2 * self.shape.hidden)
 
     def kept_bytes(self, layers: int) -> float:
         """What autograd keeps of the first `layers` layers between forward and backward."""

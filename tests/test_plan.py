@@ -77,7 +77,7 @@ def test_the_shape_on_the_meta_device_is_the_real_modules(tmp_path):
 def test_the_caches_have_the_bytes_that_a_rollout_allocates(prompts, rows):
     policy = tiny_policy()
     made = [tiny_prompt(seed, ((1, 4, 4),), (PROMPT - 6) // 2) for seed in range(prompts)]
-    caches = Rollout(policy, made, G, Sampling(COMPLETION, (194,), rows=rows)).caches
+    caches = Rollout(policy, made, G, Sampling(COMPLETION, (194,), rows=rows), lambda working: working).caches
     held = sum(tensor.nbytes for cache in caches for tensor in vars(cache).values())
     assert Costs(shape_of(policy), small(prompts_per_rollout=prompts, rollout_rows=rows), 1).cache_bytes() == held
 
@@ -137,8 +137,20 @@ def test_the_planned_peak_is_the_measured_one_within_15_percent(tmp_path_factory
 # ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def settings(model, **changes):
+    """Without rollout_weights=auto, which chooses another plan for every number of GPUs."""
+    return Settings(model=model, **{"rollout_weights": "whole", **changes})
+
+
+def test_auto_gathers_whole_weights_where_that_fits(seven):
+    s = settings("m", rollout_weights="auto", gradient_checkpointing=True)
+    assert plan(seven, s, 8).phases == plan(seven, settings("m", gradient_checkpointing=True), 8).phases
+    tight = settings("m", rollout_weights="auto", gradient_checkpointing=True, gpu_memory=20.0, loading="shards")
+    assert plan(seven, tight, 64).phases["decode"]["gathered"] < 5e9
+
+
 def test_all_of_7b_does_not_train_on_one_gpu_and_the_plan_says_what_would_make_it(seven):
-    s = Settings(model="m")
+    s = settings("m")
     one = plan(seven, s, 1)
     assert not one.fits and one.peak_phase == "passes"
     assert one.phases["step"]["weights"] == 4 * seven.total  # masters alone are 31 GiB
@@ -151,7 +163,7 @@ def test_all_of_7b_does_not_train_on_one_gpu_and_the_plan_says_what_would_make_i
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
 def test_a_suggestion_really_makes_it_fit_and_each_of_its_changes_is_needed(seven, gpus):
-    s = Settings(model="m")
+    s = settings("m")
     found = suggestions(seven, s, gpus)
     assert found and found == sorted(found, key=lambda new: new.cost())
     for new in found:
@@ -162,7 +174,7 @@ def test_a_suggestion_really_makes_it_fit_and_each_of_its_changes_is_needed(seve
 
 def test_more_gpus_never_need_more_memory_each(seven):
     for changes in ({}, {"rollout_weights": "layers", "gradient_checkpointing": True}, {"lora_rank": 8}):
-        s = Settings(model="m", **changes)
+        s = settings("m", **changes)
         plans = [plan(seven, s, gpus) for gpus in (1, 2, 3, 4, 8, 16, 32, 64)]
         for fewer, more in zip(plans, plans[1:]):
             for phase in fewer.phases:
@@ -170,7 +182,7 @@ def test_more_gpus_never_need_more_memory_each(seven):
 
 
 def test_every_move_lowers_the_memory_of_a_phase_and_raises_none(seven):
-    s = Settings(model="m")
+    s = settings("m")
     before = plan(seven, s, 8).phases
     for move in moves(s, 8):
         after = changed(seven, s, 8, [move]).phases
@@ -181,38 +193,38 @@ def test_every_move_lowers_the_memory_of_a_phase_and_raises_none(seven):
 
 
 def test_an_adapter_cuts_optimizer_gradients_and_reference(seven):
-    full, adapter = (plan(seven, Settings(model="m", lora_rank=rank), 4).phases["step"] for rank in (0, 64))
+    full, adapter = (plan(seven, settings("m", lora_rank=rank), 4).phases["step"] for rank in (0, 64))
     assert adapter["optimizer"] < full["optimizer"] / 20 and adapter["gradients"] < full["gradients"] / 20
     assert adapter["reference"] == 0 < full["reference"]
 
 
 def test_offloading_moves_bytes_to_the_host_and_back_for_the_step(seven):
-    s = Settings(model="m", offload_optimizer=True, offload_reference=True)
-    here, there = plan(seven, Settings(model="m"), 4), plan(seven, s, 4)
+    s = settings("m", offload_optimizer=True, offload_reference=True)
+    here, there = plan(seven, settings("m"), 4), plan(seven, s, 4)
     assert there.phases["passes"]["optimizer"] == 0
     assert there.phases["step"]["optimizer"] == here.phases["step"]["optimizer"] > 0
     assert there.host["waiting"] == here.phases["step"]["optimizer"] + here.phases["step"]["reference"]
 
 
 def test_layer_by_layer_a_rollout_needs_less_memory_and_waits_for_the_network(seven):
-    whole_ones, layers = (plan(seven, Settings(model="m", rollout_weights=how), 8) for how in ("whole", "layers"))
+    whole_ones, layers = (plan(seven, settings("m", rollout_weights=how), 8) for how in ("whole", "layers"))
     assert layers.phases["decode"]["gathered"] < whole_ones.phases["decode"]["gathered"] / 3
     assert layers.seconds["rollout"] > 2 * whole_ones.seconds["rollout"] and layers.bound == "network"
-    auto = plan(seven, Settings(model="m", rollout_weights="auto", gpu_memory=20, gradient_checkpointing=True), 64)
+    auto = plan(seven, settings("m", rollout_weights="auto", gpu_memory=20, gradient_checkpointing=True), 64)
     assert auto.phases["decode"]["gathered"] == layers.phases["decode"]["gathered"]
 
 
 def test_shards_within_a_machine_hold_more_and_wait_less(seven):
-    everywhere, near = (plan(seven, Settings(model="m", shard_size=size, network=5.0), 32) for size in (0, 8))
+    everywhere, near = (plan(seven, settings("m", shard_size=size, network=5.0), 32) for size in (0, 8))
     assert near.phases["step"]["weights"] == 4 * everywhere.phases["step"]["weights"]
     assert sum(near.seconds.values()) < sum(everywhere.seconds.values()) / 2
-    far = plan(seven, Settings(model="m", shard_size=8, network=0.5), 32)  # gradients are summed over the replicas
+    far = plan(seven, settings("m", shard_size=8, network=0.5), 32)  # gradients are summed over the replicas
     assert far.seconds["update"] > 2 * near.seconds["update"] and far.seconds["rollout"] == near.seconds["rollout"]
 
 
 def test_half_the_speed_takes_twice_the_time(seven):
     rates = ("tflops", "bandwidth", "link", "network", "host_link")
-    s = Settings(model="m", offload_optimizer=True)
+    s = settings("m", offload_optimizer=True)
     slow = replace(s, **{name: getattr(s, name) / 2 for name in rates})
     assert sum(plan(seven, slow, 8).seconds.values()) == pytest.approx(2 * sum(plan(seven, s, 8).seconds.values()))
 
@@ -237,7 +249,7 @@ def test_the_program_says_what_fits_and_writes_the_numbers(tmp_path, monkeypatch
 
 
 def test_settings_that_grpo_train_lacks_are_marked(seven):
-    s = Settings(model="m", gradient_checkpointing=True, loading="whole", gpu_memory=34)
+    s = settings("m", gradient_checkpointing=True, loading="whole", gpu_memory=34)
     lines = advice(seven, s, plan(seven, s, 64))
     known = "loading" in {f.name for f in fields(TrainSettings)}
     assert any("--loading shards*" in line for line in lines) != known
