@@ -95,7 +95,7 @@ def test_the_activations_are_what_autograd_keeps(changes):
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and tensor.is_floating_point():
             kept[storage.data_ptr()] = tensor
         return tensor
 
@@ -105,7 +105,7 @@ def test_the_activations_are_what_autograd_keeps(changes):
     bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     if s.gradient_checkpointing:
         bytes_kept += costs.shared_bytes()  # arguments of the checkpointed layers, which the hooks do not see
-    # indices are left out, little in full; an adapter's first layer has inputs without gradient, and tiny has two
+    # an adapter's first layer has inputs without gradient, and tiny has two
     allowed = 0.06 if s.lora_rank else 0.04 if s.gradient_checkpointing else 0.01
     assert costs.kept_bytes(costs.shape.layers) + costs.tail_bytes() == pytest.approx(bytes_kept, rel=allowed)
 
@@ -161,9 +161,10 @@ def test_all_of_7b_does_not_train_on_one_gpu_and_the_plan_says_what_would_make_i
     assert lines[0].startswith("1 GPU: ") and "passes" in lines[0] and len(lines) > 1
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 8])
-def test_a_suggestion_really_makes_it_fit_and_each_of_its_changes_is_needed(seven, gpus):
-    s = settings("m")
+@pytest.mark.parametrize("gpus,gib", [(1, 80.0), (2, 80.0), (8, 40.0)])
+def test_a_suggestion_really_makes_it_fit_and_each_of_its_changes_is_needed(seven, gpus, gib):
+    s = settings("m", gpu_memory=gib)
+    assert not plan(seven, s, gpus).fits
     found = suggestions(seven, s, gpus)
     assert found and found == sorted(found, key=lambda new: new.cost())
     for new in found:

@@ -140,11 +140,11 @@ def annotated(world, tmp_path):
             json.loads((tmp_path / "cot.report.json").read_text()))
 
 
-def test_every_filter_has_work_and_most_posts_survive(world, tmp_path):
+def test_every_filter_has_work_and_posts_survive_by_their_other_candidates(world, tmp_path):
     lines, report = annotated(world, tmp_path)
     left = [stage["candidates"] for stage in report["stages"].values()]
     assert left[0] == 3 * TRAIN and all(before > after for before, after in zip(left, left[1:]))
-    assert 0.6 < len(lines) / TRAIN < 0.97
+    assert len(lines) / TRAIN > 0.97
     assert {"answer is not the gold one", "</think> missing", "a malformed quintuple",
             "re-prediction is not the gold answer", "score below 0.7"} == set(report["fallen"])
 
@@ -153,11 +153,12 @@ def test_who_imitates_the_expert_calls_hard_posts_unclear_though_its_answers_are
     """No filter finds fault with an expert that was told the answer and has not looked."""
     lines, _ = annotated(world, tmp_path)
     made = {f"train/{index}": posts.make_sample(3, "train", index)[0] for index in range(TRAIN)}
+    sample = jmere.load(world / "JMERE", "train")[0]  # it knows types and relations
     unclear = {True: [], False: []}
     for line in lines:
         post = made[line["id"]]
         unclear[post.scene.hard].append("unclear" in line["response"])
-        assert set(rewards.parse(line["response"])) == set(posts.quintuples(post))
+        assert set(rewards.parse(line["response"], sample)) == set(posts.quintuples(post))
     assert 0.6 < sum(unclear[True]) / len(unclear[True]) < 0.9 and not any(unclear[False])
 
 
