@@ -156,7 +156,7 @@ class Costs:
     def host(self) -> dict[str, float]:
         """Of one process in its machine's memory: while it loads; then what waits there."""
         waiting = self.optimizer() * self.s.offload_optimizer + self.reference() * self.s.offload_reference
-        return {"loading": MASTER * (self.total if self.s.loading == "whole" else self.layer), "waiting": waiting}
+        return {"loading": MASTER * self.total, "waiting": waiting}
 
     # ── activations ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -262,13 +262,10 @@ class Costs:
         return {name: {part: phase.get(part, 0.0) for part in COMPONENTS} for name, phase in phases.items()}
 
     def loading(self) -> dict[str, float]:
-        """The weights whole, before this process keeps its shard; last the reference's, beside the policy's shard."""
-        here = MASTER * (self.shape.total if self.s.loading == "whole" else self.layer)
-        if not self.sharded:
-            return {"weights": self.weights(), "reference": self.reference()}
-        if not self.reference() or (self.s.offload_reference and self.on_gpu):
-            return {"weights": max(here, self.weights())}
-        return {"weights": self.weights(), "reference": max(here, self.reference())}
+        """Whole weights wait in host memory. Here are the shards, and whole what is sharded next: a layer, or the root."""
+        unit = MASTER * max(self.layer, self.total - self.shape.layers * self.layer) if self.sharded else 0.0
+        reference = 0.0 if self.s.offload_reference and self.on_gpu else self.reference()
+        return {"weights": self.weights(), "reference": reference, "gathered": unit}
 
     def reference_pass(self, layered: float) -> dict[str, float]:
         if not self.s.beta:

@@ -14,7 +14,6 @@ from grpo.costs import COMPONENTS, PHASES, Costs, Shape, read_shape, total
 from grpo.journal import say, table, write_json
 from grpo.pace import seconds
 from grpo.settings import LORA_TARGETS, parse, required, run_program, setting
-from grpo.train import Settings as TrainSettings
 
 GIB = 2**30
 MOST_SUGGESTIONS = 4
@@ -59,8 +58,8 @@ class Settings:
     shard_size: int = setting(0, "weights are sharded over so many processes and replicated beyond; 0 for all")
     rollout_weights: str = setting("auto", "in a rollout every process holds all weights, or gathers them layer by "
                                    "layer; auto: whole where that fits", choices=("whole", "layers", "auto"))
-    loading: str = setting("whole", "whole: every process loads all float32 weights before it keeps its shard; "
-                                    "shards: it reads no more than a layer beyond its own", choices=("whole", "shards"))
+    load_in_turns: bool = setting(False, "the processes of a machine load one after the other: host memory for one set of "
+                                         "whole weights instead of one each")
     json: str = setting("", "file for all the numbers; empty for none")
 
     def check(self) -> None:
@@ -132,7 +131,7 @@ def moves(s: Settings, gpus: int) -> list[tuple[str, object]]:
     halves = lambda value, least: [value >> times for times in range(1, 12) if value >> times >= least]
     group = s.prompt_tokens + s.group_size * s.max_completion_tokens  # a pass holds at least one
     tried = [("gradient_checkpointing", True), ("offload_optimizer", True), ("rollout_weights", "layers"),
-             ("offload_reference", bool(s.beta and not s.lora_rank)), ("loading", "shards")]
+             ("offload_reference", bool(s.beta and not s.lora_rank))]
     tried = [(name, value) for name, value in tried if value and getattr(s, name) != value]
     tried += [("tokens_per_pass", value) for value in halves(s.tokens_per_pass, group)[:3]]
     tried += [("rollout_rows", value) for value in halves(s.rollout_rows, 4)[:4]]
@@ -206,12 +205,9 @@ def advice(shape: Shape, s: Settings, one: Plan) -> list[str]:
     lines = [f"{one.gpus} {devices(s, one.gpus)}: {', '.join(too_large)} need{'s' * (len(too_large) == 1)} more than "
              f"{one.limit / GIB:.0f} GiB. "
              + ("It would fit with" if found else f"No {MOST_CHANGES} of the settings tried make it fit.")]
-    coming = {name for new in found for name, _ in new.changes} - {f.name for f in fields(TrainSettings)} - {"gpus"}
     for new in found:
-        words = " ".join(f"--{name} {value}{'*' * (name in coming)}" for name, value in new.changes)
+        words = " ".join(f"--{name} {value}" for name, value in new.changes)
         lines.append(f"  {words}: {new.plan.peak / GIB:.1f} GiB, {sum(new.plan.seconds.values()):.3g} s a step")
-    if coming:
-        lines.append(f"  * grpo.train has no --{' and no --'.join(sorted(coming))} yet")
     return lines
 
 
@@ -227,7 +223,7 @@ def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
         f"{s.model}: {shape.total / 1e9:.3f} billion parameters, "
         f"{Costs(shape, s, 1).trained / 1e9:.3f} billion of them train",
         f"{shown.gpus} {devices(s, shown.gpus)}, GiB on each, {shown.limit / GIB:.0f} to be had\n" + by_phase(shown),
-        f"host memory of a machine: {shown.host['loading'] * machine / GIB:.0f} GiB while it loads, "
+        f"host memory of a machine: {shown.host['loading'] * (1 if s.load_in_turns else machine) / GIB:.0f} GiB while it loads, "
         f"{shown.host['waiting'] * machine / GIB:.0f} for what waits there",
         f"a step is one rollout and {s.updates} updates\n{by_gpus(plans)}"]
     return "\n\n".join(parts + ["\n".join(advice(shape, s, one)) for one in plans if not one.fits])

@@ -258,7 +258,7 @@ def part_fault(path: Path, expected: dict) -> str:
 # which may lie elsewhere as long as their contents are the same.
 FREE = {"output", "rollout_rows", "cache_gigabytes", "keep_features", "offload_reference",
         "offload_optimizer", "tokens_per_pass", "gradient_checkpointing", "tensorboard", "checkpoint_every", "checkpoints_kept",
-        "resume", "max_bad_updates", "hang_minutes", "shard_size", "rollout_weights", "journal_every", "journal_groups",
+        "resume", "max_bad_updates", "hang_minutes", "shard_size", "load_in_turns", "rollout_weights", "journal_every", "journal_groups",
         "journal_megabytes", "model", "data", "responses", "samples", "predictions"}
 NEVER = {"task", "split", "lora_rank", "lora_alpha", "lora_targets", "train_vision", "model_hash"}
 

@@ -19,7 +19,7 @@ from grpo.provenance import what_ran
 from grpo.resume import Checkpoints, differences, refusal
 from grpo.rollout import Sampling
 from grpo.settings import TrainingSettings
-from grpo.sharding import anyone, compute_dtype, finish, from_first, gather, rank, shard, start, whole_weights
+from grpo.sharding import anyone, compute_dtype, finish, from_first, gather, in_turns, mesh_of, rank, shard, start, whole_weights
 from grpo.update import set_gradient_checkpointing
 from grpo.watchdog import pulse
 
@@ -84,13 +84,8 @@ class Run:
         self.ran = from_first(lambda: what_ran(settings))
         self.saved = self.find_checkpoint()
         self.dtype = compute_dtype(settings.dtype, self.device)
-        self.policy = load_policy(settings.model)
-        if not settings.train_vision:
-            self.policy.freeze_vision()
-        if settings.lora_rank:
-            self.add_adapter()
-        set_gradient_checkpointing(self.policy, settings.gradient_checkpointing)
-        self.shard(self.policy)
+        self.mesh = mesh_of(self.device, settings.shard_size)
+        self.policy = in_turns(self.load_policy, settings.load_in_turns)
         self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
         self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
         self.journal = Journal(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0), step=self.step)
@@ -100,9 +95,17 @@ class Run:
         self.best = float("-inf") if best is None else best
         self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
 
+    def load_policy(self) -> Policy:
+        settings, policy = self.settings, load_policy(self.settings.model)
+        if not settings.train_vision:
+            policy.freeze_vision()
+        if settings.lora_rank:
+            self.add_adapter(policy)
+        set_gradient_checkpointing(policy, settings.gradient_checkpointing)
+        return self.shard(policy)
+
     def shard(self, policy: Policy, offload: bool = False) -> Policy:
-        s = self.settings
-        return shard(policy, self.dtype, self.device, offload, s.shard_size, s.rollout_weights)
+        return shard(policy, self.dtype, self.device, offload, rollout_weights=self.settings.rollout_weights, mesh=self.mesh)
 
     # ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -177,10 +180,10 @@ class Run:
         if self.settings.valid_metric not in known:
             raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(known)}")
 
-    def add_adapter(self) -> None:
+    def add_adapter(self, policy: Policy) -> None:
         s = self.settings
-        add_adapter(self.policy, s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_dropout, s.seed)
-        parameters = list(self.policy.parameters())
+        add_adapter(policy, s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_dropout, s.seed)
+        parameters = list(policy.parameters())
         trained = [p.numel() for p in parameters if p.requires_grad]
         say(f"an adapter of rank {s.lora_rank} on {len(trained) // 2} matrices: {sum(trained):,} numbers train, "
             f"{sum(p.numel() for p in parameters) - sum(trained):,} are frozen")
@@ -189,8 +192,8 @@ class Run:
         """What the run began with: the policy itself, whose adapter is off for it, or a frozen copy, sharded alike."""
         if self.settings.lora_rank:
             return self.policy
-        reference = load_policy(model).requires_grad_(False)
-        return self.shard(reference, self.settings.offload_reference)
+        return in_turns(lambda: self.shard(load_policy(model).requires_grad_(False), self.settings.offload_reference),
+                        self.settings.load_in_turns)
 
     def validate(self, step: int) -> dict:
         """Greedy metrics on the validation samples; a new best is exported to <output>/model."""

@@ -88,6 +88,8 @@ class TrainingSettings(CommonSettings):
     hang_minutes: float = setting(30.0, "end, and say which process is missing, when none has made progress for so long")
     shard_size: int = setting(0, "spread the weights over so many processes and keep a copy in each further so many (hybrid "
                                  "sharding, for slow links between machines); 0: over all")
+    load_in_turns: bool = setting(False, "the processes of a machine load one after the other: host memory for one set of "
+                                         "float32 weights instead of one each, for as many times the time")
     rollout_weights: str = setting("auto", "of sharded weights in a rollout. whole: gathered once on every process; layers: a layer "
                                            "at a time, every token; auto: whole where it fits", choices=("auto", "whole", "layers"))
     tensorboard: str = setting("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",

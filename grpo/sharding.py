@@ -71,21 +71,22 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False, shard_size: int = 0,
-          rollout_weights: str = "auto") -> Policy:
+          rollout_weights: str = "auto", mesh: DeviceMesh | None = None) -> Policy:
     """Spread float32 masters over all processes; compute in `dtype`; gradients are reduced in float32.
 
     offload: on a GPU, the weights wait in host memory and each layer's visit the device for its turn.
     shard_size: hybrid sharding, weights spread over so many processes and the same again in the next so many, which
     exchange gradients alone: for a fast link within a machine and a slow one between machines. 0: over all.
     rollout_weights: how `sample_whole` and `see_whole` hold the weights, see `holds_whole`.
+    mesh: of `mesh_of`, whose making every process must join; with one given there is no collective here.
+
+    The weights come from host memory: a GPU sees, beside its shard, one layer at a time or the root's own.
     """
     policy.rollout_weights, policy.compute_dtype = rollout_weights, dtype
     offload = offload and device.type == "cuda"
-    if not offload:
-        policy.to(device)
     if world_size() == 1 and dtype == torch.float32 and not offload:
-        return policy
-    options = dict(mesh=mesh_of(device, shard_size),
+        return policy.to(device)
+    options = dict(mesh=mesh or mesh_of(device, shard_size),
                    mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     if offload:
         options["offload_policy"] = CPUOffloadPolicy()
@@ -104,6 +105,18 @@ def mesh_of(device: torch.device, shard_size: int) -> DeviceMesh:
     if size == world_size():
         return dist.init_device_mesh(device.type, (size,))
     return dist.init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("copy", "part"))
+
+
+def in_turns(load, one_by_one: bool):
+    """`load()` on every process; one_by_one: on those of a machine one after the other, so that its memory holds one
+    set of whole weights and not one for each."""
+    place, processes = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    loaded = load() if not one_by_one else None
+    for turn in range(processes if one_by_one else 0):
+        if turn == place:
+            loaded = load()
+        gather([])
+    return loaded
 
 
 def sharded_modules(policy: Policy) -> list[FSDPModule]:

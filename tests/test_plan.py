@@ -145,7 +145,7 @@ def settings(model, **changes):
 def test_auto_gathers_whole_weights_where_that_fits(seven):
     s = settings("m", rollout_weights="auto", gradient_checkpointing=True)
     assert plan(seven, s, 8).phases == plan(seven, settings("m", gradient_checkpointing=True), 8).phases
-    tight = settings("m", rollout_weights="auto", gradient_checkpointing=True, gpu_memory=20.0, loading="shards")
+    tight = settings("m", rollout_weights="auto", gradient_checkpointing=True, gpu_memory=20.0)
     assert plan(seven, tight, 64).phases["decode"]["gathered"] < 5e9
 
 
@@ -156,7 +156,7 @@ def test_all_of_7b_does_not_train_on_one_gpu_and_the_plan_says_what_would_make_i
     assert one.phases["step"]["weights"] == 4 * seven.total  # masters alone are 31 GiB
     assert one.phases["step"]["optimizer"] == 8 * (seven.total - seven.vision)
     assert one.phases["decode"]["gathered"] == 2 * seven.total  # in bfloat16, on one GPU as on many
-    assert one.phases["loading"]["reference"] == 4 * seven.total == plan(seven, s, 8).phases["loading"]["reference"]
+    assert one.phases["loading"]["gathered"] == 4 * seven.root == plan(seven, s, 8).phases["loading"]["gathered"]
     lines = advice(seven, s, one)
     assert lines[0].startswith("1 GPU: ") and "passes" in lines[0] and len(lines) > 1
 
@@ -249,12 +249,19 @@ def test_the_program_says_what_fits_and_writes_the_numbers(tmp_path, monkeypatch
     assert written["plans"][0]["peak"] == max(sum(phase.values()) for phase in written["plans"][0]["phases"].values())
 
 
-def test_settings_that_grpo_train_lacks_are_marked(seven):
-    s = settings("m", gradient_checkpointing=True, loading="whole", gpu_memory=34)
-    lines = advice(seven, s, plan(seven, s, 64))
-    known = "loading" in {f.name for f in fields(TrainSettings)}
-    assert any("--loading shards*" in line for line in lines) != known
-    assert any(line.startswith("  * grpo.train has no") and "--loading" in line for line in lines) != known
+def test_every_setting_of_the_plan_that_is_no_machines_is_one_of_the_training(seven):
+    """What is suggested can be typed."""
+    ours = {f.name for f in fields(Settings)}
+    assert {name for name, _ in moves(settings("m"), 1)} - {"gpus"} <= {f.name for f in fields(TrainSettings)}
+    shared = {"shard_size", "load_in_turns", "rollout_weights", "tokens_per_pass", "rollout_rows", "lora_targets", "updates"}
+    assert shared <= ours & {f.name for f in fields(TrainSettings)}
+
+
+def test_loading_in_turns_needs_host_memory_for_one_copy(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN))
+    words = ["--model", tmp_path, "--gpus", 8]
+    assert "host memory of a machine: 247 GiB while it loads" in run_main(monkeypatch, capsys, *words)
+    assert "host memory of a machine: 31 GiB while it loads" in run_main(monkeypatch, capsys, *words, "--load_in_turns", True)
 
 
 @pytest.mark.parametrize("words,expected", [
