@@ -1,4 +1,4 @@
-"""grpo.train with faults in it, for tests/test_faults.py: python tests/faulty.py SETTINGS, under torchrun.
+"""grpo.train, or PROGRAM=sft.train, with faults in it: python tests/faulty.py SETTINGS, under torchrun.
 
 FAULTS="place:kind@restart …": in the process of rank 1 (0 where it is alone), at the second call of the place in the
 life number `restart`, one of kill (−9), hang, raise. Places: rollout (a reward), score, update (between backward and
@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 import grpo.resume  # noqa: E402
 import grpo.train  # noqa: E402
 import grpo.update  # noqa: E402
+import sft.train  # noqa: E402
 from grpo.settings import run_program  # noqa: E402
 
 
@@ -61,4 +62,4 @@ if __name__ == "__main__":
         kind, life = rest.split("@")
         if life == os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"):
             plant(place, kind)
-    run_program(grpo.train.main)
+    run_program(sft.train.main if os.environ.get("PROGRAM") == "sft.train" else grpo.train.main)

@@ -15,8 +15,10 @@ import torch
 from test_loop import make
 from test_pipeline import COMMON, ROOT, folder, lines  # noqa: F401  (the fixture)
 from test_resume import newest, same_run, trained
+from test_resume import words_of as words_of_sft
 
 import grpo.train
+import sft.train
 from grpo.objective import grpo_loss
 from grpo.resume import Checkpoints
 from grpo.watchdog import verdict
@@ -26,13 +28,14 @@ def words_of(folder, output, *more):
     return ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", output, "--max_rollouts", 5,
             "--predictions", folder / "split" / "predictions.jsonl", "--learning_rate", 1e-3, "--prompts_per_rollout", 2,
             "--group_size", 3, "--reward_options", "min_length=60", "--checkpoint_every", 1, "--journal_groups", 1,
-            "--valid_samples", 4, *COMMON, *more]
+            "--valid_samples", 4, "--flat_groups", "dropped", *COMMON, *more]
 
 
-def begin(words, processes=2, restarts=0, faults="", **more):
+def begin(words, processes=2, restarts=0, faults="", program="grpo.train", **more):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--max-restarts", restarts, "--rdzv-backend", "c10d",
                 "--rdzv-endpoint", "localhost:0", "--monitor-interval", 0.1] if processes else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "FAULTS": faults}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "FAULTS": faults,
+                   "PROGRAM": program}
     command = [sys.executable, *launcher, ROOT / "tests" / "faulty.py", *words]
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
 
@@ -58,6 +61,17 @@ def test_killed_in_every_phase_and_restarted_by_torchrun_it_ends_with_the_same_r
     # the second life began with the first one's checkpoint, and so on: nothing was done three times
     assert re.findall(r"going on after step (\d)", text) == ["1", "2", "2", "3"]
     same_run(undisturbed, tmp_path)
+
+
+def test_sft_killed_in_the_middle_of_an_epoch_ends_with_the_same_result(folder, tmp_path):
+    texts = []
+    for name, restarts, faults in (("whole", 0, ""), ("killed", 2, "update:kill@0 writing:kill@1")):
+        words = words_of_sft(sft.train, folder, tmp_path / name)
+        status, text = end(begin(words, restarts=restarts, faults=faults, program="sft.train"))
+        assert status == 0, text
+        texts.append(text)
+    assert re.findall(r"going on after step (\d)", texts[1]) == ["1", "2"]  # of three updates an epoch
+    same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def stop_after(process, output, rollouts):
@@ -95,7 +109,8 @@ def test_a_worker_that_hangs_is_named_instead_of_silence(folder, tmp_path):
 
 
 def test_a_worker_that_hangs_is_restarted_and_the_run_ends_with_the_same_result(folder, undisturbed, tmp_path):
-    words = words_of(folder, tmp_path, "--hang_minutes", 0.15)
+    """Neither loading in turns nor rollouts layer by layer change a bit of it."""
+    words = words_of(folder, tmp_path, "--hang_minutes", 0.15, "--load_in_turns", True, "--rollout_weights", "layers")
     status, text = end(begin(words, restarts=1, faults="update:hang@0"))
     assert status == 0 and "process 1" in text, text
     same_run(undisturbed, tmp_path)
