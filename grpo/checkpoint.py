@@ -64,8 +64,12 @@ def export(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str
     new = place.with_name(place.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    with without_bars():
-        model.save_pretrained(new, state_dict=weights)
+    try:
+        with without_bars():
+            model.save_pretrained(new, state_dict=weights)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"{place}: the weights cannot be written ({error}); what was there before still is") from None
     for name in ENCODER_FILES:
         if Path(source).is_dir():
             if (Path(source) / name).is_file():

@@ -39,6 +39,7 @@ class Checkpoints:
     def __init__(self, output: Path, kept: int):
         self.folder, self.kept = output / "checkpoints", kept
         self.good: Path | None = None  # the newest that is known to be whole
+        self.parts: list[str] = []  # its files, in the order of the processes that wrote them
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -54,7 +55,8 @@ class Checkpoints:
 
         def end():
             parts = {name: {"bytes": size, "sha256": digest} for name, size, digest in written}
-            write_json(new / "state.json", {"format": FORMAT, "step": step, "parts": parts, **state})
+            content = {"format": FORMAT, "step": step, "parts": parts, **state}
+            write_json(new / "state.json", {**content, "sha256": seal(content)})
             sync(new / "state.json")
             replace_folder(new, place)
             sync(self.folder)
@@ -99,7 +101,7 @@ class Checkpoints:
             state = from_first(lambda: read_state(place))
             fault = state if isinstance(state, str) else self.damage(place, state["parts"])
             if not fault:
-                self.good = place
+                self.good, self.parts = place, sorted(state["parts"])
                 return state
             say(f"{place}: damaged, passed over: {fault}")
         return None
@@ -112,7 +114,7 @@ class Checkpoints:
 
     def load(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Weights, optimizer and random states of the newest good checkpoint into this run."""
-        read_parts(self.good, policy, optimizer)
+        read_parts([self.good / name for name in self.parts], policy, optimizer)
 
     def forget(self) -> None:
         """Begin anew: what an earlier run has left goes away."""
@@ -163,9 +165,9 @@ def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
     return path.name, path.stat().st_size, sha256(path)
 
 
-def read_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """The rows that this process holds, from whichever parts have them."""
-    parts = [safe_open(path, "pt") for path in sorted(folder.glob("part-*.safetensors"))]
+    parts = [safe_open(path, "pt") for path in paths]
     rows = [json.loads(part.metadata()["rows"]) for part in parts]
     holders_of: dict[str, dict[str, list[int]]] = {}  # parameter → kind → the parts that have rows of it
     for i, part in enumerate(parts):
@@ -234,6 +236,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal(content: dict) -> str:
+    """sha256 of a state, so that what has changed since is noticed."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_state(place: Path) -> dict | str:
     """state.json, or what is wrong with it."""
     path = place / "state.json"
@@ -241,6 +248,8 @@ def read_state(place: Path) -> dict | str:
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["format"] != FORMAT or not isinstance(state["parts"], dict) or not state["parts"]:
             return f"{path.name} is of format {state['format']}, {FORMAT} expected"
+        if state.pop("sha256") != seal(state):
+            return f"the contents of {path.name} are not what was written"
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path.name}: {type(error).__name__}: {error}"

@@ -90,7 +90,7 @@ class Run:
         self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
         self.journal = Journal(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0), step=self.step)
         if rank() == 0:
-            write_json(self.output / "settings.json", self.ran)
+            write_json(self.output / "settings.json", {**self.ran, **({"resumed_after": self.step} if self.step else {})})
         best = self.saved.get("best")
         self.best = float("-inf") if best is None else best
         self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
@@ -111,10 +111,10 @@ class Run:
 
     def find_checkpoint(self) -> dict:
         """The state from which this run goes on, {} where it begins. ValueError if it is another run's."""
+        check_shared(self.output)
         if self.settings.resume == "never":
             self.checkpoints.forget()
             return {}
-        check_shared(self.output)
         saved = self.checkpoints.newest()
         if saved is None:
             return {}

@@ -174,6 +174,8 @@ def parse_options(text: str, name: str) -> dict[str, float]:
 
 def lost_company(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is no more; that one's end has its own cause."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
     return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "have not come in"))
 
 

@@ -22,7 +22,7 @@ from grpo.meeting import connect, meet
 from grpo.memory import enough_memory
 from grpo.policy import Policy
 from grpo.rollout import Sampling, cache_bytes, sample
-from grpo.watchdog import Watchdog
+from grpo.watchdog import Watchdog, pulse
 
 
 def start(hang_minutes: float = 30.0) -> torch.device:
@@ -116,6 +116,7 @@ def in_turns(load, one_by_one: bool):
         if turn == place:
             loaded = load()
         gather([])
+        pulse()
     return loaded
 
 

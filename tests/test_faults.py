@@ -162,11 +162,16 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(small_disk, 
     again.load(policy, optimizer)
 
 
-def test_a_run_on_a_full_disk_ends_in_one_line(folder, tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))  # weights fit, Adam's moments beside them do not
+@pytest.mark.parametrize("room,expected", [
+    (6_000_000, "step-00000001: the checkpoint cannot be written \\(.*; there is none before it"),
+    (2_000_000, "model: the weights cannot be written \\(.*; what was there before still is"),
+], ids=["weights fit, Adam's moments beside them do not", "nothing fits"])
+def test_a_run_on_a_full_disk_ends_in_one_line(folder, tmp_path, room, expected):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     status, text = end(begin(words_of(folder, tmp_path), processes=0, preexec_fn=limit))
     assert status == 2, text
-    assert re.search(r"^error: .*step-00000001: the checkpoint cannot be written \(.*; there is none before it$", text, re.M), text
+    assert re.search(f"^error: .*{expected}$", text, re.M), text
+    assert not list(tmp_path.glob("**/*.new"))
 
 
 # ── not a number ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -119,11 +119,15 @@ def damage(place, how):
     elif how == "state.json is cut off":
         state = place / "state.json"
         state.write_text(state.read_text()[:50])
+    elif how == "a figure in state.json changed":
+        state = place / "state.json"
+        state.write_text(state.read_text().replace('"too_long": 0', '"too_long": 1'))
     elif how == "of another format":
         (place / "state.json").write_text(json.dumps({"format": 99}))
 
 
-@pytest.mark.parametrize("how", ["truncated", "one bit changed", "a part is gone", "state.json is cut off", "of another format"])
+@pytest.mark.parametrize("how", ["truncated", "one bit changed", "a part is gone", "state.json is cut off",
+                                 "a figure in state.json changed", "of another format"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_that_is_said(halfway, whole, how, capsys):
     (words, output), (program, undisturbed) = halfway, whole
     damage(newest(output), how)
@@ -141,6 +145,12 @@ def test_leavings_of_a_process_that_was_killed_while_writing_are_removed(halfway
     (output / "checkpoints" / "step-00000003.new" / "part-00000-of-00001.safetensors").write_bytes(b"half")
     assert run(grpo.train, words) == 2
     assert not list((output / "checkpoints").glob("*.new"))
+
+
+def test_a_file_that_nobody_has_written_is_not_read(halfway):
+    words, output = halfway
+    (newest(output) / "part-00001-of-00001.safetensors").write_bytes(b"not ours")
+    assert run(grpo.train, words) == 2
 
 
 def test_no_checkpoint_holds_a_pickle(halfway):
