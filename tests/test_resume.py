@@ -87,6 +87,16 @@ def test_killed_in_a_step_and_started_again_it_ends_as_if_nothing_had_happened(w
     same_run(undisturbed, tmp_path)
 
 
+def test_an_adapter_with_dropout_goes_on_with_the_same_noise(folder, tmp_path):
+    words = lambda name: [*words_of(sft.train, folder, tmp_path / name), "--lora_rank", 4, "--lora_dropout", 0.3]
+    run(sft.train, words("whole"))
+    with pytest.raises(Killed):
+        run(sft.train, words("killed"), killed_in_step=3)
+    torch.rand(100)  # what another process would not have drawn
+    run(sft.train, words("killed"))
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_a_run_that_is_over_is_not_trained_again(whole, folder, tmp_path):
     program, undisturbed = whole
     shutil.copytree(undisturbed, tmp_path / "copy")
