@@ -29,6 +29,9 @@ def check_gradients(path, uneven: bool, shard_size: int):
     everyone = tiny_groups(lengths=LENGTHS)
     mine = (everyone if torch.distributed.get_rank() == 0 else []) if uneven else share(everyone)
     norm, policy = one_update(mine, 40, sharded=True, shard_size=shard_size)  # a budget of 40 tokens: one pack a group, unequal counts
+    head = policy.model.lm_head.weight
+    if torch.distributed.get_rank() == 0:
+        assert len(head.to_local()) == -(-len(head) // (shard_size or torch.distributed.get_world_size()))
     weights = whole_weights(policy)
     if torch.distributed.get_rank() == 0:
         torch.save({"norm": norm, "weights": weights}, path)
