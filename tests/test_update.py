@@ -1,9 +1,8 @@
 """One step: its rate, its clipping, what decays, and what a process does that has nothing to do."""
 
+import math
 import sys
 from types import SimpleNamespace
-
-import math
 
 import pytest
 import torch
