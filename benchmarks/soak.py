@@ -4,8 +4,8 @@
 
 Two processes under torchrun; in the disturbed run a random one is killed (−9) every 20 to 60 seconds, whatever it is
 doing, and torchrun starts both again. Nothing is lost if both runs end with the same weights, to the bit, and the same
-lines in metrics.jsonl. Memory is flat if no process ever takes 5% more than the most it took in the first 120 rollouts of
-the undisturbed run: by then every prompt has been cached (50 rollouts) and one validation is over (the 100th).
+lines in metrics.jsonl. Memory is flat if no process ever takes 5% more than the most it took in the first 200 rollouts of
+the undisturbed run: four passes over the data and two validations.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WORLD = "--train 200 --valid 8 --test 4"
 RUN = ("--learning_rate 1e-4 --prompts_per_rollout 4 --group_size 4 --max_completion_tokens 32 --reward_options min_length=60 "
        "--validate_every 100 --epochs 40 --journal_every 20")
 TIMES = {"step_time", "seconds/rollout", "seconds/score", "seconds/update", "seconds/journal"}
-WARM = 120  # rollouts until memory should be what it will be
+WARM = 200  # rollouts until memory should be what it will be
 
 
 def torchrun(words: list, log: Path, restarts: int) -> subprocess.Popen:
@@ -77,7 +77,7 @@ def go(words: list, output: Path, rng: random.Random | None) -> dict:
 def peaks(memory: list, every: int = 100) -> str:
     """MB, the most in each hundred rollouts."""
     return " ".join(f"{max(size for _, size in part) / 1e6:.0f}" for n in range(0, memory[-1][0] + 1, every)
-                    if (part := [point for point in memory if n <= point[0] < n + every]))
+                    if (part := [point for point in memory if n <= point[0] < n + every and point[1]]))
 
 
 def most(memory: list) -> int:

@@ -77,10 +77,10 @@ def whole(request, folder, tmp_path_factory):
     return request.param, output
 
 
-@pytest.mark.parametrize("at", [2, 4])
-def test_killed_in_a_step_and_started_again_it_ends_as_if_nothing_had_happened(whole, folder, tmp_path, at):
+@pytest.mark.parametrize("at,every", [(2, 1), (4, 2)], ids=["at the checkpoint", "a step beyond it, whose lines are written"])
+def test_killed_in_a_step_and_started_again_it_ends_as_if_nothing_had_happened(whole, folder, tmp_path, at, every):
     program, undisturbed = whole
-    words = words_of(program, folder, tmp_path)
+    words = [*words_of(program, folder, tmp_path), "--checkpoint_every", every]
     with pytest.raises(Killed):
         run(program, words, killed_in_step=at)
     run(program, words)
@@ -151,8 +151,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_that_is_s
 
 def test_leavings_of_a_process_that_was_killed_while_writing_are_removed(halfway):
     words, output = halfway
-    (output / "checkpoints" / "step-00000003.new").mkdir()
-    (output / "checkpoints" / "step-00000003.new" / "part-00000-of-00001.safetensors").write_bytes(b"half")
+    (output / "checkpoints" / "step-00000009.new").mkdir()
+    (output / "checkpoints" / "step-00000009.new" / "part-00000-of-00001.safetensors").write_bytes(b"half")
     assert run(grpo.train, words) == 2
     assert not list((output / "checkpoints").glob("*.new"))
 
