@@ -12,7 +12,6 @@ so any number of processes can read what any other number has written.
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from pathlib import Path

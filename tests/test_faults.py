@@ -1,6 +1,5 @@
 """What happens to real runs happens to these: killed, told to stop, no room on the disk, not a number, a hang."""
 
-import json
 import os
 import re
 import resource
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from test_resume import words_of as words_of_sft
 
 import grpo.train
 import sft.train
-from grpo.objective import grpo_loss
 from grpo.resume import Checkpoints
 from grpo.watchdog import verdict
 
