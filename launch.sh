@@ -8,7 +8,7 @@
 #                                         MORE-R1 with the paper's settings, see docs/recipes/more-r1.sh; a stage that
 #                                         is done is skipped
 #   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME] …
-#                                         JMERE-R1 with the paper's settings, see docs/recipes/jmere-r1.sh
+#                                         JMERE-R1 with the paper's settings, see docs/recipes/jmere-r1.sh; likewise
 #   ./launch.sh test [pytest arguments]   the tests
 #
 # PYTHON=/path/to/python ./launch.sh …    use that interpreter as it is and install nothing
@@ -109,21 +109,21 @@ demo_more() { # the variables of these two are demo's
 demo_jmere() {
     local data=$world/JMERE
     title "the embedded example: small JMERE-like posts, a scripted expert, a tiny random Qwen2.5-VL"
-    one data.synthetic --task jmere --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
+    once "$world" one data.synthetic --task jmere --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
     title "reasoning data for half of the posts: three candidates each, the re-prediction filter, the score filter"
-    one data.annotate --task jmere --data "$data" --split train --fraction 0.5 --seed "$seed" --candidates 3 \
-        --repredict True --score True --expert "file:$world/expert.jsonl" --output "$output/mp_cot.jsonl"
+    once "$output/mp_cot" one data.annotate --task jmere --data "$data" --split train --fraction 0.5 --seed "$seed" \
+        --candidates 3 --repredict True --score True --expert "file:$world/expert.jsonl" --output "$output/mp_cot.jsonl"
     title "zero-shot"
-    many grpo.evaluate $settings --model "$world/model" --data "$data" --output "$output/zero_shot" \
-        --reasoning False --max_completion_tokens 16
+    once "$output/zero_shot" many grpo.evaluate $settings --model "$world/model" --data "$data" \
+        --output "$output/zero_shot" --reasoning False --max_completion_tokens 16
     title "stage 1: SFT on the reasoning (the whole tiny model: its vision encoder knows nothing yet)"
-    many sft.train $settings $stage_1 --epochs 7 --validate_every 7 --valid_split val --model "$world/model" \
-        --data "$data" --responses "$output/mp_cot.jsonl" --output "$output/stage_1"
-    many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --output "$output/sft"
+    once "$output/stage_1" many sft.train $settings $stage_1 --epochs 7 --validate_every 7 --valid_split val \
+        --model "$world/model" --data "$data" --responses "$output/mp_cot.jsonl" --output "$output/stage_1"
+    once "$output/sft" many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --output "$output/sft"
     title "stage 2: GRPO, one update a rollout, no clip"
-    many grpo.train $settings --objective jmere-r1 --learning_rate 2e-4 --max_rollouts 100 --validate_every 20 \
-        --valid_split val --journal_every 5 --model "$output/stage_1/model" --data "$data" --output "$output/stage_2"
-    many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
+    once "$output/stage_2" many grpo.train $settings --objective jmere-r1 --learning_rate 2e-4 --max_rollouts 100 \
+        --validate_every 20 --valid_split val --journal_every 5 --model "$output/stage_1/model" --data "$data" --output "$output/stage_2"
+    once "$output/grpo" many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
     results "$output/zero_shot" "$output/sft" "$output/grpo"
 }
 

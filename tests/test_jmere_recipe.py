@@ -23,7 +23,7 @@ def launch(folder, *words):
     stand_in.write_text(f'#!/bin/sh\nprintf "%s\\037" "$@" >>"{log}"\necho >>"{log}"\n')
     stand_in.chmod(0o755)
     log.write_text("")
-    done = subprocess.run([ROOT / "launch.sh", "jmere-r1", *words], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([ROOT / "launch.sh", "jmere-r1", *words], capture_output=True, text=True, timeout=60, cwd=folder,
                           env={**os.environ, "PYTHON": str(stand_in), "PROCESSES": "1"})
     calls = [line.split("\037")[:-1] for line in log.read_text().splitlines()]
     after = [call[len(call) - call[::-1].index("-m"):] for call in calls]  # behind the last -m: torchrun's is the first
@@ -68,6 +68,15 @@ def test_every_stage_gives_its_programs_settings_that_they_know(tmp_path):
         assert (baseline.epochs, baseline.responses) == (20, data.output)
     read = {settings.model for name, settings in settings_of(calls) if name != "data.annotate"}
     assert read <= {"a/model", *(f"{output}/model" for output in by_output)}
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    status, text, first = launch(tmp_path, *GIVEN)
+    assert status == 0, text
+    (tmp_path / "out" / "grpo.done").unlink()
+    status, text, calls = launch(tmp_path, *GIVEN)
+    assert status == 0 and text.count("done before, skipped") == len(first) - 2, text
+    assert [name for name, _ in calls] == ["grpo.train", "grpo.paper_table"]
 
 
 @pytest.mark.parametrize("words, message", [

@@ -8,6 +8,9 @@
 #   --missing_images WHAT  posts without a picture: stop, drop or blank
 #   --seed N               0
 #
+# What was done is not done again: <result>.done holds the command that made it; it and <result> are removed to repeat it.
+# What was cut off goes on from its last checkpoint with the same line.
+#
 # Stages; each trained model is tested at temperature 0.8, greedily beside it:
 #   data  cot_sft  grpo                  JMERE-R1: the reasoning data, 5 epochs of SFT on it, GRPO
 #   vote                                 majority of 100 samples of what grpo trained
@@ -38,6 +41,7 @@ jmere_r1() {
         [ -n "$data" ] || fail "jmere-r1: --data DIR expected, the dataset's folder"
         [ -n "$model" ] || [ "$stage" = data ] || fail "jmere-r1: --model expected, a checkpoint folder or hub name"
     fi
+    mkdir -p "$output/test"
     local name
     case $stage in
         "") for name in data cot_sft grpo vote table; do jmere_stage $name; done ;;
@@ -78,7 +82,7 @@ jmere_stage() { # the variables are jmere_r1's
 }
 
 jmere_data() { # name, settings: what the expert has answered once is asked for no second time, whichever the filters
-    one data.annotate --config "$recipes/data.json" --data "$data" --expert "$expert" --seed "$seed" \
+    once "$output/$1" one data.annotate --config "$recipes/data.json" --data "$data" --expert "$expert" --seed "$seed" \
         --missing_images "$missing" --output "$output/$1.jsonl" --responses "$output/mp_cot.responses.jsonl" "${@:2}"
 }
 
@@ -91,7 +95,7 @@ jmere_filtered() {
 }
 
 jmere_train() { # name, program, recipe, model, settings
-    many "$2" --config "$recipes/$3.json" --model "$4" --data "$data" --seed "$seed" \
+    once "$output/$1" many "$2" --config "$recipes/$3.json" --model "$4" --data "$data" --seed "$seed" \
         --missing_images "$missing" --output "$output/$1" "${@:5}" "${more[@]}"
     local plain=()
     [ "$1" = sft ] && plain=(--reasoning False) # it has learned to answer at once
@@ -104,6 +108,6 @@ jmere_tests() {
 }
 
 jmere_test() { # name, model, settings
-    many grpo.evaluate --config "$recipes/test.json" --model "$2" --data "$data" --seed "$seed" \
+    once "$output/test/$1" many grpo.evaluate --config "$recipes/test.json" --model "$2" --data "$data" --seed "$seed" \
         --missing_images "$missing" --output "$output/test/$1" "${@:3}" "${more[@]}"
 }
