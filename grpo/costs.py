@@ -18,7 +18,7 @@ from torch import nn
 
 from grpo.backbones import backbone
 from grpo.files import read_json
-from grpo.head import GPU_TILE, TILE
+from grpo.head import GPU_TILE, KEPT, TILE
 from grpo.lora import LANGUAGE_MODEL, target_names
 from grpo.policy import PATCHES_AT_ONCE, Policy
 from grpo.rollout import PREFILL_TOKENS
@@ -230,10 +230,14 @@ class Costs:
         """A tile of float32 logits and of their exponentials."""
         return 2 * 4 * self.tile()
 
+    def kept_logits(self) -> float:
+        """What waits for the backward, which makes only the others again."""
+        return min(KEPT, 4 * self.scored * self.shape.vocabulary)
+
     def head_backward(self) -> float:
         """Float32 sums of the gradients of hidden states and weight, a tile of logits and of their gradient."""
         x, cast = self.shape, 0 if self.width == 4 else self.width
-        sums = self.scored * x.hidden * (4 + 4 + cast) + self.tile() * (4 + cast)
+        sums = self.scored * x.hidden * (4 + 4 + cast) + self.tile() * (4 + cast) + self.kept_logits()
         if not self.s.lora_rank:  # the weight trains; its sum is cast at the end
             sums += x.table * (4 + cast)
         return sums
@@ -293,7 +297,7 @@ class Costs:
         rest = add(self.resident(), gathered=layered)
         hidden = self.tokens * x.hidden * self.width  # the trunk's output, still named while the head works
         return [
-            add(rest, gradients=before, activations=kept + tail + hidden, head=self.head_forward()),
+            add(rest, gradients=before, activations=kept + tail + hidden, head=self.head_forward() + self.kept_logits()),
             add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
             add(rest, gradients=before + head + layer, activations=kept + tail + work),
             add(rest, gradients=almost + (head if self.sharded else 0.0) + layer, activations=one + work),

@@ -3,10 +3,12 @@
 With a 152k-row head the logits are the memory peak: 8 × 1,024 completion tokens in float32 are 5 GB. So they are
 made tile by tile, some tokens × some rows of the vocabulary, reduced to a few numbers a token, thrown away, and made
 once more in the backward pass (a trained head's gradient needs each token's upstream gradient, which the objective
-knows only after the whole forward). A tile that fits in the processor's cache is also several times faster than one
-that does not: what follows the matrix product reads and writes each logit half a dozen times.
+knows only after the whole forward). Only the first KEPT bytes of them wait for the backward, which spares their second
+product; however many completions there are, it is never more. A tile that fits in the processor's cache is also several
+times faster than one that does not: what follows the matrix product reads and writes each logit half a dozen times.
 """
 
+from collections import deque
 from typing import Iterator
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 TILE = (1024, 1024)  # tokens, vocabulary rows: 4 MB of float32
 FEW_ROWS = 32
 GPU_TILE = (2048, 32_768)  # there a tile has to be large enough to keep the device busy
+KEPT = 1 << 30  # bytes of logits that may wait for the backward: 1,700 tokens of a 152k vocabulary
 
 
 @torch.no_grad()
@@ -49,10 +52,14 @@ def few_rows(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class Head:
-    """The head's weight (V, hidden), its temperature and ban, cut into tiles of (tokens, vocabulary rows)."""
+    """The head's weight (V, hidden), its temperature and ban, cut into tiles of (tokens, vocabulary rows).
 
-    def __init__(self, weight: Tensor, temperature: float, banned: tuple[int, ...], tile: tuple[int, int]):
+    `kept` holds the logits of the first tiles, `room` is the number of logits that may still join them.
+    """
+
+    def __init__(self, weight: Tensor, temperature: float, banned: tuple[int, ...], tile: tuple[int, int], room: int = 0):
         self.weight, self.temperature, self.banned, self.tile = weight, temperature, banned, tile
+        self.kept, self.room = deque(), room
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         return (slice(start, start + self.tile[0]) for start in range(0, tokens, self.tile[0]))
@@ -81,6 +88,12 @@ class Head:
             mass = mass * shrink + exp.sum(1)
             logits[:, banned] = 0.0  # 0 · (−inf) is NaN; a banned token's share of the entropy is 0
             weighted = weighted * shrink + exp.mul_(logits).sum(1)
+            if logits.numel() <= self.room:
+                logits[:, banned] = float("-inf")
+                self.kept.append(logits)
+                self.room -= logits.numel()
+            else:
+                self.room = 0  # the first ones only: the backward takes them from the left
         log_norm = top + mass.log()
         return chosen, log_norm, log_norm - weighted / mass
 
@@ -89,12 +102,12 @@ class CompletionLogp(torch.autograd.Function):
     """log softmax(token_logits)[target] and the entropy, tile by tile."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, banned, tile):
-        head = Head(weight, temperature, banned, tile)
+    def forward(ctx, hidden, weight, targets, temperature, banned, tile, room):
+        head = Head(weight, temperature, banned, tile, room)
         parts = [head.reduce(hidden[chunk], targets[chunk]) for chunk in head.chunks(len(hidden))]
         chosen, log_norm, entropy = (torch.cat(part) for part in zip(*parts))
         ctx.save_for_backward(hidden, weight, targets, log_norm)
-        ctx.head = (temperature, banned, tile)
+        ctx.head, ctx.kept = (temperature, banned, tile), head.kept
         ctx.mark_non_differentiable(entropy)
         return chosen - log_norm, entropy
 
@@ -112,7 +125,8 @@ class CompletionLogp(torch.autograd.Function):
         for chunk in head.chunks(len(hidden)):
             h, norm, target = hidden[chunk], log_norm[chunk, None], targets[chunk]
             for rows, banned in head.vocabulary():
-                grad = head.logits(h, rows, banned).sub_(norm).exp_()
+                logits = ctx.kept.popleft() if ctx.kept else head.logits(h, rows, banned)
+                grad = logits.sub_(norm).exp_()
                 hit = ((target >= rows.start) & (target < rows.start + grad.shape[1])).nonzero()[:, 0]
                 grad[hit, target[hit] - rows.start] -= 1.0
                 grad = grad.to(weight.dtype)
@@ -121,7 +135,7 @@ class CompletionLogp(torch.autograd.Function):
                 if grad_weight is not None:
                     accumulate(grad_weight[rows], grad.T, scaled[chunk], sign=-1)
         return (None if grad_hidden is None else grad_hidden.mul_(-scale).to(weight.dtype),
-                None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None)
+                None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None)
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> None:
@@ -139,7 +153,9 @@ def completion_logp(
     """Log-probability and entropy (nats, float32, without gradient) of each target token.
 
     hidden (T, hidden size), weight (V, hidden size), targets (T,), banned token ids → (T,), (T,).
-    Peak memory is one tile (tokens, vocabulary rows), whatever T and V are.
+    Peak memory is one tile (tokens, vocabulary rows), whatever T and V are, and at most KEPT bytes until the backward.
     """
     tile = tile or (GPU_TILE if hidden.is_cuda else TILE)
-    return CompletionLogp.apply(hidden, weight, targets, temperature, banned, tile)
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    room = KEPT // 4 if learns else 0
+    return CompletionLogp.apply(hidden, weight, targets, temperature, banned, tile, room)

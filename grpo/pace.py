@@ -82,7 +82,8 @@ class Work:
         """Forward, backward to the inputs and, where weights train, to them; layers once more with checkpointing."""
         c, s, (trunk, head) = self.costs, self.costs.s, self.score()
         full, again = not s.lora_rank, s.gradient_checkpointing
-        products = trunk * (2 + full + again) + head * (3 + full)  # the head's logits are always made twice
+        logits_again = 1 - c.kept_logits() / (4 * c.scored * c.shape.vocabulary)
+        products = trunk * (2 + full + again) + head * (2 + full + logits_again)
         gather = 2 * self.everything  # for the forward and for the backward
         reduce = MASTER * c.trained * self.others
         replicas = c.gpus / c.shards

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo import head
 from grpo.head import FEW_ROWS, CompletionLogp, completion_logp, token_logits
 
 BANNED = (3, 11)
@@ -22,7 +23,9 @@ def example():
     return hidden, weight, targets
 
 
-def test_values_and_gradients_equal_the_plain_softmax_whatever_the_tile():
+@pytest.mark.parametrize("kept", [0, 200, 1 << 20], ids=["no logits kept", "some kept", "all kept"])
+def test_values_and_gradients_equal_the_plain_softmax_whatever_the_tile(monkeypatch, kept):
+    monkeypatch.setattr(head, "KEPT", kept)
     hidden, weight, targets = example()
     upstream = torch.randn(10)
     logp, entropy = plain(hidden, weight, targets, 0.7)
@@ -84,6 +87,28 @@ class Largest(TorchDispatchMode):
         made = function(*arguments, **(keywords or {}))
         self.numbers = max([self.numbers, *(x.numel() for x in (made if isinstance(made, tuple) else (made,)) if torch.is_tensor(x))])
         return made
+
+
+@pytest.mark.parametrize("tokens", [10, 60, 600])
+def test_logits_that_wait_for_the_backward_are_bounded_and_gone_after_it(monkeypatch, tokens):
+    monkeypatch.setattr(head, "KEPT", 4 * 3000)
+    hidden, weight = torch.randn(tokens, 6, requires_grad=True), torch.randn(17, 6, requires_grad=True)
+    logp, _ = completion_logp(hidden, weight, torch.zeros(tokens, dtype=torch.long), 1.0, BANNED, (16, 8))
+    kept = sum(logits.numel() for logits in logp.grad_fn.kept)
+    assert kept == 17 * tokens if tokens <= 60 else 3000 - 16 * 8 < kept <= 3000
+    gradients = [torch.autograd.grad(logp.sum(), weight, retain_graph=True)[0] for _ in range(2)]
+    assert not logp.grad_fn.kept and torch.equal(*gradients)  # a second time they are made again
+
+
+def test_without_a_gradient_no_logits_are_kept(monkeypatch):
+    rooms, apply = [], CompletionLogp.apply
+    monkeypatch.setattr(CompletionLogp, "apply", lambda *arguments: rooms.append(arguments[-1]) or apply(*arguments))
+    hidden, weight, targets = example()
+    completion_logp(hidden, weight, targets, 1.0, BANNED)
+    completion_logp(hidden.detach(), weight.detach(), targets, 1.0, BANNED)
+    with torch.no_grad():
+        completion_logp(hidden, weight, targets, 1.0, BANNED)
+    assert [room > 0 for room in rooms] == [True, False, False]
 
 
 def test_no_tensor_grows_with_tokens_times_vocabulary():
