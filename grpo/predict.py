@@ -18,7 +18,7 @@ from data.task import Task, resolve_task
 from grpo.checkpoint import load_policy
 from grpo.encode import Encoder
 from grpo.rollout import Sampling, sample
-from grpo.settings import parse, required, run_program, setting
+from grpo.settings import CommonSettings, parse, required, run_program, setting
 from grpo.sharding import compute_dtype
 
 PARTS = ("image", "text", "box", "entity", "data")
@@ -32,14 +32,14 @@ class Settings:
     task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's own, else more")
     image: str = setting("", "the picture's file")
     text: str = setting("", "the text that goes with it")
-    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the picture")
+    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the picture (--box=… where it begins with a minus)")
     entity: str = setting("", "MORE: the entity, as it stands in the text")
     data: str = setting("", "dataset folder with the candidate labels; empty: the one that the model was trained on")
     reasoning: bool = setting(True, "ask for <think>…</think>; off for a model that was trained on bare answers")
     temperature: float = setting(0.0, "0 is greedy")
     seed: int = setting(0, "of the sampling noise")
     max_completion_tokens: int = setting(1024, "longest completion, end token included")
-    max_pixels: int = setting(1280 * 28 * 28, "largest area of a picture in pixels; 28 × 28 become one token")
+    max_pixels: int = setting(0, "largest area of a picture in pixels; 0: as the model was trained, else 1,280 tokens")
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on a GPU that has it",
                          choices=("auto", "float32", "bfloat16"))
 
@@ -93,7 +93,9 @@ def main(words: list[str] | None = None) -> None:
     name = settings.task or before.get("task", "more")
     task = resolve_task(name)
     given = {part: getattr(settings, part) for part in PARTS}
-    one = own_sample(task, name, given, before.get("data", "") if before.get("task") == name else "")
+    usual = before.get("data", "") if before.get("task") == name else ""
+    one = own_sample(task, name, given, usual if Path(usual).is_dir() else "")
+    settings.max_pixels = settings.max_pixels or before.get("max_pixels", CommonSettings.max_pixels)
     completion, finished = complete(settings, task, one)
     print(completion)
     if not finished:

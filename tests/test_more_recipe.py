@@ -93,6 +93,27 @@ def test_another_run_in_the_same_folder_is_refused(launch):
     assert "error: runs/more-r1/cold_start.done: found one data.annotate" in said and "--seed 1" in said
 
 
+@pytest.mark.parametrize("other", [("--seed", "1"), ("--data", "E"), ("--missing_images", "drop"),
+                                   ("--recipe", str(RECIPES / "more-demo")), ("--", "--learning_rate", "1e-5")])
+@pytest.mark.parametrize("stage", ["stage_1", "split", "gamma_0"])
+def test_a_stage_with_other_settings_is_refused_and_never_passed_off_as_done(launch, stage, other):
+    launch(*MODEL, "--stage", f"data,stage_1,split,{stage}")
+    status, said, calls = launch(*MODEL, "--stage", stage, *other)
+    assert status == 2 and not calls and f"error: runs/more-r1/{stage}.done: found many" in said and other[-1] in said
+
+
+def test_a_stage_1_that_was_cut_off_is_no_start_for_the_split(launch, tmp_path):
+    launch(*MODEL, "--stage", "data,stage_1", fails="sft.train")
+    (tmp_path / "runs" / "more-r1" / "stage_1" / "model").mkdir(parents=True)  # its best so far
+    status, said, calls = launch(*MODEL, "--stage", "split")
+    assert status == 2 and not calls and "stage_1.done is not there yet; --stage stage_1 makes it" in said
+
+
+def test_a_users_template_reaches_the_expert(launch):
+    calls = launch(*MODEL, "--stage", "data", "--template", "mine.txt")[2]
+    assert calls[0].endswith("--template mine.txt")
+
+
 def test_the_demo_is_the_same_pipeline_and_another_seed_begins_anew(launch):
     status, said, calls = launch(command="demo")
     wanted = [("data.synthetic", "world"), ("data.annotate", "cold_start.jsonl"), ("grpo.evaluate", "test/zero_shot"),
@@ -108,7 +129,7 @@ def test_the_demo_is_the_same_pipeline_and_another_seed_begins_anew(launch):
 
 def test_each_stage_alone_starts_from_what_is_there(launch):
     status, said, _ = launch(*MODEL, "--stage", "stage_2")
-    assert status == 2 and "runs/more-r1/split/predictions.jsonl is not there yet; --stage split makes it" in said
+    assert status == 2 and "runs/more-r1/split.done is not there yet; --stage split makes it" in said
     launch(*MODEL)
     status, _, calls = launch(*MODEL, "--stage", "zero_shot,label_only_25,gamma_0", "--", "--dtype", "float32")
     assert status == 0 and programs(calls) == [
@@ -120,6 +141,7 @@ def test_each_stage_alone_starts_from_what_is_there(launch):
 @pytest.mark.parametrize("words, message", [
     (("--stage", "zero_shot", "--modle", "M"), "no option --modle"),
     (("--stage", "zero_shot", "--data", "D"), "--model expected"), (("--model", "M"), "--data DIR expected"),
+    (("--data", "D"), "--model expected"), ((*MODEL, "--stage", "check,data,stage-3"), "no stage stage-3"),
     ((*MODEL, "--stage", "stage-3"), "no stage stage-3"), (("--model",), "no value behind it"),
 ])
 def test_a_line_that_does_not_fit_is_refused_before_anything_runs(launch, words, message):
@@ -161,6 +183,11 @@ def test_the_recipes_hold_the_papers_settings():
               "mixing": "progressive"}
     assert wanted.items() <= stage_2.items()
     assert stage_2["prompts_per_rollout"] * stage_2["group_size"] == 128
+
+
+def test_every_program_of_the_recipe_sees_pictures_of_one_size():
+    names = ("stage_1", "label_only", "stage_2", "test", "answer")
+    assert len({json.loads((RECIPES / "more-r1" / f"{name}.json").read_text())["max_pixels"] for name in names}) == 1
 
 
 def test_every_row_of_the_paper_has_a_stage_that_fills_it_and_every_tested_stage_a_row():

@@ -51,6 +51,24 @@ def test_reasoning_and_label_are_printed_and_the_labels_are_those_of_the_trainin
     assert asked[0].labels == ("none", "/per/per/peer", "/per/org/member_of") and asked[0].box == (0.5, 0.5, 0.2, 0.4)
 
 
+@pytest.mark.parametrize("given, seen", [({}, 5 * 784), ({"max_pixels": 3 * 784}, 3 * 784)], ids=["as trained", "as asked"])
+def test_a_picture_is_as_large_as_in_training_unless_asked_otherwise(folder, monkeypatch, given, seen):
+    path, asked = folder / "run" / "settings.json", []
+    settings = json.loads(path.read_text())
+    settings["settings"]["max_pixels"] = 5 * 784
+    path.write_text(json.dumps(settings))
+    monkeypatch.setattr(predict, "complete", lambda settings, *_: asked.append(settings.max_pixels) or (COMPLETION, True))
+    predict.main(words(folder, **given))
+    assert asked == [seen]
+
+
+def test_where_the_training_data_has_moved_data_is_asked_for(folder):
+    (folder / "data").rename(folder / "moved")
+    image = folder / "moved" / "img_org" / "train" / "a.png"
+    with pytest.raises(ValueError, match="--data expected"):
+        predict.main(words(folder, image=image))
+
+
 def test_a_post_of_another_task_goes_through_the_same_program(folder, monkeypatch, capsys):
     monkeypatch.setattr(predict, "complete", lambda settings, task, one: (POST, True))
     predict.main(words(folder, task="jmere", text="Ada signs for Harbour FC", box=None, entity=None))

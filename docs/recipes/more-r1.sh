@@ -5,6 +5,7 @@
 #   --stage NAME[,NAME…]   these stages alone; without it check, data, stage_1, split, stage_2 and the table in turn
 #   --output DIR           runs/more-r1
 #   --expert KIND:NAME     who writes the reasoning: openai:gpt-4o (the default), local:CHECKPOINT, file:JSONL
+#   --template FILE        the prompt that the expert gets, instead of the built-in one
 #   --missing_images WHAT  samples without a picture: stop, drop or blank
 #   --recipe DIR           another folder of settings
 #   --seed N               0
@@ -22,31 +23,34 @@
 #   everything                          all of these
 
 more_r1() {
-    local model="" data="" output=runs/more-r1 expert=openai:gpt-4o missing=stop seed=0 more=() stage
+    local model="" data="" output=runs/more-r1 expert=openai:gpt-4o missing=stop seed=0 more=() template=() stage
     local recipe=$here/docs/recipes/more-r1 stages=check,data,stage_1,split,stage_2,table
+    local all=check,data,zero_shot,label_only,label_only_25,stage_1,split,stage_2,raw,gamma_1,gamma_0,table
     while [ $# -gt 0 ]; do
         [ "$1" = -- ] && { shift; more=("$@"); break; }
         [ "$1" = --help ] && { sed -n '/^$/q; s/^# \{0,1\}//p' "$here/docs/recipes/more-r1.sh"; return; }
         [ $# -gt 1 ] || fail "more-r1: $1: no such option, or no value behind it"
         case $1 in
             --model) model=$2 ;; --data) data=$2 ;; --output) output=$2 ;; --expert) expert=$2 ;; --recipe) recipe=$2 ;;
-            --missing_images) missing=$2 ;; --seed) seed=$2 ;; --stage) stages=$2 ;;
+            --template) template=(--template "$2") ;; --missing_images) missing=$2 ;; --seed) seed=$2 ;; --stage) stages=$2 ;;
             *) fail "more-r1: no option $1 (./launch.sh more-r1 --help)" ;;
         esac
         shift 2
     done
-    [ "$stages" != everything ] ||
-        stages=check,data,zero_shot,label_only,label_only_25,stage_1,split,stage_2,raw,gamma_1,gamma_0,table
+    [ "$stages" != everything ] || stages=$all
+    for stage in ${stages//,/ }; do # all of it before anything is run and paid for
+        [[ ,$all, = *,$stage,* ]] || fail "more-r1: no stage $stage (./launch.sh more-r1 --help names them)"
+        [ -n "$data" ] || [ "$stage" = table ] || fail "more-r1: --data DIR expected, the dataset's folder"
+        case $stage in
+            check | data | table) ;;
+            *) [ -n "$model" ] || fail "more-r1: --model expected, a checkpoint folder or hub name" ;;
+        esac
+    done
     mkdir -p "$output/test"
     for stage in ${stages//,/ }; do more_stage "$stage"; done
 }
 
 more_stage() { # the variables are more_r1's
-    case $1 in
-        check | data | table) ;;
-        *) [ -n "$model" ] || fail "more-r1: --model expected, a checkpoint folder or hub name" ;;
-    esac
-    [ -n "$data" ] || [ "$1" = table ] || fail "more-r1: --data DIR expected, the dataset's folder"
     local cold=$output/cold_start start=$output/stage_1/model
     case $1 in
         check)
@@ -56,29 +60,28 @@ more_stage() { # the variables are more_r1's
         data)
             title "cold-start data: a quarter of each label, the expert's reasoning, filtered"
             once "$cold" one data.annotate --config "$recipe/data.json" --data "$data" --expert "$expert" \
-                --seed "$seed" --missing_images "$missing" --output "$cold.jsonl" ;;
+                --seed "$seed" --missing_images "$missing" --output "$cold.jsonl" "${template[@]}" ;;
         zero_shot)
             title "zero-shot"
             more_test zero_shot "$model" answer ;;
         label_only)
             title "baseline: SFT on the labels alone"
-            more_train label_only sft.train label_only "$model"
+            more_run label_only sft.train label_only --model "$model"
             more_test label_only "$output/label_only/model" answer ;;
         label_only_25)
             title "baseline: SFT on the labels alone, of the quarter that the cold start draws"
             needs "$cold.drawn.json" data
-            more_train label_only_25 sft.train label_only "$model" --samples "$cold.drawn.json"
+            more_run label_only_25 sft.train label_only --model "$model" --samples "$cold.drawn.json"
             more_test label_only_25 "$output/label_only_25/model" answer ;;
         stage_1)
             title "stage 1: supervised cold start"
             needs "$cold.jsonl" data
-            more_train stage_1 sft.train stage_1 "$model" --responses "$cold.jsonl"
+            more_run stage_1 sft.train stage_1 --model "$model" --responses "$cold.jsonl"
             more_test stage_1 "$start" test ;;
         split)
             title "the split: what stage 1 answers rightly of the other three quarters is easy"
-            needs "$start" stage_1
-            once "$output/split" more_run grpo.evaluate test --model "$start" --split train \
-                --exclude "$cold.drawn.json" --output "$output/split" ;;
+            needs "$output/stage_1.done" stage_1
+            more_run split grpo.evaluate test --model "$start" --split train --exclude "$cold.drawn.json" ;;
         stage_2) more_grpo stage_2 "GRPO with progressive sample mixing" ;;
         raw) more_grpo raw "ablation: all samples in every epoch" --mixing raw ;;
         gamma_1) more_grpo gamma_1 "ablation: always as many easy samples as hard ones" --decay 1 ;;
@@ -86,7 +89,6 @@ more_stage() { # the variables are more_r1's
         table)
             title "result"
             one grpo.paper_table "$recipe/paper.json" --runs "$output/test" --output "$output/table" ;;
-        *) fail "more-r1: no stage $1 (./launch.sh more-r1 --help names them)" ;;
     esac
 }
 
@@ -96,19 +98,16 @@ needs() { # what a stage starts from, the stage that makes it
 
 more_grpo() { # name, what it is, settings
     title "stage 2: $2"
-    needs "$output/split/predictions.jsonl" split
-    more_train "$1" grpo.train stage_2 "$start" --predictions "$output/split/predictions.jsonl" "${@:3}"
+    needs "$output/split.done" split
+    more_run "$1" grpo.train stage_2 --model "$start" --predictions "$output/split/predictions.jsonl" "${@:3}"
     more_test "$1" "$output/$1/model" test
 }
 
-more_train() { # name, program, recipe, model, settings
-    once "$output/$1" more_run "$2" "$3" --model "$4" --output "$output/$1" "${@:5}"
-}
-
 more_test() { # name, model, recipe
-    once "$output/test/$1" more_run grpo.evaluate "$3" --model "$2" --output "$output/test/$1"
+    more_run "test/$1" grpo.evaluate "$3" --model "$2"
 }
 
-more_run() { # program, recipe, settings
-    many "$1" --config "$recipe/$2.json" --data "$data" --seed "$seed" --missing_images "$missing" "${@:3}" "${more[@]}"
+more_run() { # folder of the result, program, recipe, settings
+    once "$output/$1" many "$2" --config "$recipe/$3.json" --data "$data" --seed "$seed" --missing_images "$missing" \
+        --output "$output/$1" "${@:4}" "${more[@]}"
 }
