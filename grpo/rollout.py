@@ -100,16 +100,14 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax."""
-    top = logits.amax(-1, keepdim=True)
-    masses = (logits - top).exp_()
-    log_norm = top[:, 0] + masses.sum(-1).log()
+    probabilities = logits.softmax(-1)
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     elif sampling.top_k or sampling.top_p < 1:
         tokens = invert(keep_top(logits, sampling.top_k, sampling.top_p).softmax(-1), uniform)
     else:
-        tokens = invert(masses, uniform)
-    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - log_norm
+        tokens = invert(probabilities, uniform)
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
 
 
 BLOCK = 512
