@@ -5,7 +5,8 @@
 
 writes beside each other
     cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
-    cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave them all out
+    cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave them all out.
+                                Written before the expert is asked, which it does not depend on
     cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
     cold_start.responses.jsonl  what --expert openai:MODEL or local:MODEL answered, as it came
 
@@ -69,6 +70,7 @@ class Settings:
         for name in ("repredict", "score"):
             if getattr(self, name) and not hasattr(task.data, f"{name}_prompt"):
                 raise ValueError(f"--{name}: task {self.task} has no {name}_prompt, which this filter asks with")
+        prompt_maker(self, task)  # refuses a bad --template, or none where the task needs one
 
 
 def file_expert(path: str) -> Ask:
@@ -221,9 +223,11 @@ def main(words: list[str] | None = None) -> None:
     expert = find_expert(settings)
     samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
     drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)
-    kept, fallen, stages = survivors(settings, task, drawn, expert)
-    report, output = make_report(settings, task, samples, drawn, kept, fallen, stages), Path(settings.output)
+    output = Path(settings.output)
+    # Before the expert is asked: the baseline on this quarter's bare labels needs the draw and no expert.
     write_json(output.with_suffix(".drawn.json"), [sample.id for sample in drawn])
+    kept, fallen, stages = survivors(settings, task, drawn, expert)
+    report = make_report(settings, task, samples, drawn, kept, fallen, stages)
     write_json(output.with_suffix(".report.json"), report)
     print_report(report)
     if not kept:

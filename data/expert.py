@@ -9,12 +9,14 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import random
 import re
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -59,22 +61,33 @@ class Endpoint:
     pause: float = 1.0  # seconds before the second attempt; doubled before each further one
 
     def scrub(self, text: str) -> str:
-        """One line of at most 300 characters without the key."""
-        text = " ".join(text.split())
-        return (text.replace(self.key, "[key]") if self.key else text)[:300]
+        """One line of at most 300 characters without the key, or what is left of one that was cut off on its way."""
+        for length in range(len(self.key), 0, -1):
+            if length >= 8 or length == len(self.key):
+                text = text.replace(self.key[:length], "[key]")
+        return " ".join(text.split())[:300]
 
 
 def endpoint_from_environment(model: str, **settings) -> Endpoint:
     """Raises a one-line ValueError where the environment cannot be used; the key is not in it."""
     url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"OPENAI_BASE_URL is {url!r}; http://… or https://… expected")
+    if not _is_address(url):
+        raise ValueError(f"OPENAI_BASE_URL is {url!r}; http://HOST… or https://HOST… in plain ASCII expected")
     if not key and url.startswith("https://api.openai.com"):
         raise ValueError("OPENAI_API_KEY is not set; an endpoint of your own goes into OPENAI_BASE_URL")
     if not (key.isascii() and key.isprintable()):  # http.client would print the key in its refusal
         raise ValueError("OPENAI_API_KEY holds a character that cannot be sent")
     return Endpoint(f"{url.rstrip('/')}/chat/completions", model, key, **settings)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = (parts.hostname or "").encode("idna")  # as the resolver will: ValueError for "a..b"
+        return bool(re.fullmatch("https?://[!-~]+", url) and host and parts.port != 0)
+    except ValueError:
+        return False
 
 
 def request_body(endpoint: Endpoint, pictures: list, text: str) -> bytes:
@@ -152,17 +165,23 @@ def _verdict(endpoint: Endpoint, problem: urllib.error.HTTPError) -> Exception:
 
 def _read_reply(endpoint: Endpoint, reply: bytes) -> dict:
     try:
-        reply = json.loads(reply)
-        response = reply["choices"][0]["message"].get("content") or ""  # None: the expert refused
-        usage = reply.get("usage") or {}
-        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        completion = json.loads(reply, parse_int=float)  # int refuses 5,000 digits, and the whole reply with them
+        response = completion["choices"][0]["message"].get("content") or ""  # None: the expert refused
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise TryAgain(endpoint.scrub(f"not a chat completion: {str(reply)[:100]}")) from None
+        raise TryAgain(endpoint.scrub(f"not a chat completion: {reply.decode(errors='replace')}")) from None
     if not isinstance(response, str):
         raise TryAgain("not a chat completion: its content is no text")
     # A lone surrogate can be written in JSON but in no file.
     response = response.encode("utf-8", "replace").decode()
-    return {"response": response, "tokens_in": tokens[0], "tokens_out": tokens[1]}
+    usage = completion.get("usage")
+    return {"response": response, "tokens_in": _tokens(usage, "prompt_tokens"),
+            "tokens_out": _tokens(usage, "completion_tokens")}
+
+
+def _tokens(usage, name: str) -> int:
+    """A count, which JSON gave as a float; 0 for what is none: the response is paid for, whatever stands beside it."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return int(count) if isinstance(count, float) and 0 <= count < math.inf else 0
 
 
 def ask_all(endpoint: Endpoint, samples: list, prompt_of: Callable, path: Path, *, template: str = "",
@@ -180,8 +199,8 @@ def ask_all(endpoint: Endpoint, samples: list, prompt_of: Callable, path: Path, 
     def ask_one(sample):
         answer = ask(endpoint, request_body(endpoint, *prompt_of(sample)), stop)
         line = json.dumps({"id": sample.id, **answer, "request": request}) + "\n"
-        with lock, open(path, "a", encoding="utf-8") as file:  # here, in the thread: what is paid for is kept
-            file.write(line)
+        with lock:  # here, in the thread: what is paid for is kept
+            append_whole(path, line.encode())
         new[sample.id] = answer
 
     pool = ThreadPoolExecutor(concurrency)
@@ -193,6 +212,22 @@ def ask_all(endpoint: Endpoint, samples: list, prompt_of: Callable, path: Path, 
         pool.shutdown(cancel_futures=True)  # those on their way still arrive, and are kept
         say(f"{endpoint.model}: {cost_line(new)} in this run, {cost_line({**answers, **new})} in all")
     return {name: answer["response"] for name, answer in {**answers, **new}.items()}
+
+
+def append_whole(path: Path, line: bytes) -> None:
+    """The whole line at the file's end, or an OSError and the file as it was: a full disk takes half a line, and then
+    whole ones behind it."""
+    with open(path, "a+b", buffering=0) as file:  # a buffer would be written once more when the file is closed
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            raise OSError(f"{path} ends in half a line; nothing is written behind it")
+        try:
+            while line:
+                line = line[file.write(line):]
+        except OSError as problem:
+            file.truncate(size)
+            problem.filename = str(path)
+            raise
 
 
 def _wait_for(futures: list, bar, most_in_a_row: int) -> None:
@@ -263,8 +298,11 @@ def fill_template(template: str, sample, question: str, answer: str) -> str:
 
 
 def read_template(path: str) -> str:
-    """Raises a one-line ValueError where the template would not show the expert the text."""
-    template = Path(path).read_text(encoding="utf-8")
+    """Raises a one-line ValueError where there is no template, or one that would not show the expert the text."""
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"--template {path}: {problem}; a text file in UTF-8 expected") from None
     if "{text}" not in template and "{question}" not in template:
-        raise ValueError(f"{path}: no {{text}} or {{question}} in it; the expert would not see the text")
+        raise ValueError(f"--template {path}: no {{text}} or {{question}} in it; the expert would not see the text")
     return template

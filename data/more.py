@@ -23,6 +23,7 @@ from data.pictures import check_box, check_picture, crop_box, grey_picture, one_
 
 SPLITS = ("train", "valid", "test")
 MISSING_IMAGES = ("stop", "drop", "blank")
+PICTURE_TOKEN = "<|image_pad|>"  # stands for a picture in Qwen's prompts, so no text may hold it
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +37,14 @@ class Sample:
     entity: str
     label: str
     labels: tuple[str, ...]  # the candidates, in the order of their ids
+
+
+class BoxFault(ValueError):
+    """A box that is missing or is none, in a line that is fine otherwise and has this label."""
+
+    def __init__(self, message: str, label: str):
+        super().__init__(message)
+        self.label = label
 
 
 def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
@@ -169,6 +178,7 @@ class SplitReader:
         self.file = self.folder / "txt" / f"{split}.txt"
         self.labels = read_labels(self.folder)
         self.boxes: dict | None = None
+        self.boxes_fault = ""  # why their file cannot be used
         self.sizes: dict[Path, tuple[int, int]] = {}
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -188,19 +198,30 @@ class SplitReader:
         fields = _dictionary(line, where)
         tokens = _field(fields, ("token",), list, where)
         if not tokens or not all(isinstance(token, str) for token in tokens):
-            raise ValueError(f"{where}: 'token' is {str(tokens)[:60]}; a list of words expected")
+            raise ValueError(f"{where}: 'token' is {_shown(tokens)}; a list of words expected")
+        text, entity = " ".join(tokens), _field(fields, ("h", "name"), str, where)
+        # A lone surrogate can be written in JSON but is refused by every tokenizer.
+        text, entity = (words.encode("utf-8", "replace").decode() for words in (text, entity))
+        if PICTURE_TOKEN in text or PICTURE_TOKEN in entity:
+            raise ValueError(f"{where}: text or entity holds {PICTURE_TOKEN}, a picture's token; words expected")
         image = _field(fields, ("img_id",), str, where)
-        if image != Path(image).name:
-            raise ValueError(f"{where}: 'img_id' is {image!r}; the bare name of a picture expected")
+        if image != Path(image).name or not image.isprintable() or len(image.encode()) > 255:  # as file systems allow
+            raise ValueError(f"{where}: 'img_id' is {_shown(image)}; the bare name of a picture expected")
         label = _field(fields, ("relation",), str, where)
         if label not in self.labels:
-            raise ValueError(f"{where}: label {label!r} is not in {self.folder / 'rel2id.json'}")
+            raise ValueError(f"{where}: label {_shown(label)} is not in {self.folder / 'rel2id.json'}")
+        box = _field(fields, ("t",), dict, where).get("pos")
+        name = _field(fields, ("t", "name"), str, where) if box is None else ""
+        try:
+            box = _four_numbers(self._stored_box(image, name) if box is None else box)
+        except ValueError as problem:
+            raise BoxFault(f"{where}: {problem}", label) from None
         return Sample(
             id=f"{self.split}/{int(where.rpartition(':')[2]) - 1}",
             image=self.folder / "img_org" / self.split / image,
-            box=self._box(fields, image, where),
-            text=" ".join(tokens),
-            entity=_field(fields, ("h", "name"), str, where),
+            box=box,
+            text=text,
+            entity=entity,
             label=label,
             labels=self.labels,
         )
@@ -211,36 +232,47 @@ class SplitReader:
             self.sizes[sample.image] = check_picture(sample.image, where)
         return self.sizes.get(sample.image)
 
-    def _box(self, fields: dict, image: str, where: str) -> tuple[float, float, float, float]:
-        box = _field(fields, ("t",), dict, where).get("pos")
-        if box is None:
-            name = _field(fields, ("t", "name"), str, where)
-            box = self._box_dictionary(where).get(image, {}).get(name)
-            if box is None:
-                raise ValueError(f"{where}: no box in 't', and {self._box_file.name} has none for "
-                                 f"{name!r} of {image}")
-        try:
-            cx, cy, w, h = (float(value) for value in box)
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: box is {str(box)[:60]}; (cx, cy, w, h) expected") from None
-        return cx, cy, w, h
-
-    @property
-    def _box_file(self) -> Path:
-        return self.folder / f"ent_{self.split}_dict.pth"
-
-    def _box_dictionary(self, where: str) -> dict:
+    def _stored_box(self, image: str, name: str):
+        """What the dictionary of boxes holds for the object `name`; its file is read once, even if it cannot be."""
+        file = self.folder / f"ent_{self.split}_dict.pth"
         if self.boxes is None:
-            if not self._box_file.is_file():
-                raise FileNotFoundError(f"{where}: no box in 't', and {self._box_file} is missing")
-            import torch  # the one file of this dataset that needs it
-            try:
-                self.boxes = torch.load(self._box_file, weights_only=True)  # True: a pickle must not run code
-            except Exception as problem:
-                raise ValueError(f"{self._box_file} cannot be read ({one_line(problem)[:200]})") from None
-            if not isinstance(self.boxes, dict):
-                raise ValueError(f"{self._box_file}: found a {type(self.boxes).__name__}; a dict expected")
-        return self.boxes
+            self.boxes, self.boxes_fault = _read_boxes(file)
+        if self.boxes_fault:
+            raise ValueError(f"no box in 't', and {self.boxes_fault}")
+        objects = self.boxes.get(image, {})
+        if not isinstance(objects, dict):
+            raise ValueError(f"{file.name} holds {_shown(objects)} for {image}; {{object: box}} expected")
+        if objects.get(name) is None:
+            raise ValueError(f"no box in 't', and {file.name} has none for {_shown(name)} of {image}")
+        return objects[name]
+
+
+def _read_boxes(file: Path) -> tuple[dict, str]:
+    """({picture: {object: box}}, what is wrong with the file)."""
+    if not file.is_file():
+        return {}, f"{file} is missing"
+    import torch  # the one file of this dataset that needs it
+    try:
+        boxes = torch.load(file, weights_only=True)  # True: a pickle must not run code
+    except Exception as problem:
+        return {}, f"{file} cannot be read ({one_line(problem)[:200]})"
+    if not isinstance(boxes, dict):
+        return {}, f"{file} holds a {type(boxes).__name__}; a dict expected"
+    return boxes, ""
+
+
+def _four_numbers(box) -> tuple[float, float, float, float]:
+    box = _plain(box)
+    numbers = [_plain(value) for value in box] if isinstance(box, (list, tuple)) else []
+    # Beyond the limit a box overflows in pixels; NaN is not below it.
+    if len(numbers) != 4 or not all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers):
+        raise ValueError(f"box is {_shown(box)}; (cx, cy, w, h) in fractions expected")
+    return tuple(map(float, numbers))
+
+
+def _plain(value):
+    """A tensor or an array as Python's own numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def read_labels(folder) -> tuple[str, ...]:
@@ -250,10 +282,12 @@ def read_labels(folder) -> tuple[str, ...]:
         raise FileNotFoundError(f"{file} is missing; a dictionary from label to id expected")
     try:
         ids = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{file}: not JSON ({one_line(problem)})") from None
     if not isinstance(ids, dict) or not all(type(value) is int for value in ids.values()):
         raise ValueError(f"{file}: a dictionary from label to whole number expected")
+    if not all(label.isprintable() for label in ids):
+        raise ValueError(f"{file}: a label holds what cannot be printed; found {_shown(list(ids))}")
     if len(set(ids.values())) != len(ids):
         raise ValueError(f"{file}: two labels share an id")
     if "none" not in ids:
@@ -266,7 +300,7 @@ def _dictionary(line: str, where: str) -> dict:
     for read in (json.loads, ast.literal_eval):
         try:
             fields = read(line)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(fields, dict):
             return fields
@@ -280,9 +314,17 @@ def _field(fields: dict, names: tuple[str, ...], kind: type, where: str):
         value = value.get(name) if isinstance(value, dict) else None
     if not isinstance(value, kind) or value == "":
         path = ".".join(names)
-        found = "is missing" if value is None else f"is {str(value)[:60]!r}"
+        found = "is missing" if value is None else f"is {_shown(value)}"
         raise ValueError(f"{where}: {path!r} {found}; a {kind.__name__} expected")
     return value
+
+
+def _shown(value) -> str:
+    """The beginning of a value, on one line."""
+    try:
+        return " ".join(repr(value).split())[:60]
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"a {type(value).__name__}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
-from data.more import SPLITS, SplitReader, read_labels
+from data.more import SPLITS, BoxFault, SplitReader, read_labels
 from data.pictures import check_box, open_picture
 
 PROBLEMS = ("file missing", "bad line", "picture missing", "picture unreadable", "bad box")
@@ -81,6 +81,9 @@ def _examine(reader: SplitReader, where: str, line: str, report: SplitReport, de
             open_picture(sample.image)
         problem = "bad box"
         check_box(sample.box, size, where)
+    except BoxFault as fault:
+        report.labels[fault.label] += 1
+        return "bad box", str(fault)
     except (ValueError, FileNotFoundError) as fault:
         return problem, str(fault)
     return None, None

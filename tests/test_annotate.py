@@ -60,6 +60,20 @@ def test_the_draw_is_decided_by_the_seed(folder):
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_the_draw_is_on_disk_before_the_expert_is_asked(folder, monkeypatch):
+    write_expert(folder, good_responses(folder))
+    drawn = run(folder)[1]
+    (folder / "out" / "cold.drawn.json").unlink()
+
+    def no_answer(requests):
+        raise ValueError("nobody answers")
+
+    monkeypatch.setattr(annotate, "find_expert", lambda settings: no_answer)
+    with pytest.raises(ValueError, match="nobody answers"):
+        run(folder)
+    assert json.loads((folder / "out" / "cold.drawn.json").read_text()) == drawn
+
+
 def test_drawn_ids_hold_the_filtered_ones_too(folder):
     responses = good_responses(folder)
     responses["train/9"] = response("none")
@@ -152,6 +166,22 @@ def test_a_task_without_words_of_its_own_is_filtered_by_its_format_reward(folder
     assert filters.reason_to_drop(task, sample, "none") == "broken structure"
     assert filters.reason_to_drop(task, sample, "! some") == "answer is not the gold one"
     assert filters.reason_to_drop(task, sample, "! none") is None
+
+
+@pytest.mark.parametrize("name, message", [
+    ("gone.txt", "--template gone.txt: .*No such file.*; a text file in UTF-8 expected"),
+    (".", "--template .: .*directory.*; a text file in UTF-8 expected"),
+    ("latin.txt", "--template latin.txt: .*decode.*; a text file in UTF-8 expected"),
+    ("empty.txt", "--template empty.txt: no {text} or {question} in it"),
+])
+def test_a_bad_template_is_refused_before_anything_is_read(tmp_path, monkeypatch, name, message):
+    (tmp_path / "empty.txt").write_text("Say something about {entity}.")
+    (tmp_path / "latin.txt").write_text("{text} für {entity}", encoding="latin-1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        annotate.main(["--data", "no_data", "--expert", "file:no_expert", "--output", "out/cold.jsonl",
+                       "--template", name])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("words, message", [

@@ -2,6 +2,8 @@
 import base64
 import io
 import json
+import re
+import resource
 import threading
 import time
 from contextlib import contextmanager
@@ -146,7 +148,6 @@ MISBEHAVIOUR = {
     "hung up": slam, "bad status": lambda handler: handler.wfile.write(b"what?\r\n"),
     "too slow": late, "byte by byte": byte_by_byte, "no JSON": (200, b"<html>"), "other JSON": (200, []),
     "no choices": (200, {"choices": []}), "no text": (200, {"choices": [{"message": {"content": [1]}}]}),
-    "odd usage": (200, {"choices": [{"message": {"content": ""}}], "usage": {"prompt_tokens": "many"}}),
     "nested": (200, b"[" * 100_000), "empty": (200, b""),
 }
 
@@ -172,6 +173,50 @@ def test_what_no_sample_would_survive_ends_it_at_once_without_the_key(status):
             ask(http)
         assert len(http.requests) == 1
     assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+
+
+LONG_KEY = "sk-proj-" + "".join(f"{n:03}" for n in range(60))
+
+
+def shown(reply):
+    with server(lambda number, body: reply) as http:
+        with pytest.raises((expert.GaveUp, ValueError)) as caught:
+            expert.ask(expert.Endpoint(f"http://127.0.0.1:{http.server_port}", "m", LONG_KEY, attempts=1), b"{}",
+                       threading.Event())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("blanks", [0, 20, 80, 1930])
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_no_part_of_a_key_is_shown_wherever_its_text_is_cut(status, blanks):
+    said = f'{{"error":{{"message":"{" " * blanks}Incorrect API key provided: {LONG_KEY}"}}}}'
+    for end in (len(said), -40):  # whole, and as a connection that ends in the middle of the key leaves it
+        message = shown((status, said[:end].encode()))
+        assert LONG_KEY[:8] not in message and "Incorrect API key" in message and len(message) <= 300
+
+
+ODD_USAGE = {
+    "infinite": '{"prompt_tokens": 1e400, "completion_tokens": Infinity}', "no number": '{"prompt_tokens": NaN}',
+    "negative": '{"prompt_tokens": -5, "completion_tokens": -0.5}', "list": "[1]", "text": '"many"', "number": "7",
+    "null": "null", "texts": '{"prompt_tokens": "many", "completion_tokens": [1]}', "true": '{"prompt_tokens": true}',
+    "endless": f'{{"prompt_tokens": {"1" * 5000}}}',
+}
+
+
+@pytest.mark.parametrize("usage", ODD_USAGE.values(), ids=ODD_USAGE)
+def test_a_response_with_an_odd_usage_costs_one_request_and_is_kept(samples, tmp_path, usage):
+    reply = f'{{"choices": [{{"message": {{"content": "fine"}}}}], "usage": {usage}}}'.encode()
+    with server(lambda number, body: (200, reply)) as http:
+        for _ in range(2):
+            assert ask_all(http, samples[:1], tmp_path / "answers.jsonl") == {"train/0": "fine"}
+        assert len(http.requests) == 1
+    stored = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert (stored["tokens_in"], stored["tokens_out"]) == (0, 0)
+
+
+def test_the_good_count_of_a_half_odd_usage_is_kept():
+    with server(lambda number, body: (200, completion("a", prompt_tokens=-1, completion_tokens=7.0))) as http:
+        assert ask(http) == {"response": "a", "tokens_in": 0, "tokens_out": 7}
 
 
 def test_a_sample_that_is_refused_is_not_tried_again():
@@ -287,6 +332,35 @@ def test_a_broken_line_among_the_answers_is_named(tmp_path):
         expert.read_answers(tmp_path / "answers.jsonl", "")
 
 
+@pytest.mark.parametrize("length", [6000, 10 ** 6])  # a buffer's worth, and more than that
+def test_a_full_disk_leaves_whole_lines_alone(samples, tmp_path, length):
+    path, (soft, hard) = tmp_path / "answers.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    lengths = {"train/0": 96_000, "train/1": length, "train/2": 5}
+
+    def behave(number, body):
+        name = body["messages"][0]["content"][0]["text"]
+        time.sleep(0.3 if name == "train/2" else 0)  # on its way while the one before it fails
+        return 200, completion("x" * lengths[name])
+
+    with server(behave) as http:
+        ask_all(http, samples[:1], path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 5, hard))  # as a full disk: a short write, then an error
+        try:
+            with pytest.raises(OSError, match="answers.jsonl"):
+                ask_all(http, samples[:3], path, concurrency=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [json.loads(row)["id"] for row in path.read_text().splitlines()] == ["train/0", "train/2"]
+        assert len(ask_all(http, samples[:3], path)) == 3 and len(http.requests) == 4
+
+
+def test_nothing_is_written_behind_half_a_line(tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{}\n{"id"')
+    with pytest.raises(OSError, match="answers.jsonl ends in half a line"):
+        expert.append_whole(tmp_path / "answers.jsonl", b"{}\n")
+    assert (tmp_path / "answers.jsonl").read_text() == '{}\n{"id"'
+
+
 # ---- the whole program ----
 
 
@@ -324,6 +398,8 @@ def test_an_endpoint_that_knows_no_such_key_ends_the_program_and_leaves_no_data(
         assert len(http.requests) <= 4
     assert "\n" not in str(caught.value) and KEY not in str(caught.value) + "".join(capfd.readouterr())
     assert not (tmp_path / "cold.jsonl").exists()
+    drawn = json.loads((tmp_path / "cold.drawn.json").read_text())  # the draw needs no expert
+    assert drawn == [sample.id for sample in samples]
 
 
 def test_a_template_takes_the_place_of_the_prompt(samples, tmp_path, surroundings):
@@ -341,16 +417,23 @@ def test_a_template_takes_the_place_of_the_prompt(samples, tmp_path, surrounding
     ((), {"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is not set"),
     ((), {"OPENAI_API_KEY": "sk-a\nb"}, "OPENAI_API_KEY holds a character that cannot be sent"),
     ((), {"OPENAI_BASE_URL": "file:///etc"}, "OPENAI_BASE_URL is 'file:///etc'; http"),
+    *[((), {"OPENAI_BASE_URL": url}, f"OPENAI_BASE_URL is {re.escape(repr(url))}; http://HOST")
+      for url in ("http://exämple.org/v1", "http://host/v1/ü", "http://[bad", "http://", "http:///v1", "http://a b",
+                  "http://host:port", "http://host:99999", "http://a..b/v1")],
     (("--expert_options", "[1]"), {}, "expert_options \\[1\\]: a JSON object expected"),
     (("--concurrency", "0"), {}, "must be above 0"),
-    (("--template", "empty.txt"), {}, "empty.txt: no {text} or {question} in it"),
 ])
 def test_what_cannot_be_asked_is_refused_at_once(samples, tmp_path, monkeypatch, words, environment, message):
-    (tmp_path / "empty.txt").write_text("Say something about {entity}.")
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for name, value in {"OPENAI_API_KEY": KEY, **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message) as caught:
         annotated(tmp_path, *words)
-    assert "sk-" not in str(caught.value)
+    assert "sk-" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "cold.drawn.json").exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/v1", "http://[::1]:8000/v1", "https://my_server./v1/"])
+def test_an_address_of_one_s_own_is_taken(monkeypatch, url):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    assert expert.endpoint_from_environment("m").url == f"{url.rstrip('/')}/chat/completions"

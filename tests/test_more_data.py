@@ -35,14 +35,39 @@ def test_json_and_python_lines_read_the_same(tmp_path):
 def test_a_line_without_box_takes_it_from_the_dictionary(tmp_path):
     torch = pytest.importorskip("torch")
     write_more(tmp_path, [line(t={"name": "[OBJ1]"})])
-    with pytest.raises(FileNotFoundError, match="train.txt:1: no box in 't', and .*_dict.pth is missing"):
+    with pytest.raises(more.BoxFault, match="train.txt:1: no box in 't', and .*_dict.pth is missing"):
         more.load(tmp_path, "train")
     boxes = {"a.png": {"[OBJ0]": (0.9, 0.9, 0.1, 0.1), "[OBJ1]": (0.4, 0.5, 0.2, 0.3)}}
     torch.save(boxes, tmp_path / "ent_train_dict.pth")
     assert more.load(tmp_path, "train")[0].box == (0.4, 0.5, 0.2, 0.3)
-    torch.save({"a.png": {}}, tmp_path / "ent_train_dict.pth")
-    with pytest.raises(ValueError, match="train.txt:1: .*_dict.pth has none for '\\[OBJ1\\]' of a.png"):
-        more.load(tmp_path, "train")
+    numbers = torch.tensor([0.5, 0.5, 0.25, 1])
+    for box_in_torch in (numbers, tuple(numbers)):
+        torch.save({"a.png": {"[OBJ1]": box_in_torch}}, tmp_path / "ent_train_dict.pth")
+        assert more.load(tmp_path, "train")[0].box == (0.5, 0.5, 0.25, 1)
+
+
+@pytest.mark.parametrize("boxes, message", [
+    ({}, "no box in 't', and ent_train_dict.pth has none for '\\[OBJ0\\]' of a.png"),
+    ({"a.png": {}}, "no box in 't', and ent_train_dict.pth has none for '\\[OBJ0\\]' of a.png"),
+    ({"a.png": [0.5, 0.5, 0.2, 0.2]}, "ent_train_dict.pth holds \\[0.5, .* for a.png; {object: box} expected"),
+    ({"a.png": None}, "ent_train_dict.pth holds None for a.png; {object: box} expected"),
+    ({"a.png": {"[OBJ0]": {"cx": 0.5}}}, "box is {'cx': 0.5}; \\(cx, cy, w, h\\) in fractions expected"),
+    ([0.5], "no box in 't', and .*ent_train_dict.pth holds a list; a dict expected"),
+    (None, "no box in 't', and .*ent_train_dict.pth holds a NoneType; a dict expected"),
+    (b"no pickle", "no box in 't', and .*ent_train_dict.pth cannot be read"),
+])
+def test_a_broken_box_dictionary_is_named_for_every_line_and_read_once(tmp_path, monkeypatch, boxes, message):
+    torch = pytest.importorskip("torch")
+    write_more(tmp_path, [line(t={"name": "[OBJ0]"})] * 2)
+    file, read, reads = tmp_path / "ent_train_dict.pth", torch.load, []
+    file.write_bytes(boxes) if isinstance(boxes, bytes) else torch.save(boxes, file)
+    monkeypatch.setattr(torch, "load", lambda *given, **options: reads.append(1) or read(*given, **options))
+    reader = more.SplitReader(tmp_path, "train")
+    for where, text in reader.lines():
+        with pytest.raises(more.BoxFault, match=f"^{where}: {message}") as caught:
+            reader.sample(text, where)
+        assert caught.value.label == "none" and "\n" not in str(caught.value)
+    assert len(reads) == 1
 
 
 class Bomb:
@@ -68,6 +93,11 @@ BROKEN_LINES = [
     (repr(line())[:50], "train.txt:2: .*one complete Python or JSON dictionary expected"),
     (json.dumps(line())[:-1], "train.txt:2: .*one complete Python or JSON dictionary expected"),
     ("[" * 5000, "train.txt:2: .*one complete Python or JSON dictionary expected"),
+    ("{{'token': 1}}", "train.txt:2: .*one complete Python or JSON dictionary expected"),
+    ("{[1]: 2}", "train.txt:2: .*one complete Python or JSON dictionary expected"),
+    ("-" * 100000 + "1", "train.txt:2: .*one complete Python or JSON dictionary expected"),
+    ("{'token': " + "-" * 3000 + "1}", "train.txt:2: .*one complete Python or JSON dictionary expected"),
+    ("{'token': 0x" + "f" * 5000 + "}", "train.txt:2: 'token' is a int; a list expected"),
     ("[1, 2]", "train.txt:2: .*one complete Python or JSON dictionary expected"),
     ("", "train.txt:2: an empty line"),
     (line(token=[]), "train.txt:2: 'token' is .*a list of words expected"),
@@ -78,16 +108,29 @@ BROKEN_LINES = [
     (line(t="[OBJ0]"), "train.txt:2: 't' is '\\[OBJ0\\]'; a dict expected"),
     (line(img_id=""), "train.txt:2: 'img_id' is ''; a str expected"),
     (line(img_id="../a.png"), "train.txt:2: 'img_id' is '../a.png'; the bare name of a picture expected"),
+    (line(img_id="a" * 252 + ".png"), "train.txt:2: 'img_id' is 'a{59}; the bare name of a picture expected"),
+    (line(img_id="ä" * 126 + ".png"), "train.txt:2: 'img_id' is 'ä{59}; the bare name of a picture expected"),
+    (line(img_id="a\nb.png"), "train.txt:2: 'img_id' is 'a.*; the bare name of a picture expected"),
+    (json.dumps(line(img_id="\ud83d.png")), "train.txt:2: 'img_id' is .*; the bare name of a picture expected"),
+    (line(token=["a", "b<|image_pad|>"]), "train.txt:2: text or entity holds <.image_pad.>, .* words expected"),
+    (line(h={"name": "<|image_pad|>"}), "train.txt:2: text or entity holds <.image_pad.>, .* words expected"),
     (line(relation=None), "train.txt:2: 'relation' is missing"),
+    (line(relation="x" * 5000), "train.txt:2: label 'x{59} is not in .*rel2id.json"),
     (line(relation="/per/org/fan_of"), "train.txt:2: label '/per/org/fan_of' is not in .*rel2id.json"),
-    (line(**box(0.5, 0.5, 0.1)), "train.txt:2: box is \\[0.5, 0.5, 0.1\\]; \\(cx, cy, w, h\\) expected"),
-    (line(**box(0.5, 0.5, "a", 1)), "train.txt:2: box is .*\\(cx, cy, w, h\\) expected"),
+    (line(**box(0.5, 0.5, 0.1)), "train.txt:2: box is \\[0.5, 0.5, 0.1\\]; \\(cx, cy, w, h\\) in fractions expected"),
+    (line(**box(0.5, 0.5, "a", 1)), "train.txt:2: box is .*\\(cx, cy, w, h\\) in fractions expected"),
     (line(**box(0.5, 0.5, 0, 0.1)), "train.txt:2: box .* has no area"),
     (line(**box(0.5, 0.5, 0.1, -0.1)), "train.txt:2: box .* has no area"),
     (line(**box(1.3, 0.5, 0.5, 0.1)), "train.txt:2: box .* lies outside the picture"),
     (line(**box(0.5, -0.3, 0.5, 0.5)), "train.txt:2: box .* lies outside the picture"),
     (line(**box(40, 30, 20, 20)), "train.txt:2: box .* lies outside the picture; .* in fractions expected"),
-    (repr(line(**box(0.5, 0.5, "1e999", 0.1))), "train.txt:2: box .* not a finite number"),
+    (line(**box(10 ** 400, 0.5, 0.1, 0.1)), "train.txt:2: box is .*in fractions expected"),
+    (line(**box(0.5, 0.5, 1e308, 0.1)), "train.txt:2: box is .*in fractions expected"),
+    (json.dumps(line(**box(0.5, 0.5, float("inf"), 0.1))), "train.txt:2: box is .*in fractions expected"),
+    (json.dumps(line(**box(0.5, float("nan"), 0.1, 0.1))), "train.txt:2: box is .*in fractions expected"),
+    (line(**box(True, True, True, True)), "train.txt:2: box is .*in fractions expected"),
+    (line(t={"pos": dict.fromkeys((0.5, 0.4, 0.3, 0.2))}), "train.txt:2: box is .*in fractions expected"),
+    (line(t={"pos": b"abcd"}), "train.txt:2: box is .*in fractions expected"),
 ]
 
 
@@ -99,7 +142,14 @@ def test_a_broken_line_is_named_in_one_line(tmp_path, broken, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+def test_a_lone_surrogate_is_mended(tmp_path):
+    write_more(tmp_path, [json.dumps(line(token=["goal", "\ud83d"], h={"name": "go\ude00al"}))])
+    sample, = more.load(tmp_path, "train")
+    assert (sample.text, sample.entity) == ("goal ?", "go?al")
+
+
 @pytest.mark.parametrize("labels, message", [
+    ({"none": 0, "/per/\ud83d": 1}, "a label holds what cannot be printed; found .*ud83d"),
     ({"/per/per/peer": 0}, "no label 'none'; found /per/per/peer"),
     ({}, "no label 'none'; found no label at all"),
     (["none"], "a dictionary from label to whole number expected"),
@@ -120,9 +170,10 @@ def test_files_that_are_not_there_are_named(tmp_path):
         more.load(tmp_path, "test")
     with pytest.raises(ValueError, match="split is 'dev'; one of train, valid, test expected"):
         more.load(tmp_path, "dev")
-    (tmp_path / "rel2id.json").write_text("{")
-    with pytest.raises(ValueError, match="rel2id.json: not JSON"):
-        more.load(tmp_path, "train")
+    for text in ("{", "[" * 100000):
+        (tmp_path / "rel2id.json").write_text(text)
+        with pytest.raises(ValueError, match="rel2id.json: not JSON"):
+            more.load(tmp_path, "train")
 
 
 @pytest.mark.parametrize("lines", [[], ["", ""]])
@@ -272,6 +323,18 @@ def test_the_check_counts_and_names_everything(tmp_path, capsys):
     for number, message in ((3, "dictionary expected"), (4, "gone.png is missing"), (5, "cannot be read"),
                             (6, "outside"), (7, "'/x/y/z' is not in")):
         assert any(f"train.txt:{number}: " in row and message in row for row in printed.splitlines())
+
+
+def test_the_check_lives_through_every_broken_line_and_counts_box_faults_under_their_label(tmp_path):
+    broken = [text for text, _ in BROKEN_LINES]
+    write_more(tmp_path, [*broken, line(**box(0.5, 0.5, 0.1)), line(t={"name": "[OBJ0]"})])
+    report = more_check.check_split(tmp_path, "train")
+    boxes = sum(" box " in message for _, message in BROKEN_LINES) + 2
+    assert report.samples == len(broken) + 2
+    assert report.problems == {"bad box": boxes, "bad line": len(broken) + 2 - boxes}
+    assert report.labels == {"none": boxes}
+    write_more(tmp_path, [line(t={"name": "[OBJ0]"})])
+    assert "ent_train_dict.pth is missing" in more_check.check_split(tmp_path, "train").offenders[0]
 
 
 def test_the_check_is_quiet_where_all_is_well_and_decodes_on_demand(tmp_path, capsys):
