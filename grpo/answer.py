@@ -19,11 +19,11 @@ class Prompts:
 
     def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0, keep_features: bool = False):
         self.encoder, self.task, self.reasoning, self.keep_features = encoder, task, reasoning, keep_features
-        self.room, self.kept = cache_bytes, {}
+        self.room, self.kept = cache_bytes, {}  # by the sample itself: ids may begin anew in another split
 
     def __call__(self, sample) -> Prompt:
-        if sample.id in self.kept:
-            return self.kept[sample.id]
+        if id(sample) in self.kept:
+            return self.kept[id(sample)]
         try:
             pictures, text = self.task.data.build_prompt(sample, reasoning=self.reasoning)
         except (ValueError, OSError) as error:  # a picture whose header is whole and whose rest is not
@@ -37,7 +37,7 @@ class Prompts:
         size = sum(part.nbytes for part in (prompt.pixels, prompt.features) if part is not None)
         if size > self.room:
             return False
-        self.kept[prompt.id] = prompt
+        self.kept[id(prompt.sample)] = prompt  # which holds the sample: no other can have its place in memory
         self.room -= size
         return True
 
@@ -47,7 +47,7 @@ class Prompts:
             features, prompt.features = prompt.features, None
             if features is None or not self.keep_features:
                 continue
-            if self.kept.pop(prompt.id, None):
+            if self.kept.pop(id(prompt.sample), None):
                 self.room += (prompt.pixels if prompt.pixels is not None else features).nbytes
             pixels, prompt.pixels, prompt.features = prompt.pixels, None, features.cpu()
             if not self.keep(prompt):

@@ -154,9 +154,11 @@ class Costs:
             "reference": 0.0 if s.offload_reference and self.on_gpu else self.reference()}
 
     def host(self) -> dict[str, float]:
-        """Of one process in its machine's memory: while it loads; then what waits there."""
+        """Of one process in its machine's memory: while it loads; what waits there; a checkpoint's copy of its shard."""
         waiting = self.optimizer() * self.s.offload_optimizer + self.reference() * self.s.offload_reference
-        return {"loading": MASTER * self.total, "waiting": waiting}
+        copied = 1 if self.s.offload_optimizer else 3  # weights, and two moments that are not there already
+        return {"loading": MASTER * self.total, "waiting": waiting,
+                "checkpoint": copied * MASTER * self.trained / self.shards}
 
     # ── activations ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,7 @@ from grpo.checkpoint import load_policy
 from grpo.encode import Encoder
 from grpo.journal import Stopwatch, say, table, write_json
 from grpo.rollout import Sampling
-from grpo.run import record_settings
+from grpo.run import read_ids, record_settings
 from grpo.settings import CommonSettings, parse, parse_options, run_program, setting
 from grpo.sharding import compute_dtype, finish, rank, shard, start
 from grpo.vote import majority
@@ -51,7 +51,7 @@ class Settings(CommonSettings):
 def chosen_samples(settings: Settings, task) -> list:
     samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
     if settings.exclude:
-        excluded = set(json.loads(Path(settings.exclude).read_text(encoding="utf-8")))
+        excluded = read_ids(settings.exclude, samples)
         samples = [sample for sample in samples if sample.id not in excluded]
     samples = samples[: settings.limit] if settings.limit else samples
     if not samples:

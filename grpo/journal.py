@@ -1,5 +1,6 @@
 """What a run says while it works: a progress bar for long work, one line an update, metrics as JSONL."""
 
+import errno
 import json
 import math
 import os
@@ -112,9 +113,12 @@ def append_line(path: Path, content: dict) -> None:
     # a mean of nothing is not a number, and JSON has no word for that but null
     missing = {name for name, value in content.items() if isinstance(value, float) and not math.isfinite(value)}
     content = {name: None if name in missing else value for name, value in content.items()}
+    line = json.dumps(content).encode() + b"\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(file, json.dumps(content).encode() + b"\n")
+        if (written := os.write(file, line)) < len(line):  # the next line would join the half one
+            os.ftruncate(file, os.fstat(file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(file)
 

@@ -18,12 +18,13 @@ def enough_memory(what: str, lower: str):
 
 def keep_state_on_host(optimizer: torch.optim.Optimizer) -> None:
     """Adam's two moments wait in host memory and visit the device for the step alone, when no activation is there."""
+    optimizer.register_step_pre_hook(lambda *_: move_state(optimizer, to_host=False))
+    optimizer.register_step_post_hook(lambda *_: move_state(optimizer, to_host=True))
 
-    def move(to_host: bool):
-        for parameter, state in optimizer.state.items():
-            for name, value in state.items():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    state[name] = value.to("cpu" if to_host else parameter.device)
 
-    optimizer.register_step_pre_hook(lambda *_: move(to_host=False))
-    optimizer.register_step_post_hook(lambda *_: move(to_host=True))
+def move_state(optimizer: torch.optim.Optimizer, to_host: bool) -> None:
+    """What the optimizer keeps of each parameter, to host memory or to where the parameter is."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = value.to("cpu" if to_host else parameter.device)

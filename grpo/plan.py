@@ -224,7 +224,8 @@ def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
         f"{Costs(shape, s, 1).trained / 1e9:.3f} billion of them train",
         f"{shown.gpus} {devices(s, shown.gpus)}, GiB on each, {shown.limit / GIB:.0f} to be had\n" + by_phase(shown),
         f"host memory of a machine: {shown.host['loading'] * (1 if s.load_in_turns else machine) / GIB:.0f} GiB while it loads, "
-        f"{shown.host['waiting'] * machine / GIB:.0f} for what waits there",
+        f"{shown.host['waiting'] * machine / GIB:.0f} for what waits there, "
+        f"{shown.host['checkpoint'] * machine / GIB:.0f} more while a checkpoint is written",
         f"a step is one rollout and {s.updates} updates\n{by_gpus(plans)}"]
     return "\n\n".join(parts + ["\n".join(advice(shape, s, one)) for one in plans if not one.fits])
 

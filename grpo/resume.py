@@ -27,6 +27,7 @@ from grpo.checkpoint import replace_folder
 from grpo.files import sync
 from grpo.journal import say, write_json
 from grpo.policy import Policy
+from grpo.provenance import FILES
 from grpo.sharding import from_first, gather, is_first_copy, rank, world_size
 
 FORMAT = 1
@@ -59,7 +60,9 @@ class Checkpoints:
             sync(new / "state.json")
             replace_folder(new, place)
             sync(self.folder)
-            for old in self.found()[self.kept:]:
+            # those beyond were passed over as damaged; beside this one they would be the future of another run
+            beyond = [other for other in self.found() if other > place]
+            for old in [*beyond, *self.found()[len(beyond) + self.kept:]]:
                 shutil.rmtree(old)
 
         self.attempt(new, begin if rank() == 0 else lambda: None)
@@ -157,7 +160,7 @@ def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
     for key, (parameter, tensor) in state_tensors(policy, optimizer).items() if is_first_copy(policy) else ():
         if tensor.ndim:  # a number stands for itself
             rows[key] = rows_of(parameter)
-        tensors[key] = local(tensor).cpu().contiguous().clone()
+        tensors[key] = local(tensor).cpu().contiguous()
     tensors |= {f"random/{name}": state for name, state in random_states().items()}
     save_file(tensors, path, metadata={"rows": json.dumps(rows)})
     sync(path)
@@ -275,7 +278,8 @@ def differences(before: dict, now: dict) -> dict[str, tuple]:
     """Name → (before, now) of everything in two runs' provenance that decides what is learned; see provenance.what_ran."""
     def deciding(ran: dict) -> dict:
         settings = {name: value for name, value in ran["settings"].items() if name not in FREE}
-        return settings | {name: ran[name] for name in ("model_hash", "data_hash")} | ran["file_hashes"]
+        files = {name: ran["file_hashes"].get(name) for name in FILES}  # None: not given, which is a difference too
+        return settings | {name: ran[name] for name in ("model_hash", "data_hash")} | files
 
     before, now = deciding(before), deciding(now)
     return {name: (before[name], now[name]) for name in before if name in now and before[name] != now[name]}

@@ -14,6 +14,7 @@ from grpo.checkpoint import export, load_policy
 from grpo.encode import Encoder
 from grpo.journal import Journal, say, write_json
 from grpo.lora import add_adapter, export_adapter, merged
+from grpo.memory import move_state
 from grpo.policy import Policy
 from grpo.provenance import what_ran
 from grpo.resume import Checkpoints, differences, refusal
@@ -49,6 +50,21 @@ def read_lines(path: str, samples: list, field: str, kind: type) -> list[tuple]:
     if not pairs:
         raise ValueError(f"{path}: empty; {expected} a line")
     return pairs
+
+
+def read_ids(path: str, samples: list) -> set[str]:
+    """The sample ids of a JSON list. ValueError names the file and what is not the id of one of `samples`."""
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: {error}; expected a JSON list of sample ids") from None
+    if not isinstance(ids, list):
+        raise ValueError(f"{path}: found {str(ids)[:60]!r}; expected a JSON list of sample ids")
+    known = {sample.id for sample in samples}
+    for one in ids:
+        if not isinstance(one, (str, int)) or one not in known:
+            raise ValueError(f"{path}: found {one!r:.60}; expected ids of samples of the split")
+    return set(ids)
 
 
 def check_shared(folder: Path) -> None:
@@ -123,6 +139,8 @@ class Run:
             raise ValueError(fault)
         say(f"{self.checkpoints.good}: going on after step {saved['step']}"
             + "".join(f"; {name} {old!r} → {new!r}" for name, (old, new) in changed.items()))
+        if set(changed) & {"task", "valid_metric", "valid_split", "valid_samples", "data_hash"}:
+            saved["best"] = None  # it was the best by another measure
         return saved
 
     def restore(self, optimizer) -> dict:
@@ -130,6 +148,8 @@ class Run:
         if not self.saved:
             return {}
         self.checkpoints.load(self.policy, optimizer)
+        if self.settings.offload_optimizer:
+            move_state(optimizer, to_host=True)
         return self.saved["progress"]
 
     def checkpoint(self, optimizer, step: int, progress: Callable[[], dict], last: bool = False) -> None:
@@ -204,9 +224,12 @@ class Run:
                             rows=self.settings.rollout_rows)
         texts = answer(self.policy, self.prompts, self.valid, sampling, what="validate")
         metrics = self.task.rewards.metrics([text for text, in texts], self.valid)
-        better = metrics[self.settings.valid_metric] > self.best
+        found = metrics[self.settings.valid_metric]
+        if not math.isfinite(found):
+            raise ValueError(f"--valid_metric {self.settings.valid_metric} is {found} after step {step}; a finite number expected")
+        better = found > self.best
         if better:
-            self.best = metrics[self.settings.valid_metric]
+            self.best = found
             self.save()
             if rank() == 0:
                 write_json(self.output / "best.json", {"step": step, "valid": metrics})

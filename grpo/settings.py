@@ -100,7 +100,7 @@ class TrainingSettings(CommonSettings):
         positive = ("learning_rate", "epochs", "tokens_per_pass", "max_grad_norm", "rollout_rows", "max_completion_tokens",
                     "max_bad_updates", "checkpoints_kept", "hang_minutes")
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # so said, it refuses what is no number too
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
         for name in ("valid_samples", "checkpoint_every", "shard_size"):
             if getattr(self, name) < 0:

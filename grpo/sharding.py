@@ -111,6 +111,7 @@ def in_turns(load, one_by_one: bool):
     """`load()` on every process; one_by_one: on those of a machine one after the other, so that its memory holds one
     set of whole weights and not one for each."""
     place, processes = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    processes = max(gather([processes]))  # machines may have unequal numbers, and every turn is a collective
     loaded = load() if not one_by_one else None
     for turn in range(processes if one_by_one else 0):
         if turn == place:

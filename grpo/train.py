@@ -97,8 +97,11 @@ class Settings(TrainingSettings):
             raise ValueError(f"--group_size is {preset.group_size}; a group of one has no advantage: at least 2 expected")
         if preset.temperature <= 0:
             raise ValueError(f"--temperature is {preset.temperature}; rollouts are drawn, which takes a temperature above 0")
-        if self.validate_every < 0:
-            raise ValueError(f"--validate_every is {self.validate_every}; it must be 0 (every epoch) or more")
+        if self.validate_every < 0 or self.max_rollouts < 0:
+            raise ValueError(f"--validate_every is {self.validate_every}, --max_rollouts {self.max_rollouts}; "
+                             f"each must be 0 (every epoch; no limit) or more")
+        if self.max_prompt_tokens < 1:
+            raise ValueError(f"--max_prompt_tokens is {self.max_prompt_tokens}; at least 1 expected")
         if self.journal_every < 1 or self.journal_groups < 0 or self.journal_megabytes <= 0:
             raise ValueError(f"--journal_every {self.journal_every} --journal_groups {self.journal_groups} --journal_megabytes "
                              f"{self.journal_megabytes}: expected at least 1, at least 0, above 0")
@@ -130,9 +133,10 @@ class Curriculum:
         self.epochs = [self.epoch(index) for index in range(settings.epochs)]
         everything = sum(len(epoch.batches) for epoch in self.epochs)
         self.rollouts = min(everything, settings.max_rollouts or everything)
-        journal = Journal(settings.output, "curriculum.jsonl")
-        for epoch in self.epochs:
+        journal, drawn = (Journal(settings.output, f"{name}.jsonl") for name in ("curriculum", "drawn"))
+        for index, epoch in enumerate(self.epochs):
             journal.write(epoch.record)
+            drawn.write({"epoch": index, "batches": [[sample.id for sample in batch] for batch in epoch.batches]})
 
     def plan(self) -> list[tuple[int, list, bool]]:
         """(epoch, samples, whether they are the epoch's last) of every rollout."""
@@ -169,13 +173,13 @@ class Trainer:
         first = rank() == 0  # counts of all processes until then go on with the first one's
         self.too_long, self.longest = (before.get(name, 0) if first else 0 for name in ("too_long", "longest"))
         self.learned = before.get("learned", False)
-        self.diary = Diary(run, self.preset.temperature, before.get("journal_every", settings.journal_every),
+        self.diary = Diary(run, self.preset.temperature, settings.journal_every * before.get("journal_thinned", 1),
                            settings.journal_groups, int(settings.journal_megabytes * 2**20), run.step)
 
     def progress(self) -> dict:
         """What a run that goes on must know besides weights and optimizer."""
         return {"too_long": sum(gather([self.too_long])), "longest": max(gather([self.longest])),
-                "learned": any(gather([self.learned])), "journal_every": self.diary.every}
+                "learned": any(gather([self.learned])), "journal_thinned": self.diary.every // self.settings.journal_every}
 
     def rollout(self, samples: list, seed: int | str) -> list[Group]:
         """This process's groups. Prompts over the limit are dropped: a cut one would split its picture's tokens."""

@@ -7,16 +7,14 @@ SFT is `score` with one continuation a prompt and the loss −log p. Without --r
 the target: the label-only baseline.
 """
 
-import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from grpo.group import Group, packs
 from grpo.journal import Stopwatch, progress, say
-from grpo.run import Run, read_lines
+from grpo.run import Run, read_ids, read_lines
 from grpo.settings import TrainingSettings, parse, run_program, setting
 from grpo.sharding import finish, gather, rank, see_whole, share, total
 from grpo.update import learning_rate, make_optimizer, update
@@ -42,6 +40,10 @@ class Settings(TrainingSettings):
         for name in ("batch_size", "max_tokens", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; at least 1 expected")
+        if self.samples and self.responses:
+            raise ValueError("--samples with --responses: the responses name their samples; give one of the two")
+        if not self.minutes >= 0:
+            raise ValueError(f"--minutes is {self.minutes}; it must be 0 (no limit) or more")
         if self.patience < 0 or self.patience and not self.valid_split:
             raise ValueError(f"--patience is {self.patience}; expected 0 (no limit), or more with a --valid_split")
 
@@ -52,8 +54,10 @@ def training_pairs(run: Run) -> list[tuple]:
     if settings.responses:
         return read_lines(settings.responses, samples, "response", str)
     if settings.samples:
-        wanted = set(json.loads(Path(settings.samples).read_text(encoding="utf-8")))
+        wanted = read_ids(settings.samples, samples)
         samples = [sample for sample in samples if sample.id in wanted]
+    if not samples:
+        raise ValueError(f"{settings.samples or settings.data}: no sample of split {settings.split} to train on")
     return [(sample, run.task.data.target(sample)) for sample in samples]
 
 

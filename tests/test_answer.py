@@ -19,7 +19,9 @@ class Encoder:
 
     def encode(self, pictures, text, sample, id):
         self.encoded.append((text, id))
-        return tiny_prompt(sample.seed, ((1, 4, 4),) if sample.seed % 2 else (), name=id)
+        prompt = tiny_prompt(sample.seed, ((1, 4, 4),) if sample.seed % 2 else (), name=id)
+        prompt.sample = sample
+        return prompt
 
     def decode(self, completion):
         return str(completion.tolist())
@@ -55,6 +57,12 @@ def test_a_prompt_is_encoded_once_while_the_cache_has_room_and_again_after():
     assert encoder.encoded == [("test/1 False", "test/1")] + [("test/3 False", "test/3")] * 2
     exact = Prompts(Encoder(), task(), cache_bytes=size)
     assert exact(pair[0]) is exact(pair[0])
+
+
+def test_two_samples_of_one_id_do_not_share_a_prompt():
+    prompts_of, (one, two) = Prompts(Encoder(), task(), cache_bytes=10**9), samples(2)
+    two.id = one.id  # ids of another split may begin anew
+    assert prompts_of(one) is not prompts_of(two) and prompts_of(one) is prompts_of(one)
 
 
 def test_kept_features_take_the_pixels_place_and_a_picture_is_seen_once_in_a_run():

@@ -1,6 +1,7 @@
 """What a run says and writes down: whole lines, bars, plain lines, event files, what ran, and the journal of rollouts."""
 
 import json
+import os
 import sys
 import threading
 from types import SimpleNamespace
@@ -41,6 +42,17 @@ def test_a_reader_in_between_finds_only_whole_lines(tmp_path):
     stop.set()
     reader.join()
     assert not broken and len(lines(path)) == 300
+
+
+def test_a_line_that_finds_no_room_leaves_no_half_behind_that_the_next_would_join(tmp_path, monkeypatch):
+    path, write = tmp_path / "a", os.write
+    append_line(path, {"step": 1})
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:5]))  # as a full disk does
+    with pytest.raises(OSError, match="No space left on device.*/a"):
+        append_line(path, {"step": 2})
+    monkeypatch.undo()
+    append_line(path, {"step": 3})
+    assert lines(path) == [{"step": 1}, {"step": 3}]
 
 
 def test_what_is_no_number_is_null_in_a_line(tmp_path):

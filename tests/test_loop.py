@@ -143,6 +143,8 @@ def test_the_same_seed_gives_the_same_run(folder, tmp_path):
 
 
 def test_the_curriculum_of_every_epoch_is_written_down(folder, tmp_path):
-    make(folder, tmp_path, "--predictions", folder / "split" / "predictions.jsonl", "--epochs", 3)
-    records = lines(tmp_path / "curriculum.jsonl")
+    _, curriculum, _ = make(folder, tmp_path, "--predictions", folder / "split" / "predictions.jsonl", "--epochs", 3)
+    records, drawn = lines(tmp_path / "curriculum.jsonl"), lines(tmp_path / "drawn.jsonl")
+    assert [epoch["batches"] for epoch in drawn] == [[[sample.id for sample in batch] for batch in epoch.batches]
+                                                    for epoch in curriculum.epochs]
     assert [record["epoch"] for record in records] == [0, 1, 2]

@@ -10,9 +10,10 @@ from processes import run_processes
 from safetensors.torch import load_file, save_file
 from test_pipeline import COMMON, folder, lines, tensors  # noqa: F401  (the fixture)
 
+import grpo.run
 import grpo.train
 import sft.train
-from grpo.resume import Checkpoints, differences, refusal, rows_of
+from grpo.resume import Checkpoints, differences, read_state, refusal, rows_of
 from grpo.sharding import shard
 
 TIMES = ("step_time", "seconds/rollout", "seconds/score", "seconds/update", "seconds/journal")
@@ -174,7 +175,39 @@ def test_only_the_newest_are_kept(halfway):
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [f"step-0000000{n}" for n in (2, 3, 4)]
 
 
+@pytest.mark.parametrize("kept", [1, 2])
+def test_after_damaged_newer_ones_what_is_written_stays(halfway, kept, capsys):
+    words, output = halfway
+    for place in (output / "checkpoints").iterdir():
+        damage(place, "of another format")
+        place.rename(place.with_name(f"step-0000001{place.name[-1]}"))  # newer than all that will be written
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        (output / name).unlink()
+    assert run(grpo.train, [*words, "--checkpoints_kept", kept]) == 4
+    left = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert left == [f"step-0000000{n}" for n in range(5 - kept, 5)]
+
+
+def test_the_best_by_another_measure_is_not_the_one_to_beat(halfway):
+    words, output = halfway
+    best = output / "best.json"
+    best.unlink()
+    state = read_state(newest(output))
+    assert state["best"] is not None
+    run(grpo.train, [*words, "--resume", "changed", "--valid_metric", "unparsable", "--max_rollouts", 4])
+    assert best.exists()  # the first validation after it is kept
+
+
+def test_adams_moments_go_back_to_host_memory_as_soon_as_they_are_read(halfway, monkeypatch):
+    moved = []
+    monkeypatch.setattr(grpo.run, "move_state", lambda optimizer, to_host: moved.append((len(optimizer.state), to_host)))
+    run(grpo.train, [*halfway[0], "--offload_optimizer", True])
+    (states, to_host), = moved
+    assert states > 0 and to_host
+
+
 REFUSED = {
+    "a file that was given and is not": (["--predictions", ""], "predictions '[0-9a-f]{16}' → None"),
     "the learning rate": (["--learning_rate", "5e-3"], "made with other settings: learning_rate 0.001 → 0.005; --resume changed"),
     "the seed": (["--seed", "1"], "seed 0 → 1"),
     "the objective's own": (["--beta", "0.5"], "beta None → 0.5"),
@@ -228,6 +261,7 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_difference():
     ran = {"settings": {"seed": 1}, "model_hash": "a", "data_hash": "b", "file_hashes": {}}
     assert differences(ran, {**ran, "settings": {"seed": 1, "new": 2}}) == {}
     assert differences(ran, {**ran, "settings": {"seed": 2}}) == {"seed": (1, 2)}
+    assert differences(ran, {**ran, "file_hashes": {"responses": "c"}}) == {"responses": (None, "c")}
     assert refusal({"task": ("more", "jmere")}, "place", "changed") and not refusal({"seed": (1, 2)}, "place", "changed")
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 import sft.train
+from grpo.run import read_ids
 from grpo.settings import parse
 
 
@@ -38,6 +39,35 @@ def test_it_stops_when_so_many_validations_in_a_row_brought_no_new_best(monkeypa
 
 def test_patience_counts_validations_not_epochs(monkeypatch):
     assert validations(monkeypatch, FIGURES, epochs=20, validate_every=2, patience=3) == 8
+
+
+@pytest.mark.parametrize("content, expected", [
+    ('["train/0", "test/9"]', "found 'test/9'; expected ids of samples of the split"), ("[[1]]", r"found \[1\]"),
+    ('[{"id": 1}]', "found {'id': 1}"), ("3", "found '3'; expected a JSON list of sample ids"), ("[1", "ids.json: .*expected a JSON list"),
+])
+def test_a_file_of_ids_that_does_not_fit_is_named_with_what_was_found(tmp_path, content, expected):
+    (tmp_path / "ids.json").write_text(content)
+    with pytest.raises(ValueError, match=expected) as refused:
+        read_ids(str(tmp_path / "ids.json"), [SimpleNamespace(id="train/0")])
+    assert "ids.json" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_no_sample_to_train_on_is_refused(tmp_path):
+    (tmp_path / "ids.json").write_text("[]")
+    words = ["--model", "m", "--data", "d", "--output", "o", "--samples", str(tmp_path / "ids.json")]
+    run = SimpleNamespace(settings=parse(sft.train.Settings, words), load=lambda split: [SimpleNamespace(id="train/0")])
+    with pytest.raises(ValueError, match="ids.json: no sample of split train to train on"):
+        sft.train.training_pairs(run)
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--samples", "a", "--responses", "b"], "--samples with --responses"), (["--minutes", "-1"], "--minutes is -1"),
+    (["--minutes", "nan"], "--minutes is nan"), (["--learning_rate", "nan"], "--learning_rate is nan"),
+])
+def test_settings_that_make_no_sense_are_refused(words, expected):
+    settings = parse(sft.train.Settings, ["--model", "m", "--data", "d", "--output", "o", *words])
+    with pytest.raises(ValueError, match=expected):
+        settings.check()
 
 
 @pytest.mark.parametrize("words", [["--patience", "-1"], ["--patience", "2", "--valid_split", ""]])
