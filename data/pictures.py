@@ -4,11 +4,14 @@ Boxes are (cx, cy, w, h) in fractions of the picture, centre format, as MORE sto
 they are stored: an orientation note in a photograph's EXIF is not applied, for boxes refer to stored pixels.
 """
 import math
+import struct
 from pathlib import Path
 
 from PIL import Image
 
 LONGEST_RATIO = 200  # Qwen2-VL's image processor refuses a picture more elongated than 200:1
+# what Pillow raises for files that are no whole pictures, or are none that may be opened
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def check_picture(path, where: str) -> tuple[int, int]:
@@ -23,7 +26,7 @@ def check_picture(path, where: str) -> tuple[int, int]:
     try:
         with Image.open(path) as picture:
             width, height = picture.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+    except UNREADABLE as problem:
         raise ValueError(f"{where}: picture {path} cannot be read ({one_line(problem)})") from None
     if max(width, height) > LONGEST_RATIO * min(width, height):
         raise ValueError(f"{where}: picture {path} is {width}x{height} pixels; "
@@ -42,7 +45,7 @@ def open_picture(path) -> Image.Image:
             return Image.alpha_composite(white, picture).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"picture {path} is missing") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+    except UNREADABLE as problem:
         raise ValueError(f"picture {path} cannot be decoded ({one_line(problem)})") from None
 
 
@@ -53,8 +56,8 @@ def check_box(box, size: tuple[int, int] | None, where: str) -> None:
     known and only area and position are checked. A box that spills over the edge is fine: it is clamped.
     """
     cx, cy, w, h = box
-    if not all(math.isfinite(value) for value in box):
-        raise ValueError(f"{where}: box {box} holds a value that is not a finite number")
+    if not all(math.isfinite(value) and abs(value) < 1e6 for value in box):
+        raise ValueError(f"{where}: box {box} holds a value that is not a finite number, or none that a fraction can be")
     if w <= 0 or h <= 0:
         raise ValueError(f"{where}: box {box} has no area; (cx, cy, w, h) in fractions expected")
     if cx - w / 2 >= 1 or cy - h / 2 >= 1 or cx + w / 2 <= 0 or cy + h / 2 <= 0:

@@ -80,6 +80,7 @@ BAD = {
     "an entity that is not in the text": ({"entity": "Bulls"}, "the entity 'Bulls' does not stand in the text"),
     "half a box": ({"box": "0.5,0.5"}, "box is '0.5,0.5'; cx,cy,w,h"),
     "a box in pixels": ({"box": "40,30,10,10"}, "lies outside the picture"),
+    "a box without bounds": ({"box": "0.5,0.5,1e308,1e308"}, "or none that a fraction can be"),
     "no picture": ({"image": "gone.jpg"}, "picture gone.jpg is missing"),
     "no labels": ({"data": "nowhere"}, "rel2id.json is missing"),
     "no model": ({"model": "nowhere/else", "data": "data"}, "nowhere/else"),
