@@ -31,6 +31,7 @@ METRICS = ("accuracy", "precision", "recall", "f1")
 # Everything that trains keeps the checkpoint that is best on the validation samples, and SFT stops where three
 # validations have brought nothing better.
 SFT = "--train_vision True --batch_size 32 --learning_rate 2e-3 --patience 3 --cache_gigabytes 2"
+LONG = "--epochs 40 --validate_every 4"  # Stage 1: so many that it stops by itself
 QUARTER, ALL = "--epochs 24 --validate_every 4", "--epochs 6 --validate_every 1"  # about as many updates
 GRPO = "--learning_rate 2e-4 --validate_every 15 --reward_options min_length=150"
 AT_ONCE = "--rollout_rows 256"  # a quarter less time in evaluations than 64; memory, not result
@@ -87,7 +88,7 @@ def stages(home: Path, seed: int) -> list[Stage]:
     add("world", "", "data.synthetic", f"--train {TRAIN} --valid {VALID} --test {TEST}")
     expert = home / "world" / "expert.jsonl"
     add("cold_start", "world", "data.annotate", f"--data {data} --expert file:{expert}", "/data.jsonl")
-    sft = f"--model {model} {SFT} {REASON} --responses {responses} {QUARTER}"
+    sft = f"--model {model} {SFT} {REASON} --responses {responses} {LONG}"
     train("stage_1", "cold_start", "sft.train", sft, REASON)
     split = f"--data {data} {REASON} --split train --exclude {drawn} --limit {SPLIT}"
     add("split", "stage_1", "grpo.evaluate", f"--model {home / 'stage_1' / 'model'} {split}")

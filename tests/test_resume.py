@@ -10,6 +10,7 @@ from processes import run_processes
 from safetensors.torch import load_file, save_file
 from test_pipeline import COMMON, folder, lines, tensors  # noqa: F401  (the fixture)
 
+import rewards.more
 import grpo.run
 import grpo.train
 import sft.train
@@ -188,14 +189,21 @@ def test_after_damaged_newer_ones_what_is_written_stays(halfway, kept, capsys):
     assert left == [f"step-0000000{n}" for n in range(5 - kept, 5)]
 
 
-def test_the_best_by_another_measure_is_not_the_one_to_beat(halfway):
-    words, output = halfway
-    best = output / "best.json"
+def test_the_best_by_another_measure_is_not_the_one_to_beat(folder, tmp_path):
+    words, best = words_of(grpo.train, folder, tmp_path), tmp_path / "best.json"
+    with pytest.raises(Killed):
+        run(grpo.train, [*words, "--valid_metric", "unparsable"], killed_in_step=3)
+    assert read_state(newest(tmp_path))["best"] > json.loads(best.read_text())["valid"]["f1"]
     best.unlink()
-    state = read_state(newest(output))
-    assert state["best"] is not None
-    run(grpo.train, [*words, "--resume", "changed", "--valid_metric", "unparsable", "--max_rollouts", 4])
-    assert best.exists()  # the first validation after it is kept
+    run(grpo.train, [*words, "--resume", "changed", "--valid_metric", "f1"])
+    assert best.exists()  # the first validation after it is kept, by whichever figure
+
+
+def test_a_measure_that_is_no_number_ends_the_run_with_its_name(halfway, monkeypatch):
+    words, _ = halfway
+    monkeypatch.setattr(rewards.more, "metrics", lambda texts, samples: {"f1": float("nan")})
+    with pytest.raises(ValueError, match="--valid_metric f1 is nan after step 3; a finite number expected"):
+        run(grpo.train, words)
 
 
 def test_adams_moments_go_back_to_host_memory_as_soon_as_they_are_read(halfway, monkeypatch):

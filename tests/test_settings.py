@@ -65,6 +65,8 @@ def test_every_setting_of_a_program_has_a_help_text():
     ({"rollout_rows": 0}, "--rollout_rows is 0"),
     ({"warmup": 1.1}, "--warmup is 1.1; it is a share"),
     ({"warmup": -0.1}, "--warmup is -0.1; it is a share"),
+    ({"max_rollouts": -1}, "--max_rollouts -1; each must be 0"), ({"max_prompt_tokens": 0}, "--max_prompt_tokens is 0"),
+    ({"learning_rate": float("nan")}, "--learning_rate is nan"),
     ({"objective": "more-r2"}, "did you mean 'more-r1'"),
 ])
 def test_settings_that_cannot_train_are_refused(changes, expected):
