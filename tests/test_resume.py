@@ -10,9 +10,9 @@ from processes import run_processes
 from safetensors.torch import load_file, save_file
 from test_pipeline import COMMON, folder, lines, tensors  # noqa: F401  (the fixture)
 
-import rewards.more
 import grpo.run
 import grpo.train
+import rewards.more
 import sft.train
 from grpo.resume import Checkpoints, differences, read_state, refusal, rows_of
 from grpo.sharding import shard
