@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import struct
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,20 @@ def test_an_unreadable_picture_is_named(tmp_path):
         with pytest.raises(ValueError, match="train.txt:1: picture .*b.png cannot be read") as caught:
             more.load(tmp_path, "train", missing_images="blank")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", [EOFError(), struct.error("unpack requires 4 bytes")], ids=["EOFError", "struct.error"])
+def test_whatever_pillow_raises_the_picture_is_named(tmp_path, monkeypatch, fault):
+    (tmp_path / "a.png").write_bytes(b"x")
+
+    def refuse(path):
+        raise fault
+
+    monkeypatch.setattr(pictures.Image, "open", refuse)
+    with pytest.raises(ValueError, match="train/0: picture .*a.png cannot be read"):
+        pictures.check_picture(tmp_path / "a.png", "train/0")
+    with pytest.raises(ValueError, match="picture .*a.png cannot be decoded"):
+        pictures.open_picture(tmp_path / "a.png")
 
 
 def test_a_cut_off_picture_is_named_when_it_is_decoded(tmp_path):
