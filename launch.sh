@@ -100,7 +100,7 @@ results() { # the folders of three evaluations: before, after stage 1, after sta
 
 demo_more() { # the variables of these two are demo's
     title "the embedded example: a small MORE-like world, a scripted expert, a tiny random Qwen2.5-VL"
-    once "$world" one data.synthetic --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
+    once "$world" one data.toy --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
     more_r1 --model "$world/model" --data "$world/MORE" --expert "file:$world/expert.jsonl" --output "$output" \
         --seed "$seed" --recipe "$here/docs/recipes/more-demo" --stage data,zero_shot,stage_1,split,stage_2
     results "$output/test/zero_shot" "$output/test/stage_1" "$output/test/stage_2"
@@ -109,9 +109,9 @@ demo_more() { # the variables of these two are demo's
 demo_jmere() {
     local data=$world/JMERE
     title "the embedded example: small JMERE-like posts, a scripted expert, a tiny random Qwen2.5-VL"
-    once "$world" one data.synthetic --task jmere --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
+    once "$world" one data.toy --task jmere --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
     title "reasoning data for half of the posts: three candidates each, the re-prediction filter, the score filter"
-    once "$output/mp_cot" one data.annotate --task jmere --data "$data" --split train --fraction 0.5 --seed "$seed" \
+    once "$output/mp_cot" one sft.annotate --task jmere --data "$data" --split train --fraction 0.5 --seed "$seed" \
         --candidates 3 --repredict True --score True --expert "file:$world/expert.jsonl" --output "$output/mp_cot.jsonl"
     title "zero-shot"
     once "$output/zero_shot" many grpo.evaluate $settings --model "$world/model" --data "$data" \
@@ -122,7 +122,7 @@ demo_jmere() {
     once "$output/sft" many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --output "$output/sft"
     title "stage 2: GRPO, one update a rollout, no clip"
     once "$output/stage_2" many grpo.train $settings --objective jmere-r1 --learning_rate 2e-4 --max_rollouts 100 \
-        --validate_every 20 --valid_split val --journal_every 5 --model "$output/stage_1/model" --data "$data" --output "$output/stage_2"
+        --validate_every 20 --valid_split val --rollout_log_every 5 --model "$output/stage_1/model" --data "$data" --output "$output/stage_2"
     once "$output/grpo" many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
     results "$output/zero_shot" "$output/sft" "$output/grpo"
 }

@@ -1,4 +1,4 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="grpo-vlm",
@@ -6,9 +6,10 @@ setup(
     description="Group Relative Policy Optimization for vision-language models, written by hand",
     license="MIT",
     python_requires=">=3.11",
-    packages=["grpo", "grpo.backbones", "grpo.report", "sft", "data", "rewards"],
+    packages=find_packages(include=["grpo*", "sft*", "data*", "rewards*"]),
     package_data={"grpo.report": ["page.html", "page.css", "*.js"]},
-    # The tests pass on torch 2.13 with transformers 5.17 and 5.23, those of the engine on 5.8; constraints.txt has what the demo was measured with.
+    # The tests pass on torch 2.13 with transformers 5.17 and 5.23, those of the engine on 5.8; constraints.txt has what
+    # the demo was measured with.
     install_requires=["torch>=2.11", "transformers>=5.8,<6", "safetensors", "pillow>=10.1", "numpy", "tokenizers"],
     extras_require={"test": ["pytest"], "benchmark": ["trl==1.16.0"], "tensorboard": ["tensorboard"], "peft": ["peft==0.21.2"]},
 )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.record import append
-from grpo.attention import Packed
+from grpo.engine.attention import Packed
 
 HEADS, KEY_HEADS, SIZE = 8, 2, 128
 # prompt tokens, lengths of the continuations
@@ -69,9 +69,9 @@ def padded_batch(q, k, v, prompt, lengths):
         return torch.stack([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
 
     def form(q, k, v):
-        (first, rest), (key, own_key), (value, own_value) = (x.split([prompt, sum(lengths)], 2) for x in (q, k, v))
+        (first, rest), (key, suffix_key), (value, suffix_value) = (x.split([prompt, sum(lengths)], 2) for x in (q, k, v))
         copies = lambda shared, own: torch.cat([shared.expand(len(lengths), -1, -1, -1), rows(own)], 2)
-        out = attend(rows(rest), copies(key, own_key), copies(value, own_value), mask)
+        out = attend(rows(rest), copies(key, suffix_key), copies(value, suffix_value), mask)
         return torch.cat([attend(first, key, value), *(row[None, :, :n] for row, n in zip(out, lengths))], 2)
 
     return form

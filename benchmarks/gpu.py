@@ -1,4 +1,4 @@
-"""The engine on a GPU, in the real shapes: random Qwen2.5-VL weights, bfloat16 compute, two pictures, G = 8.
+"""The engine on a GPU, in the real shapes: random Qwen2.5-VL weights, bfloat16 compute, two images, G = 8.
 
     python -m benchmarks.gpu [--record]                       3B: rollout, scoring, update; 7B: rollout and scoring
     python -m benchmarks.gpu --shapes tiny --prompts 1 …      the same code on whatever there is, to try it
@@ -25,7 +25,7 @@ SHAPES = {  # of the published checkpoints' config.json
                  vision_hidden=64, vision_depth=2, vision_intermediate=128, vision_heads=4),
 }
 IMAGE, VIDEO, START, END = 900, 901, 902, 903  # ids of the special tokens: any will do
-G, SIDE = 8, 448  # pixels a side of both pictures: 256 tokens each
+G, SIDE = 8, 448  # pixels a side of both images: 256 tokens each
 
 
 def random_model(shape: str, device, dtype):
@@ -56,16 +56,16 @@ def random_model(shape: str, device, dtype):
 
 
 def make_prompts(count: int, tokens: int):
+    from grpo.engine.rope import rope_positions
     from grpo.group import Prompt
-    from grpo.rope import rope_positions
 
     grid = torch.tensor([[1, SIDE // 14, SIDE // 14]] * 2)
     made = []
     for number in range(count):
         random = torch.Generator().manual_seed(number)
-        pictures = ([START] + [IMAGE] * (SIDE // 28) ** 2 + [END]) * 2
-        text = torch.randint(0, IMAGE, (tokens - len(pictures),), generator=random).tolist()
-        ids = torch.tensor(pictures + text)
+        images = ([START] + [IMAGE] * (SIDE // 28) ** 2 + [END]) * 2
+        text = torch.randint(0, IMAGE, (tokens - len(images),), generator=random).tolist()
+        ids = torch.tensor(images + text)
         pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 14 * 14, generator=random)
         made.append(Prompt(ids, rope_positions(ids, grid, IMAGE, 2), pixels, grid, None, None, f"prompt/{number}"))
     return made
@@ -128,11 +128,11 @@ def score_operations(policy, groups) -> float:
 
 def measure(shape: str, settings, device) -> list[dict]:
     """Rows of one shape: rollout, scoring, update where asked for, and generate."""
+    from grpo.engine.policy import Policy
+    from grpo.engine.rollout import Sampling
     from grpo.group import packs
-    from grpo.policy import Policy
-    from grpo.rollout import Sampling
-    from grpo.sharding import reshard, sample_whole, see_whole, shard
-    from grpo.update import set_gradient_checkpointing, update
+    from grpo.runtime.fsdp import encode_images_unsharded, reshard, sample_unsharded, shard
+    from grpo.runtime.optim import set_gradient_checkpointing, update
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     products, copies = rates(device, dtype)
@@ -149,10 +149,10 @@ def measure(shape: str, settings, device) -> list[dict]:
         print(rows[-1], flush=True)
 
     warm = Sampling(4, (), 0.8, rows=settings.prompts * G)
-    see_whole(policy, prompts)
-    sample_whole(policy, prompts, G, warm)
+    encode_images_unsharded(policy, prompts)
+    sample_unsharded(policy, prompts, G, warm)
     with Clock(device) as clock:
-        groups = sample_whole(policy, prompts, G, sampling)
+        groups = sample_unsharded(policy, prompts, G, sampling)
     count = sum(sum(group.lengths) for group in groups)
     limit = rollout_bytes(policy, prompts, settings.tokens, 2 if dtype == torch.bfloat16 else 4) / copies
     row("rollout", clock, tokens_per_second=count / clock.seconds, share_of_memory_limit=limit / clock.seconds)
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl")
     settings = parser.parse_args()
     without_vision_operators()
-    from grpo.sharding import finish, start
+    from grpo.runtime.dist import finish, start
 
     device = start()
     rows = [row for shape in settings.shapes for row in measure(shape, settings, device)]

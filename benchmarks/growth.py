@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import PeakMemory, append
-from benchmarks.shapes import MODELS, pictures, words_for, write_model
-from grpo.checkpoint import load_policy
-from grpo.encode import Encoder
-from grpo.rollout import Sampling, sample
+from benchmarks.shapes import MODELS, images, words_for, write_model
+from grpo.engine.encode import Encoder
+from grpo.engine.rollout import Sampling, sample
+from grpo.engine.weights import load_policy
 
 SIZES, PROMPTS, TOKENS = (1, 2, 4, 8, 16, 32, 64), (100, 300, 1000, 3000), 32
 COLORS = ("#3b6fb6", "#2a9d8f", "#e09f3e", "#c8553d")
@@ -94,8 +94,8 @@ def main() -> None:
     print(f"{'prompt':>8}{'G':>5}{'sample, s':>11}{'MB':>8}{'score, s':>11}{'MB':>8}")
     for length in PROMPTS:
         side = 112 if length == 100 else 224
-        prompt = encoder.encode(pictures(0, side), words_for(encoder, length, side), None, "prompt")
-        policy.keep_features([prompt])
+        prompt = encoder.encode(images(0, side), words_for(encoder, length, side), None, "prompt")
+        policy.keep_image_features([prompt])
         measure(policy, prompt, 1, 1)  # what happens once
         for size in SIZES:
             row = measure(policy, prompt, size, settings.repeats)

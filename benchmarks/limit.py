@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.record import append
 from benchmarks.shapes import MODELS, write_model
-from benchmarks.update_vs_trl import CASES, G, PROMPTS, UPDATES, our_trainer
+from benchmarks.update_vs_trl import CASES, PROMPTS, UPDATES, G, our_trainer
 from grpo.group import packs
 
 KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"), "attention": ("scaled_dot",)}

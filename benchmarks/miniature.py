@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from grpo.journal import write_json
-from grpo.settings import run_program
+from grpo.runtime.files import write_json
+from grpo.runtime.settings import run_program
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT, BEGIN, END = ROOT / "docs" / "miniature.md", "<!-- figures -->", "<!-- end of figures -->"
@@ -85,9 +85,9 @@ def stages(home: Path, seed: int) -> list[Stage]:
         add(name, need, module, f"--data {data} {words}")
         add(f"{name}_test", name, "grpo.evaluate", f"--model {home / name / 'model'} --data {data} {how}")
 
-    add("world", "", "data.synthetic", f"--train {TRAIN} --valid {VALID} --test {TEST}")
+    add("world", "", "data.toy", f"--train {TRAIN} --valid {VALID} --test {TEST}")
     expert = home / "world" / "expert.jsonl"
-    add("cold_start", "world", "data.annotate", f"--data {data} --expert file:{expert}", "/data.jsonl")
+    add("cold_start", "world", "sft.annotate", f"--data {data} --expert file:{expert}", "/data.jsonl")
     sft = f"--model {model} {SFT} {REASON} --responses {responses} {LONG}"
     train("stage_1", "cold_start", "sft.train", sft, REASON)
     split = f"--data {data} {REASON} --split train --exclude {drawn} --limit {SPLIT}"
@@ -130,7 +130,7 @@ def run_stage(stage: Stage, words: list[str]) -> None:
 def run_all(waiting: list[Stage], at_once: int) -> None:
     """Every stage that is not done, as soon as those it needs are; the first that fails ends it all."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grpo.run", "grpo.train"])  # imports cost seconds: once, not once a stage
+    context.set_forkserver_preload(["grpo.runtime.run", "grpo.train"])  # imports cost seconds: once, not once a stage
     for stage in waiting:
         if stage.done.exists():
             print(f"{stage.folder}: done already", flush=True)

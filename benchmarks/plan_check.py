@@ -31,7 +31,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # bytes
 
 @dataclass
 class Case:
-    """Two prompts of two pictures, `side` pixels each; `completion` tokens in each of the four completions."""
+    """Two prompts of two images, `side` pixels each; `completion` tokens in each of the four completions."""
 
     prompt: int
     side: int
@@ -61,13 +61,13 @@ CASES = {
 def real_step(folder: Path, case: Case) -> None:
     """Load, and one step of the product's own trainer."""
     from benchmarks.shapes import words_for
-    from grpo.encode import Encoder
-    from grpo.run import Run
+    from grpo.engine.encode import Encoder
+    from grpo.runtime.run import Run
     from grpo.train import Settings, Trainer
 
     text = words_for(Encoder(str(folder)), case.prompt, case.side)
     settings = Settings(model=str(folder), data=f"{case.side}/{text}", output=tempfile.mkdtemp(), valid_split="",
-                        task="benchmarks.two_pictures", learning_rate=1e-6, journal_groups=0, **case.settings())
+                        task="benchmarks.two_images", learning_rate=1e-6, rollout_log_groups=0, **case.settings())
     run = Run(settings)
     run.encoder.end_tokens = ()  # nothing ends a completion but the limit
     Trainer(run, settings).step(run.load("train")[: settings.prompts_per_rollout], 0, [1e-6] * settings.updates)
@@ -86,12 +86,12 @@ def measured(models: Path, case: Case) -> int:
 
 def planned(models: Path, case: Case):
     """The plan for the same step."""
-    from grpo.costs import read_shape
-    from grpo.plan import Settings, plan
+    from grpo.plan.__main__ import Settings, plan
+    from grpo.plan.costs import read_shape
 
-    pictures = 2 * (case.side // 28) ** 2
+    images = 2 * (case.side // 28) ** 2
     settings = Settings(model=str(models / "planned"), gpus=[1], device="cpu", prompt_tokens=case.prompt,
-                        picture_tokens=pictures, **case.settings())
+                        image_tokens=images, **case.settings())
     return plan(read_shape(settings.model), settings, 1)
 
 

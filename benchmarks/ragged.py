@@ -15,10 +15,10 @@ import time
 import torch
 
 from benchmarks.record import append
-from benchmarks.shapes import write_model, pictures, words_for, MODELS
-from grpo.checkpoint import load_policy
-from grpo.encode import Encoder
-from grpo.rollout import Sampling, sample
+from benchmarks.shapes import MODELS, images, words_for, write_model
+from grpo.engine.encode import Encoder
+from grpo.engine.rollout import Sampling, sample
+from grpo.engine.weights import load_policy
 
 PROMPTS, G, SLOTS, MEAN, LIMIT = 32, 8, 32, 100, 400
 
@@ -53,8 +53,8 @@ def main() -> None:
     weight.zero_()
     sampling = Sampling(LIMIT, tuple(range(len(weight) // MEAN)), rows=SLOTS)
     text = words_for(encoder, 200, 224)
-    prompts = [encoder.encode(pictures(i, 224), text, None, f"prompt/{i}") for i in range(PROMPTS)]
-    policy.keep_features(prompts)
+    prompts = [encoder.encode(images(i, 224), text, None, f"prompt/{i}") for i in range(PROMPTS)]
+    policy.keep_image_features(prompts)
     sample(policy, prompts[:2], G, sampling)  # what happens once
 
     lot = SLOTS // G

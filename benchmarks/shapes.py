@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.tiny_model import model_config, token_ids, write_settings, write_tokenizer, write_weights
+from data.toy.model import model_config, token_ids, write_settings, write_tokenizer, write_weights
 
 SHAPES = {
     "big-head": dict(hidden=256, layers=6, heads=4, key_value_heads=2, intermediate=704, vision_hidden=64,
@@ -47,19 +47,19 @@ def write_model(folder: Path, shape: str) -> Path:
     return folder
 
 
-def pictures(seed: int, side: int, count: int = 2) -> list[Image.Image]:
+def images(seed: int, side: int, count: int = 2) -> list[Image.Image]:
     """Noise, side × side pixels: (side / 28)² tokens each."""
     random = np.random.default_rng(seed)
     return [Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def words_for(encoder, tokens: int, side: int) -> str:
-    """The text with which a prompt of two such pictures has exactly so many tokens."""
-    empty = len(encoder.encode(pictures(0, side), ""))
+    """The text with which a prompt of two such images has exactly so many tokens."""
+    empty = len(encoder.encode(images(0, side), ""))
     if tokens < empty:
-        raise ValueError(f"a prompt with two pictures of {side} pixels has at least {empty} tokens; {tokens} asked for")
+        raise ValueError(f"a prompt with two images of {side} pixels has at least {empty} tokens; {tokens} asked for")
     text = f" {WORD}" * (tokens - empty)
-    found = len(encoder.encode(pictures(0, side), text))
+    found = len(encoder.encode(images(0, side), text))
     if found != tokens:
         raise ValueError(f"the prompt has {found} tokens instead of {tokens}")
     return text

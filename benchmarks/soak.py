@@ -25,8 +25,8 @@ from benchmarks.record import append
 
 WORLD = "--train 200 --valid 8 --test 4"
 RUN = ("--learning_rate 1e-4 --prompts_per_rollout 4 --group_size 4 --max_completion_tokens 32 --reward_options min_length=60 "
-       "--validate_every 100 --epochs 40 --journal_every 20")
-TIMES = {"step_time", "seconds/rollout", "seconds/score", "seconds/update", "seconds/journal"}
+       "--validate_every 100 --epochs 40 --rollout_log_every 20")
+TIMES = {"step_time", "seconds/rollout", "seconds/score", "seconds/update", "seconds/rollout_log"}
 WARM = 200  # rollouts until memory should be what it will be
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     settings = parser.parse_args()
     home = Path(tempfile.mkdtemp())
     world = home / "world"
-    subprocess.run([sys.executable, "-m", "data.synthetic", "--output", world, *WORLD.split()], check=True)
+    subprocess.run([sys.executable, "-m", "data.toy", "--output", world, *WORLD.split()], check=True)
     words = ["--model", world / "model", "--data", world / "MORE", "--max_rollouts", settings.rollouts, *RUN.split()]
     calm = go(words + ["--checkpoint_every", 0], home / "calm", None)
     wild = go(words + ["--checkpoint_every", 5], home / "wild", random.Random(settings.seed))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.update_vs_trl
 
-Same weights, pictures and prompts, G = 8, two prompts of two pictures, completions forced to the same length, beta
+Same weights, images and prompts, G = 8, two prompts of two images, completions forced to the same length, beta
 0.001, float32, frozen vision encoder, no gradient checkpointing, each side in a process of its own, one after the
 other. TRL generates with transformers, as it does without a vLLM server. Each side goes through one step of a small
 model first, so that nothing is timed that happens once. Memory is the peak of the resident set beyond what the process
@@ -25,7 +25,7 @@ from benchmarks.record import PeakMemory, append, without_vision_operators
 from benchmarks.shapes import MODELS, write_model
 
 G, PROMPTS, UPDATES, BETA, TEMPERATURE = 8, 2, 2, 0.001, 0.8
-# name, shape, tokens of the prompt (two pictures included), pixels a side, tokens of a completion
+# name, shape, tokens of the prompt (two images included), pixels a side, tokens of a completion
 CASES = {
     "big-head-200": ("big-head", 200, 224, 64),
     "big-head-800": ("big-head", 800, 448, 64),
@@ -49,8 +49,8 @@ def hold(*models) -> None:
             parameter.detach().sum()
 
 
-def count_pictures(visual, counter: list) -> None:
-    """Every picture that goes through the vision encoder adds one to counter[0]."""
+def count_images(visual, counter: list) -> None:
+    """Every image that goes through the vision encoder adds one to counter[0]."""
     def hook(module, arguments, keywords):
         grids = keywords.get("grid_thw", arguments[1] if len(arguments) > 1 else None)
         counter[0] += len(grids)
@@ -64,16 +64,16 @@ def count_pictures(visual, counter: list) -> None:
 def our_trainer(folder: Path, case: str):
     """The product's own trainer, and the samples of one rollout."""
     from benchmarks.shapes import words_for
-    from grpo.encode import Encoder
-    from grpo.run import Run
+    from grpo.engine.encode import Encoder
+    from grpo.runtime.run import Run
     from grpo.train import Settings, Trainer
 
     _, tokens, side, completion = CASES[case]
     text = words_for(Encoder(str(folder)), tokens, side)
     settings = Settings(
-        model=str(folder), data=f"{side}/{text}", output=tempfile.mkdtemp(), task="benchmarks.two_pictures", valid_split="",
+        model=str(folder), data=f"{side}/{text}", output=tempfile.mkdtemp(), task="benchmarks.two_images", valid_split="",
         max_completion_tokens=completion, beta=BETA, updates=UPDATES, group_size=G, temperature=TEMPERATURE,
-        prompts_per_rollout=PROMPTS, tokens_per_pass=TOKENS_PER_PASS, dtype="float32", learning_rate=1e-6, journal_groups=0)
+        prompts_per_rollout=PROMPTS, tokens_per_pass=TOKENS_PER_PASS, dtype="float32", learning_rate=1e-6, rollout_log_groups=0)
     run = Run(settings)
     run.encoder.end_tokens = ()  # nothing ends a completion but the limit
     return Trainer(run, settings), run.load("train")[:PROMPTS]
@@ -82,14 +82,14 @@ def our_trainer(folder: Path, case: str):
 def our_step(folder: Path, case: str) -> dict:
     trainer, samples = our_trainer(folder, case)
     seen, memory = [0], PeakMemory()
-    count_pictures(trainer.run.policy.visual, seen)
+    count_images(trainer.run.policy.visual, seen)
     hold(trainer.run.policy, trainer.reference)
     memory.start()
     line = trainer.step(samples, 0, [1e-6] * UPDATES)
     return {
         "generation": line["seconds/rollout"], "scoring": line["seconds/score"], "update": line["seconds/update"],
         "total": line["step_time"], "extra_bytes": memory.beyond() - 3 * trained_bytes(trainer.run.policy),
-        "pictures": seen[0], "prompt_tokens": len(trainer.run.prompts(samples[0])),
+        "images": seen[0], "prompt_tokens": len(trainer.run.prompts(samples[0])),
         "completion_tokens": line["completions/mean_length"],
     }
 
@@ -106,9 +106,9 @@ def trl_trainer(folder: Path, case: str):
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
     from trl import GRPOConfig, GRPOTrainer
 
-    from benchmarks.shapes import pictures, words_for
-    from benchmarks.two_pictures import reward
-    from grpo.encode import Encoder
+    from benchmarks.shapes import images as make_images, words_for
+    from benchmarks.two_images import reward
+    from grpo.engine.encode import Encoder
 
     _, tokens, side, completion = CASES[case]
     text = words_for(Encoder(str(folder)), tokens, side)
@@ -119,7 +119,7 @@ def trl_trainer(folder: Path, case: str):
                                     chat_template=tokenizer.chat_template)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model.model.visual.requires_grad_(False)
-    rows = [{"prompt": [{"role": "user", "content": text}], "images": pictures(number, side)} for number in range(PROMPTS)]
+    rows = [{"prompt": [{"role": "user", "content": text}], "images": make_images(number, side)} for number in range(PROMPTS)]
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=PROMPTS * G, gradient_accumulation_steps=1, num_generations=G, num_iterations=UPDATES,
@@ -149,8 +149,8 @@ def trl_step(folder: Path, case: str) -> dict:
 
     trainer = trl_trainer(folder, case)
     seconds, seen, memory, lengths = {"generation": 0.0, "scoring": 0.0}, [0], PeakMemory(), {}
-    count_pictures(trainer.model.model.visual, seen)
-    count_pictures(trainer.ref_model.model.visual, seen)
+    count_images(trainer.model.model.visual, seen)
+    count_images(trainer.ref_model.model.visual, seen)
     trainer._generate = timed(trainer._generate, seconds, "generation")
     trainer._get_per_token_logps_and_entropies = timed(
         trainer._get_per_token_logps_and_entropies, seconds, "scoring", lambda: not torch.is_grad_enabled())
@@ -174,7 +174,7 @@ def trl_step(folder: Path, case: str) -> dict:
     total = time.perf_counter() - began[0]
     return {
         **seconds, "update": total - sum(seconds.values()), "total": total,
-        "extra_bytes": memory.beyond() - 3 * trained_bytes(trainer.model), "pictures": seen[0],
+        "extra_bytes": memory.beyond() - 3 * trained_bytes(trainer.model), "images": seen[0],
         "prompt_tokens": lengths["prompt"], "completion_tokens": lengths["completion"],
     }
 
@@ -214,14 +214,14 @@ def main() -> None:
     settings = parser.parse_args()
     if settings.side:
         return one_side(settings.side, settings.cases[0], settings.models)
-    print(f"{'':14}{'':6}{'generation':>11}{'scoring':>9}{'update':>9}{'total, s':>10}{'extra MB':>10}{'pictures':>10}")
+    print(f"{'':14}{'':6}{'generation':>11}{'scoring':>9}{'update':>9}{'total, s':>10}{'extra MB':>10}{'images':>10}")
     rows, ratios = [], {}
     for case in settings.cases:
         results = {side: measure(side, case, settings.models) for side in ("ours", "trl")}
         same_work(*results.values())
         for side, result in results.items():
             print(f"{case:14}{side:6}{result['generation']:11.2f}{result['scoring']:9.2f}{result['update']:9.2f}"
-                  f"{result['total']:10.2f}{result['extra_bytes'] / 1e6:10.0f}{result['pictures']:10}", flush=True)
+                  f"{result['total']:10.2f}{result['extra_bytes'] / 1e6:10.0f}{result['images']:10}", flush=True)
             rows.append({"case": case, "side": side, **result})
         ratios[case] = results["trl"]["total"] / results["ours"]["total"]
         ratios["memory"] = max(ratios.get("memory", 0), results["ours"]["extra_bytes"] / results["trl"]["extra_bytes"])

@@ -2,7 +2,7 @@
 
     python -m benchmarks.voting [--record]
 
-The trunk shape, 4 prompts of 800 tokens with two pictures, 100 new tokens each, float32. `generate` gets one prompt at a
+The trunk shape, 4 prompts of 800 tokens with two images, 100 new tokens each, float32. `generate` gets one prompt at a
 time (its best case: nothing is padded) and expands it to 100 rows before the prefill; both sides draw from the full
 softmax at temperature 0.8 and may not end early. Keys and values are counted from the caches' shapes, both complete.
 """
@@ -13,16 +13,16 @@ import time
 import torch
 
 from benchmarks.record import append, without_vision_operators
-from benchmarks.shapes import MODELS, pictures, words_for, write_model
+from benchmarks.shapes import MODELS, images, words_for, write_model
 
 PROMPTS, SAMPLES, TOKENS, PROMPT_TOKENS, SIDE = 4, 100, 100, 800, 448
 
 
 def ours(policy, prompts) -> float:
-    from grpo.rollout import Sampling, sample
+    from grpo.engine.rollout import Sampling, sample
 
     start = time.perf_counter()
-    policy.keep_features(prompts)
+    policy.keep_image_features(prompts)
     groups = sample(policy, prompts, SAMPLES, Sampling(TOKENS, (), 0.8, rows=SAMPLES))
     assert all(len(completion) == TOKENS for group in groups for completion in group.completions)
     return time.perf_counter() - start
@@ -50,13 +50,13 @@ def main() -> None:
     without_vision_operators()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from grpo.checkpoint import load_policy
-    from grpo.encode import Encoder
+    from grpo.engine.encode import Encoder
+    from grpo.engine.weights import load_policy
 
     folder = str(write_model(MODELS / settings.shape, settings.shape))
     encoder, policy = Encoder(folder), load_policy(folder).requires_grad_(False)
     text = words_for(encoder, PROMPT_TOKENS, SIDE)
-    prompts = [encoder.encode(pictures(i, SIDE), text, None, f"prompt/{i}") for i in range(PROMPTS)]
+    prompts = [encoder.encode(images(i, SIDE), text, None, f"prompt/{i}") for i in range(PROMPTS)]
     seconds = {"ours": ours(policy, prompts)}
     config = policy.config.text_config
     del policy

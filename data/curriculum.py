@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's mini-batches, in order, and the counts that the journal keeps of them."""
+    """One epoch's mini-batches, in order, and the counts that the metrics_log keeps of them."""
     batches: list[list]
     record: dict
 

@@ -1,11 +1,11 @@
-"""JMERE: posts with a picture, and all the (head, head type, tail, tail type, relation) quintuples in each.
+"""JMERE: posts with an image, and all the (head, head type, tail, tail type, relation) quintuples in each.
 
 A folder holds train.json, val.json and test.json or some of them, each one JSON list of posts:
 
     {"token": […], "img_id": "….jpg", "label_list": [[{"beg_ent": E, "sec_ent": E, "relation": "peer"}], …]}
 
-with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. Pictures lie in one of
-PICTURE_PLACES; the text can be used without them. `python -m data.jmere --check DIR` counts all of it.
+with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. Images lie in one of
+IMAGE_PLACES; the text can be used without them. `python -m data.jmere --check DIR` counts all of it.
 """
 import argparse
 import json
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data.pictures import check_picture, grey_picture, one_line, open_picture
+from data.images import check_image, grey_image, one_line, open_image
 from rewards.jmere import Quintuple, answer_text, correct, spoken
 
 SPLITS = ("train", "val", "test")
@@ -29,20 +29,20 @@ RELATIONS = (
     "alternate_names", "alumi", "awarded", "charges", "contain", "couple", "held_on", "locate_at", "member_of",
     "nationality", "neighbor", "parent", "part_of", "peer", "place_of_birth", "place_of_residence", "present_in",
     "race", "religion", "siblings", "subsidiary")
-PICTURE_PLACES = ("images", "images/{split}", "img_org/{split}", ".")  # the first that holds the file
+IMAGE_PLACES = ("images", "images/{split}", "img_org/{split}", ".")  # the first that holds the file
 log = logging.getLogger(__name__)
 
 
 class Post(NamedTuple):
     """What the file says of one post."""
     text: str
-    picture: str  # the file's name
+    image: str  # the file's name
     quintuples: tuple[Quintuple, ...]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One post; image is None where a grey picture stands in for a missing one."""
+    """One post; image is None where a grey image stands in for a missing one."""
     id: str  # "train/0": the split and the post's place in its file, from 0
     image: Path | None
     text: str
@@ -65,12 +65,12 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
     if split not in splits:
         raise FileNotFoundError(f"{folder / f'{split}.json'} is missing; the folder has {', '.join(splits)}")
     relations = relations_in(splits)
-    samples = [Sample(f"{split}/{i}", find_picture(folder, split, post.picture), post.text, post.quintuples,
+    samples = [Sample(f"{split}/{i}", find_image(folder, split, post.image), post.text, post.quintuples,
                       relations, tuple(TYPES)) for i, post in enumerate(splits[split])]
-    missing = [post.picture for post, sample in zip(splits[split], samples) if sample.image is None]
+    missing = [post.image for post, sample in zip(splits[split], samples) if sample.image is None]
     if missing:
-        places = ", ".join(place.format(split=split) for place in PICTURE_PLACES)
-        report = (f"{folder / f'{split}.json'}: {len(missing)} of {len(samples)} posts have no picture "
+        places = ", ".join(place.format(split=split) for place in IMAGE_PLACES)
+        report = (f"{folder / f'{split}.json'}: {len(missing)} of {len(samples)} posts have no image "
                   f"in {places}: {', '.join(list(dict.fromkeys(missing))[:3])}")
         if missing_images == "stop":
             raise FileNotFoundError(f"{report} (missing_images can be drop or blank)")
@@ -78,10 +78,10 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
             samples = [sample for sample in samples if sample.image is not None]
             if not samples:
                 raise ValueError(f"{report}; none is left")
-        log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey picture stands in")
+        log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey image stands in")
     for sample in samples:
         if sample.image is not None:
-            check_picture(sample.image, f"{folder}, {sample.id}")
+            check_image(sample.image, f"{folder}, {sample.id}")
     return samples
 
 
@@ -92,7 +92,7 @@ def sample_from(image, text: str, *, data="") -> Sample:
     the one that the model was trained on.
     """
     if image is not None:
-        check_picture(image, "this post")
+        check_image(image, "this post")
     words = text.split()
     if not words:
         raise ValueError("the post's text is empty; words expected")
@@ -132,14 +132,14 @@ def _read_post(item, where: str) -> Post:
     tokens = _field(item, "token", list, where)
     if not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{where}: 'token' is {str(tokens)[:60]}; a list of words expected")
-    picture = _field(item, "img_id", str, where)
-    if picture != Path(picture).name:
-        raise ValueError(f"{where}: 'img_id' is {picture!r}; the bare name of a file expected")
+    image = _field(item, "img_id", str, where)
+    if image != Path(image).name:
+        raise ValueError(f"{where}: 'img_id' is {image!r}; the bare name of a file expected")
     labels = _field(item, "label_list", list, where)
     if not all(isinstance(entry, list) and entry for entry in labels):
         raise ValueError(f"{where}: 'label_list' is {str(labels)[:60]}; a list of one-element lists expected")
     quintuples = dict.fromkeys(_read_pair(pair, tokens, where) for entry in labels for pair in entry)  # each once
-    return Post(" ".join(tokens[_leading_rt(tokens):]), picture, tuple(quintuples))
+    return Post(" ".join(tokens[_leading_rt(tokens):]), image, tuple(quintuples))
 
 
 def _field(record, key: str, kind: type, where: str):
@@ -179,15 +179,15 @@ def _leading_rt(tokens: list[str]) -> int:
     return int(tokens[0] == "RT")
 
 
-def find_picture(folder: Path, split: str, name: str) -> Path | None:
-    """The first of PICTURE_PLACES that holds the picture."""
-    candidates = (folder / place.format(split=split) / name for place in PICTURE_PLACES)
+def find_image(folder: Path, split: str, name: str) -> Path | None:
+    """The first of IMAGE_PLACES that holds the image."""
+    candidates = (folder / place.format(split=split) / name for place in IMAGE_PLACES)
     return next((path for path in candidates if path.is_file()), None)
 
 
 def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list[Image.Image], str]:
-    """([picture], the question); reasoning=False asks for the answer alone (zero-shot, label only)."""
-    return [open_picture(sample.image) if sample.image else grey_picture()], question(sample, reasoning=reasoning)
+    """([image], the question); reasoning=False asks for the answer alone (zero-shot, label only)."""
+    return [open_image(sample.image) if sample.image else grey_image()], question(sample, reasoning=reasoning)
 
 
 def question(sample: Sample, *, reasoning: bool = True) -> str:
@@ -231,7 +231,7 @@ entities, then their types, then the relation, and why not another one that lies
 
 
 def expert_prompt(sample: Sample) -> str:
-    """What the expert is asked with the picture for one candidate: the task, three parts, the gold quintuples."""
+    """What the expert is asked with the image for one candidate: the task, three parts, the gold quintuples."""
     return "\n\n".join([
         question(sample),
         EXPERT_PARTS,
@@ -312,7 +312,7 @@ def check(folder) -> None:
 
 def _totals(sample: Sample) -> dict[str, int]:
     return {"posts": 1,
-            "posts without picture": int(sample.image is None),
+            "posts without image": int(sample.image is None),
             "quintuples": len(sample.quintuples),
             "answers that do not read back": int(not correct(target(sample), sample))}
 

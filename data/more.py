@@ -2,11 +2,11 @@
 
     rel2id.json                      {label: id}, with "none"
     txt/{train,valid,test}.txt       one sample a line, a Python or a JSON dictionary
-    ent_{train,valid,test}_dict.pth  {picture: {object: box}}, asked only for lines that hold no box
-    img_org/{split}/                 the pictures
+    ent_{train,valid,test}_dict.pth  {image: {object: box}}, asked only for lines that hold no box
+    img_org/{split}/                 the images
 
-A line's `h` is the entity in the text and its `t` the object in the picture; a label such as
-/per/org/member_of names the object's type first. Boxes are (cx, cy, w, h) in fractions of the picture; some
+A line's `h` is the entity in the text and its `t` the object in the image; a label such as
+/per/org/member_of names the object's type first. Boxes are (cx, cy, w, h) in fractions of the image; some
 spill over its edge.
 
 `python -m data.more --check DIR` counts what is there and names what is wrong
@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.pictures import check_box, check_picture, crop_box, grey_picture, one_line, open_picture
+from data.images import check_box, check_image, crop_box, grey_image, one_line, open_image
 
 SPLITS = ("train", "valid", "test")
 MISSING_IMAGES = ("stop", "drop", "blank")
-PICTURE_TOKEN = "<|image_pad|>"  # stands for a picture in Qwen's prompts, so no text may hold it
+IMAGE_TOKEN = "<|image_pad|>"  # stands for an image in Qwen's prompts, so no text may hold it
 log = logging.getLogger(__name__)
 
 
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 class Sample:
     """One object, one entity, one relation."""
     id: str  # "train/0": the split and the line's number from 0
-    image: Path | None  # None: not at hand, a grey picture stands in
-    box: tuple[float, float, float, float]  # of the object: cx, cy, w, h in fractions of the picture
+    image: Path | None  # None: not at hand, a grey image stands in
+    box: tuple[float, float, float, float]  # of the object: cx, cy, w, h in fractions of the image
     text: str
     entity: str
     label: str
@@ -48,7 +48,7 @@ class BoxFault(ValueError):
 
 
 def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
-    """Read and validate a whole split, pictures' headers and boxes included.
+    """Read and validate a whole split, images' headers and boxes included.
 
     `missing_images`: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such
     samples out and warns; "blank" keeps them with `image` None. Anything else that is wrong is a ValueError
@@ -62,14 +62,14 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
         if not sample.image.is_file():
             missing.append(sample)
             sample = replace(sample, image=None)
-        check_box(sample.box, reader.picture_size(sample, where), where)
+        check_box(sample.box, reader.image_size(sample, where), where)
         samples.append(sample)
     if missing:
         named = ", ".join(str(sample.image) for sample in missing[:3])
-        report = f"{reader.file}: {len(missing)} of {len(samples)} samples have no picture: {named}"
+        report = f"{reader.file}: {len(missing)} of {len(samples)} samples have no image: {named}"
         if missing_images == "stop":
             raise FileNotFoundError(f"{report} (missing_images can be drop or blank)")
-        log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey picture stands in")
+        log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey image stands in")
     if missing_images == "drop":
         samples = [sample for sample in samples if sample.image is not None]
     if not samples:
@@ -80,27 +80,27 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
 def sample_from(image, text: str, *, box: str, entity: str, data) -> Sample:
     """One sample of the user's own, without a label: what grpo.predict answers.
 
-    `box` is "cx,cy,w,h" in fractions of the picture; the candidates are those of the rel2id.json in `data`. Raises a
+    `box` is "cx,cy,w,h" in fractions of the image; the candidates are those of the rel2id.json in `data`. Raises a
     one-line ValueError or FileNotFoundError for what does not fit.
     """
     try:
         cx, cy, w, h = (float(part) for part in box.split(","))
     except ValueError:
-        raise ValueError(f"box is {box!r}; cx,cy,w,h in fractions of the picture expected") from None
+        raise ValueError(f"box is {box!r}; cx,cy,w,h in fractions of the image expected") from None
     if not entity.strip() or entity not in text:
         raise ValueError(f"the entity {entity!r} does not stand in the text {text[:60]!r}")
-    check_box((cx, cy, w, h), check_picture(image, "this sample"), "this sample")
+    check_box((cx, cy, w, h), check_image(image, "this sample"), "this sample")
     return Sample("this sample", Path(image), (cx, cy, w, h), text, entity, "", read_labels(data))
 
 
 def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
-    """([picture, its crop to the object] in RGB, the question): MORE-R1's equation 1."""
+    """([image, its crop to the object] in RGB, the question): MORE-R1's equation 1."""
     if sample.image is None:
-        pictures = [grey_picture(), grey_picture()]
+        images = [grey_image(), grey_image()]
     else:
-        picture = open_picture(sample.image)
-        pictures = [picture, crop_box(picture, sample.box)]
-    return pictures, question(sample, reasoning=reasoning)
+        image = open_image(sample.image)
+        images = [image, crop_box(image, sample.box)]
+    return images, question(sample, reasoning=reasoning)
 
 
 def question(sample: Sample, *, reasoning: bool = True) -> str:
@@ -144,7 +144,7 @@ Step 6: Decide for one of those, from what the steps before have found."""
 
 
 def expert_prompt(sample: Sample) -> str:
-    """What the expert is asked with the pictures (MORE-R1, section 3.2): task, six steps, gold answer."""
+    """What the expert is asked with the images (MORE-R1, section 3.2): task, six steps, gold answer."""
     if is_none(sample):
         gold = "The right answer is none: the object and the entity are not related."
     else:
@@ -169,7 +169,7 @@ def normalise_response(response: str, sample: Sample) -> str:
 
 
 class SplitReader:
-    """Reads a split line by line; keeps the labels, the box dictionary and the sizes of pictures seen."""
+    """Reads a split line by line; keeps the labels, the box dictionary and the sizes of images seen."""
 
     def __init__(self, folder, split: str):
         if split not in SPLITS:
@@ -194,7 +194,7 @@ class SplitReader:
                     held_back.clear()
 
     def sample(self, line: str, where: str) -> Sample:
-        """The line as a sample, with its picture's path; the picture itself is not looked at."""
+        """The line as a sample, with its image's path; the image itself is not looked at."""
         fields = _dictionary(line, where)
         tokens = _field(fields, ("token",), list, where)
         if not tokens or not all(isinstance(token, str) for token in tokens):
@@ -202,11 +202,11 @@ class SplitReader:
         text, entity = " ".join(tokens), _field(fields, ("h", "name"), str, where)
         # A lone surrogate can be written in JSON but is refused by every tokenizer.
         text, entity = (words.encode("utf-8", "replace").decode() for words in (text, entity))
-        if PICTURE_TOKEN in text or PICTURE_TOKEN in entity:
-            raise ValueError(f"{where}: text or entity holds {PICTURE_TOKEN}, a picture's token; words expected")
+        if IMAGE_TOKEN in text or IMAGE_TOKEN in entity:
+            raise ValueError(f"{where}: text or entity holds {IMAGE_TOKEN}, an image's token; words expected")
         image = _field(fields, ("img_id",), str, where)
         if image != Path(image).name or not image.isprintable() or len(image.encode()) > 255:  # as file systems allow
-            raise ValueError(f"{where}: 'img_id' is {_shown(image)}; the bare name of a picture expected")
+            raise ValueError(f"{where}: 'img_id' is {_shown(image)}; the bare name of an image expected")
         label = _field(fields, ("relation",), str, where)
         if label not in self.labels:
             raise ValueError(f"{where}: label {_shown(label)} is not in {self.folder / 'rel2id.json'}")
@@ -226,10 +226,10 @@ class SplitReader:
             labels=self.labels,
         )
 
-    def picture_size(self, sample: Sample, where: str) -> tuple[int, int] | None:
-        """(width, height) of the sample's picture, from its header; None where there is none."""
+    def image_size(self, sample: Sample, where: str) -> tuple[int, int] | None:
+        """(width, height) of the sample's image, from its header; None where there is none."""
         if sample.image is not None and sample.image not in self.sizes:
-            self.sizes[sample.image] = check_picture(sample.image, where)
+            self.sizes[sample.image] = check_image(sample.image, where)
         return self.sizes.get(sample.image)
 
     def _stored_box(self, image: str, name: str):
@@ -248,7 +248,7 @@ class SplitReader:
 
 
 def _read_boxes(file: Path) -> tuple[dict, str]:
-    """({picture: {object: box}}, what is wrong with the file)."""
+    """({image: {object: box}}, what is wrong with the file)."""
     if not file.is_file():
         return {}, f"{file} is missing"
     import torch  # the one file of this dataset that needs it

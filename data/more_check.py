@@ -7,10 +7,10 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
+from data.images import check_box, open_image
 from data.more import SPLITS, BoxFault, SplitReader, read_labels
-from data.pictures import check_box, open_picture
 
-PROBLEMS = ("file missing", "bad line", "picture missing", "picture unreadable", "bad box")
+PROBLEMS = ("file missing", "bad line", "image missing", "image unreadable", "bad box")
 SHOWN = 10  # offenders named for each split
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", metavar="DIR", required=True,
                         help="the folder with txt/, img_org/ and rel2id.json")
     parser.add_argument("--decode", action="store_true",
-                        help="decode every picture, to find those cut off in the middle (minutes)")
+                        help="decode every image, to find those cut off in the middle (minutes)")
     settings = parser.parse_args(arguments)
     try:
         labels = read_labels(settings.check)
@@ -74,11 +74,11 @@ def _examine(reader: SplitReader, where: str, line: str, report: SplitReport, de
     try:
         sample = reader.sample(line, where)
         report.labels[sample.label] += 1
-        problem = "picture unreadable" if sample.image.is_file() else "picture missing"
+        problem = "image unreadable" if sample.image.is_file() else "image missing"
         first_time = sample.image not in reader.sizes
-        size = reader.picture_size(sample, where)
+        size = reader.image_size(sample, where)
         if decode and first_time:
-            open_picture(sample.image)
+            open_image(sample.image)
         problem = "bad box"
         check_box(sample.box, size, where)
     except BoxFault as fault:

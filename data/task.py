@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-# What the programs call. A task may also offer, for data.annotate:
+# What the programs call. A task may also offer, for sft.annotate:
 #   data half: expert_prompt(sample) -> str, normalise_response(response, sample) -> str
 #   rewards half: fault(completion, sample) -> str | None, what breaks the structure
 # and for grpo.predict, in the data half, sample_from(…) with any of these by name: image, text, box, entity, data;

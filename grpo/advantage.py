@@ -41,13 +41,13 @@ def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: 
         G = rewards.shape[1]
         return centred * G / max(G - 1, 1)
     if scale == "group":
-        std = spread(rewards, ddof, dim=1)
+        std = standard_deviation(rewards, ddof, dim=1)
     else:
-        std = spread(rewards if scale == "batch" else centred, ddof)
+        std = standard_deviation(rewards if scale == "batch" else centred, ddof)
     return (centred / (std + eps)).masked_fill(centred == 0, 0.0)  # 0 / 0 where eps = 0
 
 
-def flat_groups(rewards: Tensor) -> Tensor:
+def zero_variance_groups(rewards: Tensor) -> Tensor:
     """True where all rewards of a group are equal.  (groups, G) -> bool (groups,)
 
     max == min and not std == 0: the std of equal floats is rarely an exact zero.  These are the groups that
@@ -59,10 +59,10 @@ def flat_groups(rewards: Tensor) -> Tensor:
 def centre(rewards: Tensor) -> Tensor:
     """r_i − mean(r) within each group; exact zeros in a flat one.  (groups, G) -> (groups, G)"""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred.masked_fill(flat_groups(rewards).unsqueeze(1), 0.0)
+    return centred.masked_fill(zero_variance_groups(rewards).unsqueeze(1), 0.0)
 
 
-def spread(values: Tensor, ddof: int, dim: int | None = None) -> Tensor:
+def standard_deviation(values: Tensor, ddof: int, dim: int | None = None) -> Tensor:
     """sqrt(Σ (x − mean)² / (n − ddof)), over all or along `dim` (kept as size 1); 0 where n <= ddof."""
     check_choice("ddof", ddof, (0, 1))
     n = values.numel() if dim is None else values.shape[dim]
@@ -78,7 +78,7 @@ def combine_rewards(
 
     "sum"         Σ_k w_k r_k.  The papers' way (MORE-R1 eq. 5, JMERE-R1 eq. 5): z-score the sum afterwards.
     "normalised"  Σ_k w_k z_k, z_k the z-score of part k within its group: every part weighs the same however
-                  small its spread.  GDPO, arXiv 2601.05242: pass the result on with `scale="none"`, or with
+                  small its std.  GDPO, arXiv 2601.05242: pass the result on with `scale="none"`, or with
                   `scale="centred-batch"` for that paper's normalisation over the batch.
 
     Equal parts give bitwise equal sums, so a flat group stays flat.  Raises ValueError as `group_advantages`.

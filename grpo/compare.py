@@ -7,8 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from grpo.journal import table, write_json
-from grpo.settings import run_program
+from grpo.runtime.files import write_json
+from grpo.runtime.log import table
+from grpo.runtime.settings import run_program
 
 HEADLINE = ("accuracy", "precision", "recall", "f1")
 

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.task import resolve_task
-from grpo.answer import Prompts, answer, check_reward_options
-from grpo.checkpoint import load_policy
-from grpo.encode import Encoder
-from grpo.journal import Stopwatch, say, table, write_json
-from grpo.rollout import Sampling
-from grpo.run import read_ids, record_settings
-from grpo.settings import CommonSettings, parse, parse_options, run_program, setting
-from grpo.sharding import compute_dtype, finish, rank, shard, start
-from grpo.vote import majority
+from grpo.engine.encode import Encoder
+from grpo.engine.rollout import Sampling
+from grpo.engine.weights import load_policy
+from grpo.runtime.answer import Prompts, answer, check_reward_options
+from grpo.runtime.dist import finish, rank, start
+from grpo.runtime.files import write_json
+from grpo.runtime.fsdp import compute_dtype, shard
+from grpo.runtime.log import Stopwatch, say, table
+from grpo.runtime.run import read_ids, record_settings
+from grpo.runtime.settings import CommonSettings, parse, parse_options, run_program, setting
+from rewards.vote import majority
 
 
 @dataclass

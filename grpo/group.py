@@ -15,10 +15,10 @@ from torch import Tensor
 class Prompt:
     """One encoded sample.
 
-    tokens     (P,) token ids, each picture already as long a run of image tokens as it has features
+    tokens     (P,) token ids, each image already as long a run of image tokens as it has features
     positions  (3, P) rope positions: time, height, width
-    pixels     (patches, patch values) of all its pictures, or None
-    grids      (pictures, 3) patches per picture: time, height, width, or None
+    pixels     (patches, patch values) of all its images, or None
+    grids      (images, 3) patches per image: time, height, width, or None
     features   (image tokens, hidden) once the frozen vision encoder has seen the pixels, else None
     sample     the task's own sample; `id` names it in errors and seeds its noise
     """

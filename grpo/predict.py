@@ -4,7 +4,7 @@
         --text "Celtics beat Heat" --entity Celtics
 
 A task takes part by offering `sample_from` in its data half, whose parameters say which of --image, --text, --box,
---entity and --data it needs: MORE asks for all of them, JMERE for a picture and a text.
+--entity and --data it needs: MORE asks for all of them, JMERE for an image and a text.
 """
 
 import inspect
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from data.task import Task, resolve_task
-from grpo.checkpoint import load_policy
-from grpo.encode import Encoder
-from grpo.rollout import Sampling, sample
-from grpo.settings import CommonSettings, parse, required, run_program, setting
-from grpo.sharding import compute_dtype
+from grpo.engine.encode import Encoder
+from grpo.engine.rollout import Sampling, sample
+from grpo.engine.weights import load_policy
+from grpo.runtime.fsdp import compute_dtype
+from grpo.runtime.settings import CommonSettings, parse, required, run_program, setting
 
 PARTS = ("image", "text", "box", "entity", "data")
 
@@ -30,16 +30,16 @@ class Settings:
 
     model: str = required("checkpoint folder or hub name of the weights")
     task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's own, else more")
-    image: str = setting("", "the picture's file")
+    image: str = setting("", "the image's file")
     text: str = setting("", "the text that goes with it")
-    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the picture (--box=… where it begins with a minus)")
+    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the image (--box=… where it begins with a minus)")
     entity: str = setting("", "MORE: the entity, as it stands in the text")
     data: str = setting("", "dataset folder with the candidate labels; empty: the one that the model was trained on")
     reasoning: bool = setting(True, "ask for <think>…</think>; off for a model that was trained on bare answers")
     temperature: float = setting(0.0, "0 is greedy")
     seed: int = setting(0, "of the sampling noise")
     max_completion_tokens: int = setting(1024, "longest completion, end token included")
-    max_pixels: int = setting(0, "largest area of a picture in pixels; 0: as the model was trained, else 1,280 tokens")
+    max_pixels: int = setting(0, "largest area of an image in pixels; 0: as the model was trained, else 1,280 tokens")
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on a GPU that has it",
                          choices=("auto", "float32", "bfloat16"))
 
@@ -77,13 +77,13 @@ def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "
 
 def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
     """The completion's text, and whether it ended by itself."""
-    pictures, text = task.data.build_prompt(one, reasoning=settings.reasoning)
+    images, text = task.data.build_prompt(one, reasoning=settings.reasoning)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = Encoder(settings.model, settings.max_pixels)
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature,
                         seed=f"{settings.seed}/predict")
     policy = load_policy(settings.model, compute_dtype(settings.dtype, device)).requires_grad_(False).to(device)
-    group, = sample(policy, [encoder.encode(pictures, text, one, one.id)], 1, sampling)
+    group, = sample(policy, [encoder.encode(images, text, one, one.id)], 1, sampling)
     return encoder.decode(group.completions[0]), group.finished[0]
 
 

@@ -17,25 +17,33 @@ import torch
 from torch import Tensor
 
 from data.curriculum import LAST_BATCHES, MIXINGS, Epoch, epoch_batches, none_share
-from grpo.advantage import combine_rewards, flat_groups, group_advantages, kl_penalised_rewards, overlong_penalty
-from grpo.answer import check_reward_options
-from grpo.diary import Diary
+from grpo.advantage import (
+    combine_rewards,
+    group_advantages,
+    kl_penalised_rewards,
+    overlong_penalty,
+    zero_variance_groups,
+)
+from grpo.engine.lora import adapter_off
+from grpo.engine.policy import Policy
+from grpo.engine.rollout import Sampling
 from grpo.group import Group, packs, pad_rows, row_mask
-from grpo.journal import Journal, Stopwatch, progress, say
-from grpo.lora import adapter_off
-from grpo.memory import enough_memory
 from grpo.objective import count_terms, mean_statistics, truncation_mask
-from grpo.policy import Policy
-from grpo.rollout import Sampling
-from grpo.run import Run, read_lines
-from grpo.settings import TrainingSettings, parse, parse_options, run_program, setting
-from grpo.sharding import finish, gather, rank, reshard, sample_whole, see_whole, share, total, world_size
-from grpo.update import idle_pack, learning_rate, make_optimizer, pass_over, update
+from grpo.runtime.answer import check_reward_options
+from grpo.runtime.dist import all_gather, all_reduce_max, all_reduce_sum, finish, rank, split_across_ranks, world_size
+from grpo.runtime.fsdp import encode_images_unsharded, reshard, sample_unsharded
+from grpo.runtime.liveness import heartbeat
+from grpo.runtime.log import Stopwatch, progress, say
+from grpo.runtime.memory import enough_memory
+from grpo.runtime.metrics import MetricsLog
+from grpo.runtime.optim import idle_pack, learning_rate, make_optimizer, pass_over, update
+from grpo.runtime.rollout_log import RolloutLog
+from grpo.runtime.run import Run, read_lines
+from grpo.runtime.settings import TrainingSettings, parse, parse_options, run_program, setting
 from grpo.variants import Preset, load_objective, loss_options, resolve
-from grpo.watchdog import pulse
 
 OVERRIDES = ("group_size", "updates", "temperature", "beta", "kl", "clip_low", "clip_high", "scale", "ddof", "eps",
-             "level", "aggregate", "truncated", "flat_groups", "surrogate", "kl_weighted", "combine", "overlong_share", "length")
+             "level", "aggregate", "truncated", "zero_variance_groups", "surrogate", "kl_weighted", "combine", "overlong_share", "length")
 
 
 def override(help: str):
@@ -61,10 +69,10 @@ class Settings(TrainingSettings):
     reward_weights: str = setting("", "name=number[,name=number]; others keep the task's weight")
     reward_options: str = setting("", "options of the task's reward, name=number[,name=number]")
     validate_every: int = setting(0, "rollouts between validations; 0: at the end of every epoch")
-    journal_every: int = setting(10, "rollouts between records of whole groups in rollouts.jsonl; the last is one too")
-    journal_groups: int = setting(4, "groups of one record; 0 for no journal of rollouts")
-    journal_megabytes: float = setting(64.0, "largest rollouts.jsonl: a run that outgrows it keeps every second record")
-    resample_tries: int = setting(3, "for flat_groups=resampled: how often a flat group is drawn again before it is dropped")
+    rollout_log_every: int = setting(10, "rollouts between records of whole groups in rollouts.jsonl; the last is one too")
+    rollout_log_groups: int = setting(4, "groups of one record; 0 for no log of rollouts")
+    rollout_log_megabytes: float = setting(64.0, "largest rollouts.jsonl: a run that outgrows it keeps every second record")
+    resample_tries: int = setting(3, "for zero_variance_groups=resampled: how often a flat group is drawn again before it is dropped")
     group_size: Optional[int] = override("G, completions a prompt")
     updates: Optional[int] = override("μ, updates a rollout")
     temperature: Optional[float] = override("of the rollouts and of the scored distribution")
@@ -83,7 +91,7 @@ class Settings(TrainingSettings):
     combine: Optional[str] = override("reward parts: sum, or normalised each before they are summed")
     overlong_share: Optional[float] = override("last share of the completion limit in which length is punished")
     truncated: Optional[str] = override("completions cut by the limit: kept or masked")
-    flat_groups: Optional[str] = override("groups of equal rewards: kept, dropped, resampled")
+    zero_variance_groups: Optional[str] = override("groups of equal rewards: kept, dropped, resampled")
 
     def preset(self) -> Preset:
         """The objective with this run's overrides."""
@@ -102,9 +110,9 @@ class Settings(TrainingSettings):
                              f"each must be 0 (every epoch; no limit) or more")
         if self.max_prompt_tokens < 1:
             raise ValueError(f"--max_prompt_tokens is {self.max_prompt_tokens}; at least 1 expected")
-        if self.journal_every < 1 or self.journal_groups < 0 or self.journal_megabytes <= 0:
-            raise ValueError(f"--journal_every {self.journal_every} --journal_groups {self.journal_groups} --journal_megabytes "
-                             f"{self.journal_megabytes}: expected at least 1, at least 0, above 0")
+        if self.rollout_log_every < 1 or self.rollout_log_groups < 0 or self.rollout_log_megabytes <= 0:
+            raise ValueError(f"--rollout_log_every {self.rollout_log_every} --rollout_log_groups {self.rollout_log_groups} --rollout_log_megabytes "
+                             f"{self.rollout_log_megabytes}: expected at least 1, at least 0, above 0")
         if preset.updates < 1:
             raise ValueError(f"--updates is {preset.updates}; at least 1 expected")
         if self.prompts_per_rollout < 1 or self.prompts_per_rollout % world_size():
@@ -133,9 +141,9 @@ class Curriculum:
         self.epochs = [self.epoch(index) for index in range(settings.epochs)]
         everything = sum(len(epoch.batches) for epoch in self.epochs)
         self.rollouts = min(everything, settings.max_rollouts or everything)
-        journal, drawn = (Journal(settings.output, f"{name}.jsonl") for name in ("curriculum", "drawn"))
+        metrics_log, drawn = (MetricsLog(settings.output, f"{name}.jsonl") for name in ("curriculum", "drawn"))
         for index, epoch in enumerate(self.epochs):
-            journal.write(epoch.record)
+            metrics_log.write(epoch.record)
             drawn.write({"epoch": index, "batches": [[sample.id for sample in batch] for batch in epoch.batches]})
 
     def plan(self) -> list[tuple[int, list, bool]]:
@@ -173,39 +181,39 @@ class Trainer:
         first = rank() == 0  # counts of all processes until then go on with the first one's
         self.too_long, self.longest = (before.get(name, 0) if first else 0 for name in ("too_long", "longest"))
         self.learned = before.get("learned", False)
-        self.diary = Diary(run, self.preset.temperature, settings.journal_every * before.get("journal_thinned", 1),
-                           settings.journal_groups, int(settings.journal_megabytes * 2**20), run.step)
+        self.rollout_log = RolloutLog(run, self.preset.temperature, settings.rollout_log_every * before.get("rollout_log_thinned", 1),
+                           settings.rollout_log_groups, int(settings.rollout_log_megabytes * 2**20), run.step)
 
     def progress(self) -> dict:
         """What a run that goes on must know besides weights and optimizer."""
-        return {"too_long": sum(gather([self.too_long])), "longest": max(gather([self.longest])),
-                "learned": any(gather([self.learned])), "journal_thinned": self.diary.every // self.settings.journal_every}
+        return {"too_long": sum(all_gather([self.too_long])), "longest": max(all_gather([self.longest])),
+                "learned": any(all_gather([self.learned])), "rollout_log_thinned": self.rollout_log.every // self.settings.rollout_log_every}
 
     def rollout(self, samples: list, seed: int | str) -> list[Group]:
-        """This process's groups. Prompts over the limit are dropped: a cut one would split its picture's tokens."""
+        """This process's groups. Prompts over the limit are dropped: a cut one would split its image's tokens."""
         settings, preset = self.settings, self.preset
         encoded = [self.run.prompts(sample) for sample in samples]
         prompts = [prompt for prompt in encoded if len(prompt) <= settings.max_prompt_tokens]
         self.too_long += len(encoded) - len(prompts)
         self.longest = max([self.longest, *map(len, encoded)])
         if self.run.policy.vision_is_frozen:
-            see_whole(self.run.policy, prompts)
+            encode_images_unsharded(self.run.policy, prompts)
         sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, preset.temperature,
                             rows=settings.rollout_rows, seed=f"{settings.seed}/{seed}").check_training()
         most = len(prompts) * preset.group_size * settings.max_completion_tokens
         with progress(most, "rollout", "token") as bar:
             def count(written: int, ended: int, spared: int) -> None:
-                pulse()
+                heartbeat()
                 bar.total -= spared  # what ended early will not be written: time left is an upper bound that sinks
                 bar.update(written)
-            return sample_whole(self.run.policy, prompts, preset.group_size, sampling, count)
+            return sample_unsharded(self.run.policy, prompts, preset.group_size, sampling, count)
 
     def rewards(self, groups: list[Group]) -> Tensor:
         """(groups, G, K) unweighted parts. An error in a task's reward names its sample."""
         parts = torch.zeros(len(groups), self.preset.group_size, len(self.weights), dtype=torch.float64)
         for g, group in enumerate(groups):
             for i, completion in enumerate(group.completions):
-                pulse()
+                heartbeat()
                 sample = group.prompt.sample
                 try:
                     reward = self.run.task.rewards.reward(self.run.encoder.decode(completion), sample, **self.reward_options)
@@ -228,8 +236,8 @@ class Trainer:
             logp = pad_rows(torch.cat([row for group in groups for row in group.logps]), lengths)
             ref = pad_rows(torch.cat(ref_logps).cpu(), lengths)
             rewards = kl_penalised_rewards(rewards, logp, ref, row_mask(lengths), preset.beta)
-        counts = gather([len(groups)])
-        everyones = torch.tensor(gather(rewards.tolist()), dtype=torch.float64).reshape(-1, preset.group_size)
+        counts = all_gather([len(groups)])
+        everyones = torch.tensor(all_gather(rewards.tolist()), dtype=torch.float64).reshape(-1, preset.group_size)
         if not len(everyones):
             return rewards
         scaled = group_advantages(everyones, preset.scale, preset.ddof, preset.eps)
@@ -241,7 +249,7 @@ class Trainer:
         """(T,) a pack, under the policy that the run began with. Every process joins every collective forward."""
         if self.reference is None:
             return None
-        passes = int(total(torch.tensor(len(parts), device=self.run.device), torch.distributed.ReduceOp.MAX))
+        passes = int(all_reduce_max(torch.tensor(len(parts), device=self.run.device)))
         packs = parts + [idle_pack(self.reference)] * (passes - len(parts))
         logps = []
         for pack in packs:
@@ -256,7 +264,7 @@ class Trainer:
         advantages_of = advantages.split([len(part) for part in parts]) if parts else ()
         masks = [self.mask(part).to(device) for part in parts]
         aggregate = self.options["aggregate"]
-        denominator = float(total(torch.tensor(float(sum(count_terms(mask, aggregate) for mask in masks)), device=device)))
+        denominator = float(all_reduce_sum(torch.tensor(float(sum(count_terms(mask, aggregate) for mask in masks)), device=device)))
         if not denominator:
             return {}
         losses = []
@@ -278,9 +286,9 @@ class Trainer:
         with progress(len(parts) * len(rates), "update", "pack") as bar:
             norms = [update(self.run.policy, self.optimizer, parts, loss_of_pack, self.preset.temperature,
                             self.settings.max_grad_norm, rate) for rate in rates]
-        names = sorted({name for names in gather([list(sums)]) for name in names})
-        summed = total(torch.tensor([float(sums.get(name, 0.0)) for name in names], dtype=torch.float64, device=device))
-        loss = total(torch.tensor(float(sum(losses)), device=device)) / len(rates)
+        names = sorted({name for names in all_gather([list(sums)]) for name in names})
+        summed = all_reduce_sum(torch.tensor([float(sums.get(name, 0.0)) for name in names], dtype=torch.float64, device=device))
+        loss = all_reduce_sum(torch.tensor(float(sum(losses)), device=device)) / len(rates)
         good = [norm for norm in norms if math.isfinite(norm)]
         return {"loss": float(loss), "grad_norm": sum(good) / len(good) if good else math.nan, "learning_rate": rates[-1],
                 **self.run.judge(norms), **mean_statistics(dict(zip(names, summed)))}
@@ -291,36 +299,36 @@ class Trainer:
         return truncation_mask(row_mask([n for group in part for n in group.lengths]), truncated, self.preset.truncated)
 
     def step(self, samples: list, step: int, rates: list[float], epoch: int = 0) -> dict:
-        """One rollout and its updates; returns the line for the journal."""
+        """One rollout and its updates; returns the line for the metrics_log."""
         watch = Stopwatch()
-        pulse("rollout")
+        heartbeat("rollout")
         with watch("rollout"):
             drawn, drawn_parts = self.drawn(samples, step)
         keep = self.kept(drawn_parts)
         groups, parts = [drawn[i] for i in keep], drawn_parts[keep]
         packed = packs(groups, self.settings.tokens_per_pass)
-        pulse("score")
+        heartbeat("score")
         with watch("score"):
             ref_logps = self.reference_logps(packed)
         advantages = self.advantages(groups, parts, ref_logps)
-        with watch("journal"):
-            watched = self.diary.begin(step, epoch, groups, advantages)
-        pulse("update")
+        with watch("rollout_log"):
+            watched = self.rollout_log.begin(step, epoch, groups, advantages)
+        heartbeat("update")
         with watch("update"):
             learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
-        with watch("journal"):
+        with watch("rollout_log"):
             named = dict(zip(self.weights, parts.unbind(-1)))
-            self.diary.end(watched, named, self.totals(parts), advantages, ref_logps)
+            self.rollout_log.end(watched, named, self.totals(parts), advantages, ref_logps)
         self.learned |= bool(learned)
-        self.run.prompts.settle([group.prompt for group in drawn])
+        self.run.prompts.release_features([group.prompt for group in drawn])
         seconds = {f"seconds/{phase}": round(value, 3) for phase, value in watch.seconds.items()}
         return {**self.describe(drawn, drawn_parts, len(keep)), **learned, "step_time": round(watch.total(), 3), **seconds}
 
     def drawn(self, samples: list, step: int) -> tuple[list[Group], Tensor]:
-        """Groups and reward parts; with flat_groups=resampled, flat ones are drawn again with other noise (DAPO)."""
-        groups = self.rollout(share(samples), step)
+        """Groups and reward parts; with zero_variance_groups=resampled, flat ones are drawn again with other noise (DAPO)."""
+        groups = self.rollout(split_across_ranks(samples), step)
         parts = self.rewards(groups)
-        tries = self.settings.resample_tries if self.preset.flat_groups == "resampled" else 0
+        tries = self.settings.resample_tries if self.preset.zero_variance_groups == "resampled" else 0
         for attempt in range(tries):  # every process goes through every try: unsharding is a collective
             flat = self.flat(parts).nonzero()[:, 0].tolist()
             again = self.rollout([groups[i].prompt.sample for i in flat], f"{step}/{attempt}")
@@ -334,20 +342,20 @@ class Trainer:
 
     def flat(self, parts: Tensor) -> Tensor:
         """(groups,) bool."""
-        return flat_groups(self.totals(parts)) if len(parts) else torch.zeros(0, dtype=torch.bool)
+        return zero_variance_groups(self.totals(parts)) if len(parts) else torch.zeros(0, dtype=torch.bool)
 
     def kept(self, parts: Tensor) -> list[int]:
         """The groups that are learned from: all, or those that are not flat."""
-        keep = torch.ones(len(parts), dtype=torch.bool) if self.preset.flat_groups == "kept" else ~self.flat(parts)
+        keep = torch.ones(len(parts), dtype=torch.bool) if self.preset.zero_variance_groups == "kept" else ~self.flat(parts)
         return keep.nonzero()[:, 0].tolist()
 
     def describe(self, groups: list[Group], parts: Tensor, kept: int) -> dict:
         """Rewards and lengths of everything drawn, over all processes, under TRL's names."""
-        rewards = torch.tensor(gather(self.totals(parts).tolist()), dtype=torch.float64).reshape(-1, self.preset.group_size)
-        too_long, kept = (sum(gather([count])) for count in (self.too_long, kept))
-        parts = torch.tensor(gather(parts.flatten(0, 1).tolist()), dtype=torch.float64).reshape(-1, len(self.weights))
-        lengths = torch.tensor(gather([n for group in groups for n in group.lengths]), dtype=torch.float64)
-        finished = torch.tensor(gather([f for group in groups for f in group.finished]), dtype=torch.float64)
+        rewards = torch.tensor(all_gather(self.totals(parts).tolist()), dtype=torch.float64).reshape(-1, self.preset.group_size)
+        too_long, kept = (sum(all_gather([count])) for count in (self.too_long, kept))
+        parts = torch.tensor(all_gather(parts.flatten(0, 1).tolist()), dtype=torch.float64).reshape(-1, len(self.weights))
+        lengths = torch.tensor(all_gather([n for group in groups for n in group.lengths]), dtype=torch.float64)
+        finished = torch.tensor(all_gather([f for group in groups for f in group.finished]), dtype=torch.float64)
         if not len(rewards):
             return {"prompts": 0, "prompts_too_long": too_long, "groups_dropped": 0}
         return {
@@ -356,7 +364,7 @@ class Trainer:
             "groups_dropped": len(rewards) - kept,
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(dim=1).mean().item(),
-            "frac_reward_zero_std": flat_groups(rewards).double().mean().item(),
+            "frac_reward_zero_std": zero_variance_groups(rewards).double().mean().item(),
             **{f"rewards/{name}/mean": parts[:, k].mean().item() for k, name in enumerate(self.weights)},
             "completions/mean_length": lengths.mean().item(),
             "completions/max_length": lengths.max().item(),
@@ -374,9 +382,9 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
     split = f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy" if settings.predictions else len(curriculum.hard)
     say(f"{split} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
-    trainer.diary.last = rollouts - 1
+    trainer.rollout_log.last = rollouts - 1
     if not run.step:
-        run.journal.write({"step": 0, **run.validate(0)})
+        run.metrics_log.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
         bar.update(run.step)
         for done, (epoch, batch, last_of_epoch) in enumerate(curriculum.plan()[run.step:], run.step):
@@ -387,12 +395,12 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
             bar.update()
             if last or (step % settings.validate_every == 0 if settings.validate_every else last_of_epoch):
                 line |= run.validate(step)
-            run.journal.write(line)
+            run.metrics_log.write(line)
             say(readable(line, rollouts))
             run.checkpoint(trainer.optimizer, step, trainer.progress, last)
-    if not sum(gather([trainer.learned])):
-        raise ValueError(f"nothing was learned: {sum(gather([trainer.too_long]))} prompts are longer than --max_prompt_tokens "
-                         f"{settings.max_prompt_tokens} (the longest has {max(gather([trainer.longest]))} tokens), the rest gave flat groups")
+    if not sum(all_gather([trainer.learned])):
+        raise ValueError(f"nothing was learned: {sum(all_gather([trainer.too_long]))} prompts are longer than --max_prompt_tokens "
+                         f"{settings.max_prompt_tokens} (the longest has {max(all_gather([trainer.longest]))} tokens), the rest gave flat groups")
 
 
 def readable(line: dict, rollouts: int) -> str:

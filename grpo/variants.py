@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from grpo.advantage import COMBINATIONS, SCALES, check_choice
 from grpo.objective import AGGREGATES, KL_KINDS, LEVELS, SURROGATES, TRUNCATED, grpo_loss
 
-FLAT_GROUPS = ("kept", "dropped", "resampled")
+ZERO_VARIANCE_GROUPS = ("kept", "dropped", "resampled")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Preset:
     updates: int = 1  # μ, updates a rollout
     temperature: float = 1.0
     truncated: str = "kept"  # `truncation_mask`
-    flat_groups: str = "kept"  # groups with equal rewards: their KL still trains; or dropped; or drawn again
+    zero_variance_groups: str = "kept"  # groups with equal rewards: their KL still trains; or dropped; or drawn again
 
     def __post_init__(self):
         check_choice("combine", self.combine, COMBINATIONS)
@@ -57,7 +57,7 @@ class Preset:
         check_choice("aggregate", self.aggregate, AGGREGATES)
         check_choice("kl", self.kl, KL_KINDS)
         check_choice("truncated", self.truncated, TRUNCATED)
-        check_choice("flat_groups", self.flat_groups, FLAT_GROUPS)
+        check_choice("zero_variance_groups", self.zero_variance_groups, ZERO_VARIANCE_GROUPS)
 
 
 PRESETS = {
@@ -79,7 +79,7 @@ PRESETS = {
     ),
     "dapo": Preset(
         source="DAPO, arXiv 2503.14476 eq. 8, 10-13: cache 4096 of 20480 tokens; number of updates [chosen]",
-        clip_high=0.28, aggregate="token", flat_groups="resampled", overlong_share=0.2, updates=2,
+        clip_high=0.28, aggregate="token", zero_variance_groups="resampled", overlong_share=0.2, updates=2,
     ),
     "gspo": Preset(
         source="GSPO, arXiv 2507.18071 eq. 5-7 and §5.1; number of updates [chosen]",

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 import torch
 
 from grpo.group import Group, packs
-from grpo.journal import Stopwatch, progress, say
-from grpo.run import Run, read_ids, read_lines
-from grpo.settings import TrainingSettings, parse, run_program, setting
-from grpo.sharding import finish, gather, rank, see_whole, share, total
-from grpo.update import learning_rate, make_optimizer, update
-from grpo.watchdog import pulse
+from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
+from grpo.runtime.fsdp import encode_images_unsharded
+from grpo.runtime.liveness import heartbeat
+from grpo.runtime.log import Stopwatch, progress, say
+from grpo.runtime.optim import learning_rate, make_optimizer, update
+from grpo.runtime.run import Run, read_ids, read_lines
+from grpo.runtime.settings import TrainingSettings, parse, run_program, setting
 
 
 @dataclass
 class Settings(TrainingSettings):
     """Stage 1: supervised fine-tuning. The defaults are MORE-R1's."""
 
-    responses: str = setting("", "JSONL of {id, response}, as data.annotate writes it; empty: the gold answer alone")
-    samples: str = setting("", "JSON list of sample ids to train on (data.annotate writes the drawn ones); empty for all")
+    responses: str = setting("", "JSONL of {id, response}, as sft.annotate writes it; empty: the gold answer alone")
+    samples: str = setting("", "JSON list of sample ids to train on (sft.annotate writes the drawn ones); empty for all")
     epochs: int = setting(20, "passes over the responses")
     batch_size: int = setting(128, "responses per update, over all processes and accumulation steps")
     learning_rate: float = setting(1e-4, "peak of AdamW's learning rate")
@@ -69,7 +70,7 @@ def encode_batch(run: Run, pairs: list[tuple]) -> list[Group]:
 
 def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
     """One update: −Σ log p over all response tokens of the batch ÷ their number over all processes."""
-    tokens = float(total(torch.tensor(sum(sum(group.lengths) for group in groups), device=run.device)))
+    tokens = float(all_reduce_sum(torch.tensor(sum(sum(group.lengths) for group in groups), device=run.device)))
     if not tokens:
         return {}
     losses = [torch.zeros((), device=run.device)]
@@ -81,11 +82,11 @@ def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
 
     prompts = [group.prompt for group in groups]
     if run.settings.keep_features and run.policy.vision_is_frozen:
-        see_whole(run.policy, prompts)
+        encode_images_unsharded(run.policy, prompts)
     parts = packs(groups, run.settings.tokens_per_pass)
     norm = update(run.policy, optimizer, parts, loss_of_pack, 1.0, run.settings.max_grad_norm, rate)
-    run.prompts.settle(prompts)
-    return {"loss": float(total(sum(losses))), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens,
+    run.prompts.release_features(prompts)
+    return {"loss": float(all_reduce_sum(sum(losses))), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens,
             **run.judge([norm])}
 
 
@@ -106,20 +107,20 @@ def train(run: Run, pairs: list[tuple]) -> None:
             bar.update(index)
             for start in range(index * settings.batch_size, len(order), settings.batch_size):
                 watch = Stopwatch()
-                pulse("update")
-                groups = encode_batch(run, share(order[start : start + settings.batch_size]))
+                heartbeat("update")
+                groups = encode_batch(run, split_across_ranks(order[start : start + settings.batch_size]))
                 trained += len(groups)
                 rate = learning_rate(done, steps, settings.learning_rate, settings.warmup, settings.schedule)
                 line = step(run, optimizer, groups, rate)
                 done += 1
-                run.journal.write({"step": done, "epoch": epoch, **line, "step_time": watch.total()})
+                run.metrics_log.write({"step": done, "epoch": epoch, **line, "step_time": watch.total()})
                 bar.update()
                 say(f"{done}/{steps}  loss {line.get('loss', float('nan')):.4f}  rate {rate:.2g}  {watch.total():.1f} s")
                 if done % per_epoch == 0:
-                    report_dropped(epoch, int(total(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
+                    report_dropped(epoch, int(all_reduce_sum(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
                     trained, (in_vain, over) = 0, end_epoch(run, epoch, done, in_vain, minutes())
                 run.checkpoint(optimizer, done, lambda: {
-                    "in_vain": in_vain, "trained": sum(gather([trained])), "seconds": 60 * minutes(), "over": over},
+                    "in_vain": in_vain, "trained": sum(all_gather([trained])), "seconds": 60 * minutes(), "over": over},
                     last=done == steps or over)
 
 
@@ -129,7 +130,7 @@ def end_epoch(run: Run, epoch: int, done: int, in_vain: int, minutes: float) -> 
     out_of_time = agreed(settings.minutes and minutes > settings.minutes, run.device)
     if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs or out_of_time:
         best = run.best
-        run.journal.write({"step": done, "epoch": epoch, **run.validate(done)})
+        run.metrics_log.write({"step": done, "epoch": epoch, **run.validate(done)})
         in_vain = 0 if run.best > best else in_vain + 1
     in_vain_enough = bool(settings.patience) and in_vain >= settings.patience
     if out_of_time:
@@ -141,7 +142,7 @@ def end_epoch(run: Run, epoch: int, done: int, in_vain: int, minutes: float) -> 
 
 def agreed(flag, device) -> bool:
     """The first process's opinion, so that clocks that differ cannot part the processes."""
-    return bool(total(torch.tensor(float(bool(flag) and rank() == 0), device=device)))
+    return bool(all_reduce_sum(torch.tensor(float(bool(flag) and rank() == 0), device=device)))
 
 
 def report_dropped(epoch: int, trained: int, given: int, limit: int) -> None:

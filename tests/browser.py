@@ -77,7 +77,7 @@ class Browser:
         """What the console has said since it was last asked, warnings and errors."""
         return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"}) if entry["level"] in ("SEVERE", "WARNING")]
 
-    def picture(self, path: Path) -> None:
+    def image(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
 
     def close(self) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import grpo.resume  # noqa: E402
+import grpo.runtime.checkpoints  # noqa: E402
+import grpo.runtime.optim  # noqa: E402
 import grpo.train  # noqa: E402
-import grpo.update  # noqa: E402
 import sft.train  # noqa: E402
-from grpo.settings import run_program  # noqa: E402
+from grpo.runtime.settings import run_program  # noqa: E402
 
 
 def strike(kind: str) -> None:
@@ -36,7 +36,7 @@ def half_a_file(tensors, path, **_):
 
 PLACES = {
     "rollout": (grpo.train.Trainer, "rewards", None), "score": (grpo.train.Trainer, "reference_logps", None),
-    "update": (grpo.update, "clip_gradients", None), "writing": (grpo.resume, "save_file", half_a_file),
+    "update": (grpo.runtime.optim, "clip_gradients", None), "writing": (grpo.runtime.checkpoints, "save_file", half_a_file),
 }
 
 

@@ -1,4 +1,4 @@
-"""A JMERE folder of a few posts with pictures, for tests."""
+"""A JMERE folder of a few posts with images, for tests."""
 
 import json
 

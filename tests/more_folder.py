@@ -18,17 +18,17 @@ def box(*pos):
 
 
 def write_more(folder, lines, split="train", labels=LABELS):
-    """A folder in MORE's layout with one picture, a.png, in which every pixel has another colour."""
+    """A folder in MORE's layout with one image, a.png, in which every pixel has another colour."""
     (folder / "txt").mkdir(exist_ok=True)
     (folder / "img_org" / split).mkdir(parents=True, exist_ok=True)
     (folder / "rel2id.json").write_text(json.dumps(labels))
     texts = [fields if isinstance(fields, str) else repr(fields) for fields in lines]
     (folder / "txt" / f"{split}.txt").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
-    numbered_picture().save(folder / "img_org" / split / "a.png")
+    numbered_image().save(folder / "img_org" / split / "a.png")
     return folder
 
 
-def numbered_picture(size=SIZE):
-    picture = Image.new("RGB", size)
-    picture.putdata([(x, y, 7) for y in range(size[1]) for x in range(size[0])])
-    return picture
+def numbered_image(size=SIZE):
+    image = Image.new("RGB", size)
+    image.putdata([(x, y, 7) for y in range(size[1]) for x in range(size[0])])
+    return image

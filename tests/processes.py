@@ -1,14 +1,13 @@
 """Run a function of a test file in several processes that talk through gloo, as torchrun would start them."""
 
+import multiprocessing
 import os
 import socket
-
-import multiprocessing
 
 import torch.multiprocessing
 
 # Processes fork from a server that has imported the slow things once, and nothing else.
-multiprocessing.set_forkserver_preload(["grpo.run", "tiny"])
+multiprocessing.set_forkserver_preload(["grpo.runtime.run", "tiny"])
 
 
 def free_port() -> int:
@@ -23,7 +22,7 @@ def _enter(rank, function, world, port, arguments):
     import torch
 
     torch.set_num_threads(1)
-    from grpo.sharding import finish, start
+    from grpo.runtime.dist import finish, start
 
     start()
     function(*arguments)

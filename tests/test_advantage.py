@@ -8,7 +8,12 @@ import scalar_reference
 import torch
 
 from grpo.advantage import (
-    SCALES, combine_rewards, flat_groups, group_advantages, kl_penalised_rewards, overlong_penalty,
+    SCALES,
+    combine_rewards,
+    group_advantages,
+    kl_penalised_rewards,
+    overlong_penalty,
+    zero_variance_groups,
 )
 
 
@@ -47,7 +52,7 @@ def test_two_groups_by_hand():
 def test_advantages_equal_a_scalar_reference(scale, ddof):
     for seed in range(40):
         rewards, eps = random_rewards(seed), random.Random(seed).choice([1e-4, 1e-6, 1e-8])
-        if flat_groups(rewards).any():
+        if zero_variance_groups(rewards).any():
             continue  # the reference's std of a flat group is float noise; the tests below are about that
         expected = scalar_reference.advantages(rewards.tolist(), scale, ddof, eps)
         actual = group_advantages(rewards, scale, ddof, eps)
@@ -75,11 +80,11 @@ def test_a_flat_group_teaches_nothing(scale, dtype):
 
 
 def test_float_noise_defeats_the_test_by_standard_deviation():
-    """Why `flat_groups` compares max and min: torch's std of equal float32 numbers is not zero."""
+    """Why `zero_variance_groups` compares max and min: torch's std of equal float32 numbers is not zero."""
     rewards = torch.full((1, 7), 0.1)
     assert rewards.std(dim=1).item() != 0
-    assert flat_groups(rewards).tolist() == [True]
-    assert flat_groups(torch.tensor([[0.0, 0.0, 1e-30], [1.0, 1.0, 1.0]])).tolist() == [False, True]
+    assert zero_variance_groups(rewards).tolist() == [True]
+    assert zero_variance_groups(torch.tensor([[0.0, 0.0, 1e-30], [1.0, 1.0, 1.0]])).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -149,7 +154,7 @@ def test_equal_parts_stay_a_flat_group():
     parts = torch.tensor([1 / 3, 0.1, 0.7]).expand(3, 37, 3)
     for how in ("sum", "normalised"):
         rewards = combine_rewards(parts, torch.tensor([1.0, 0.2, 0.1]), how)
-        assert flat_groups(rewards).all() and (group_advantages(rewards) == 0).all()
+        assert zero_variance_groups(rewards).all() and (group_advantages(rewards) == 0).all()
 
 
 def test_a_long_completion_is_punished_softly():

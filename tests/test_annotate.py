@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from data import annotate, filters, more
+from data import more
 from data.task import resolve_task
 from more_folder import line, write_more
+from sft import annotate, filters
 
 TASK = resolve_task("more")
 PEER = "/per/per/peer"

@@ -3,21 +3,21 @@
 from types import SimpleNamespace
 
 import torch
-from tiny import END, tiny_policy, tiny_prompt
 
-from grpo.answer import Ended, Prompts, answer
-from grpo.rollout import Sampling, sample
+from grpo.engine.rollout import Sampling, sample
+from grpo.runtime.answer import Ended, Prompts, answer
+from tiny import END, tiny_policy, tiny_prompt
 
 SAMPLING = Sampling(max_tokens=6, end_tokens=(END, *range(20)), temperature=0.8, rows=4, seed="3")
 
 
 class Encoder:
-    """Tiny prompts instead of pictures and text; a text is its tokens."""
+    """Tiny prompts instead of images and text; a text is its tokens."""
 
     def __init__(self):
         self.encoded = []
 
-    def encode(self, pictures, text, sample, id):
+    def encode(self, images, text, sample, id):
         self.encoded.append((text, id))
         prompt = tiny_prompt(sample.seed, ((1, 4, 4),) if sample.seed % 2 else (), name=id)
         prompt.sample = sample
@@ -48,7 +48,7 @@ def test_every_sample_is_answered_in_order_and_whole_groups_come_back():
 
 
 def test_a_prompt_is_encoded_once_while_the_cache_has_room_and_again_after():
-    encoder, pair = Encoder(), samples(4)[1::2]  # two with a picture
+    encoder, pair = Encoder(), samples(4)[1::2]  # two with an image
     size = tiny_prompt(1, ((1, 4, 4),)).pixels.nbytes
     prompts_of = Prompts(encoder, task(), reasoning=False, cache_bytes=size * 1.5)
     first = [prompts_of(sample) for sample in pair]
@@ -65,7 +65,7 @@ def test_two_samples_of_one_id_do_not_share_a_prompt():
     assert prompts_of(one) is not prompts_of(two) and prompts_of(one) is prompts_of(one)
 
 
-def test_kept_features_take_the_pixels_place_and_a_picture_is_seen_once_in_a_run():
+def test_kept_features_take_the_pixels_place_and_a_image_is_seen_once_in_a_run():
     policy, three, seen = tiny_policy(), samples(6)[1::2], []
     policy.freeze_vision()
     policy.visual.register_forward_pre_hook(lambda *a: seen.append(1))
@@ -84,8 +84,8 @@ def test_features_without_room_are_forgotten_and_the_pixels_stay_with_the_prompt
     policy.freeze_vision()
     prompts_of = Prompts(Encoder(), task(), cache_bytes=100, keep_features=True)
     prompts = [prompts_of(sample) for sample in three]
-    policy.keep_features(prompts)
-    prompts_of.settle(prompts)
+    policy.keep_image_features(prompts)
+    prompts_of.release_features(prompts)
     assert not prompts_of.kept and prompts_of.room == 100
     assert all(prompt.pixels is not None and prompt.features is None for prompt in prompts)
 

@@ -5,26 +5,25 @@ import json
 import pytest
 import torch
 from PIL import Image
-from processes import run_processes
 from safetensors import safe_open
-from test_pipeline import COMMON, ROOT, folder, lines, succeed, tensors  # noqa: F401  (the fixture)
-from tiny_backbones import (
-    TEMPLATE, groups_of, plain_logp, policy_of, prompt_of, tiny_network, write_llava,
-)
+from tiny_backbones import TEMPLATE, groups_of, plain_logp, policy_of, prompt_of, tiny_network, write_llava
 from transformers import LlavaForConditionalGeneration
 
-from grpo.backbones import MODEL_TYPES, backbone
-from grpo.checkpoint import export, load_policy
-from grpo.encode import Encoder
+from grpo.engine.backbones import MODEL_TYPES, backbone
+from grpo.engine.encode import Encoder
+from grpo.engine.lora import adapted, adapter_off, add_adapter
+from grpo.engine.rollout import Sampling, sample
+from grpo.engine.weights import export, load_policy
 from grpo.group import Group
-from grpo.lora import adapted, adapter_off, add_adapter
-from grpo.rollout import Sampling, sample
-from grpo.settings import LORA_TARGETS
-from grpo.sharding import share, shard, whole_weights
-from grpo.update import set_gradient_checkpointing, update
+from grpo.runtime.dist import split_across_ranks
+from grpo.runtime.fsdp import gather_weights, shard
+from grpo.runtime.optim import set_gradient_checkpointing, update
+from grpo.runtime.settings import LORA_TARGETS
+from processes import run_processes
+from test_pipeline import COMMON, ROOT, folder, lines, succeed, tensors  # noqa: F401  (the fixture)
 
 OTHERS = ["llava", "qwen3_vl"]
-TEXTS = ["What is in the picture? a red logo, a blue cup. USER: ASSISTANT: Step 1: <think> none"] * 3
+TEXTS = ["What is in the image? a red logo, a blue cup. USER: ASSISTANT: Step 1: <think> none"] * 3
 
 
 # ── the network's verbs ──────────────────────────────────────────────────────────────────────────────────────────
@@ -50,16 +49,16 @@ def test_a_packed_pass_equals_plain_forwards_one_by_one_in_values_and_gradients(
 def test_the_samplers_log_probabilities_are_the_scorers(name, kept):
     policy = policy_of(name)
     policy.freeze_vision()
-    prompts = [prompt_of(name, i, pictures=i % 3, length=3 + 2 * i) for i in range(4)]
+    prompts = [prompt_of(name, i, images=i % 3, length=3 + 2 * i) for i in range(4)]
     if kept:
-        policy.keep_features(prompts)
+        policy.keep_image_features(prompts)
     groups = sample(policy, prompts, 3, Sampling(10, (7, 8, 9, *range(20, 40)), 0.8, rows=5))
     sampled = torch.cat([logp for group in groups for logp in group.logps])
     torch.testing.assert_close(sampled, policy.score(groups, 0.8).logp.detach(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_pictures_count_and_image_tokens_are_never_sampled(name):
+def test_images_count_and_image_tokens_are_never_sampled(name):
     policy, groups = policy_of(name), groups_of(name, lengths=((5, 1),))
     before = policy.score(groups).logp
     groups[0].prompt.pixels = groups[0].prompt.pixels.flip(0)
@@ -69,15 +68,15 @@ def test_pictures_count_and_image_tokens_are_never_sampled(name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_vision_encoder_runs_once_and_a_few_pictures_at_a_time(name, monkeypatch):
+def test_the_vision_encoder_runs_once_and_a_few_images_at_a_time(name, monkeypatch):
     policy, seen = policy_of(name), []
     policy.freeze_vision()
     assert policy.vision_is_frozen
     features = policy.backbone.features
     monkeypatch.setattr(policy.backbone, "features", lambda *a: seen.append(len(a[2])) or features(*a))
-    monkeypatch.setattr("grpo.policy.PATCHES_AT_ONCE", 32)
-    prompts = [prompt_of(name, i, pictures=1) for i in range(5)]
-    policy.keep_features(prompts)
+    monkeypatch.setattr("grpo.engine.policy.PATCHES_AT_ONCE", 32)
+    prompts = [prompt_of(name, i, images=1) for i in range(5)]
+    policy.keep_image_features(prompts)
     for _ in range(3):
         policy.score([Group(prompt, [torch.tensor([1, 2, 3])]) for prompt in prompts])
     assert seen == [2, 2, 1]
@@ -103,11 +102,11 @@ def one_update(name, groups):
         shard(policy, torch.float32, torch.device("cpu"))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     norm = update(policy, optimizer, [groups], lambda _, scores: -scores.logp.sum() / 32, 1.0, 1e9, rate=1e-2)
-    return norm, whole_weights(policy)
+    return norm, gather_weights(policy)
 
 
 def check_processes(name, path):
-    """The first process gets the groups with pictures, the second the one without."""
+    """The first process gets the groups with images, the second the one without."""
     groups = groups_of(name)
     found = one_update(name, groups[:2] if torch.distributed.get_rank() == 0 else groups[2:])
     if torch.distributed.get_rank() == 0:
@@ -115,7 +114,7 @@ def check_processes(name, path):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_two_processes_train_vision_and_language_as_one_does_even_if_one_has_no_picture(name, tmp_path):
+def test_two_processes_train_vision_and_language_as_one_does_even_if_one_has_no_image(name, tmp_path):
     norm, weights = one_update(name, groups_of(name))
     run_processes(check_processes, 2, name, tmp_path / "found.pt")
     found_norm, found = torch.load(tmp_path / "found.pt")
@@ -132,17 +131,17 @@ def llava(tmp_path_factory):
     return write_llava(tmp_path_factory.mktemp("llava") / "model", TEXTS)
 
 
-def picture(width=100, height=80):
+def image(width=100, height=80):
     return Image.linear_gradient("L").resize((width, height)).convert("RGB")
 
 
-def test_a_llava_prompt_begins_once_and_holds_every_pictures_features(llava):
+def test_a_llava_prompt_begins_once_and_holds_every_images_features(llava):
     encoder = Encoder(str(llava), max_pixels=10**6)
-    prompt = encoder.encode([picture(), picture(40, 120)], "a red logo")
+    prompt = encoder.encode([image(), image(40, 120)], "a red logo")
     text = encoder.tokenizer.decode(prompt.tokens)
     assert text.replace("<image>" * 16, "<image>") == "<s>USER: <image>\n<image>\na red logo ASSISTANT:"
     assert prompt.pixels.shape == (2, 3, 56, 56) and (prompt.tokens == encoder.image_token).sum() == 2 * 16
-    features = load_policy(str(llava)).see([prompt])[0]
+    features = load_policy(str(llava)).encode_images([prompt])[0]
     assert features.shape == (2 * 16, 32)
     assert prompt.positions.tolist() == [list(range(len(prompt)))] * 3
     completion = encoder.completion("a blue cup")
@@ -158,29 +157,29 @@ def test_a_template_that_writes_the_first_token_itself_gets_no_second_one(llava,
     assert torch.equal(ours.tokens, theirs.tokens)
 
 
-def test_llava_pads_a_picture_to_a_square_and_cuts_nothing_off(llava):
+def test_llava_pads_a_image_to_a_square_and_cuts_nothing_off(llava):
     encoder = Encoder(str(llava))
     wide = Image.new("RGB", (112, 56), "white")
     wide.paste("red", (0, 0, 14, 56))  # at the edge, where a square from the middle would not reach
-    pixels = encoder.look_at([wide])[0][0]
+    pixels = encoder.preprocess([wide])[0][0]
     red = (pixels[0] > 1.5) & (pixels[1] < -1)
     assert red[:, :7].any() and not red[:, 8:].any()
     assert pixels[:, 0].abs().max() < 0.02  # the border has the mean colour
-    square = picture(90, 90)
+    square = image(90, 90)
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     clip = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     expected = clip([square], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(encoder.look_at([square])[0], expected)
+    torch.testing.assert_close(encoder.preprocess([square])[0], expected)
 
 
-def test_with_the_full_strategy_a_picture_costs_the_class_token_too(llava, tmp_path):
+def test_with_the_full_strategy_a_image_costs_the_class_token_too(llava, tmp_path):
     for file in llava.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((llava / "config.json").read_text()) | {"vision_feature_select_strategy": "full"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    prompt = Encoder(str(tmp_path)).encode([picture()], "a cup")
-    features = load_policy(str(tmp_path)).see([prompt])[0]
+    prompt = Encoder(str(tmp_path)).encode([image()], "a cup")
+    features = load_policy(str(tmp_path)).encode_images([prompt])[0]
     assert features.shape == (17, 32) and (prompt.tokens == Encoder(str(llava)).image_token).sum() == 17
 
 
@@ -200,14 +199,14 @@ def test_llava_loads_from_the_hubs_names_and_its_export_in_stock_transformers_gi
     names = lambda folder: set(safe_open(folder / "model.safetensors", "pt").keys())
     assert names(tmp_path / "model") == names(llava) and "language_model.model.layers.0.mlp.up_proj.weight" in names(llava)
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    group = Group(encoder.encode([picture()], "a red logo"), [encoder.completion("a blue cup"), encoder.completion("none")])
+    group = Group(encoder.encode([image()], "a red logo"), [encoder.completion("a blue cup"), encoder.completion("none")])
     ids = [torch.cat([group.prompt.tokens, completion])[None] for completion in group.completions]
     logits = [stock(input_ids=row, pixel_values=group.prompt.pixels).logits[0, len(group.prompt) - 1 : -1] for row in ids]
     plain = [row.index_fill(-1, torch.tensor([encoder.image_token]), float("-inf")).log_softmax(-1)
              .gather(-1, completion[:, None])[:, 0] for row, completion in zip(logits, group.completions)]
     torch.testing.assert_close(policy.score([group]).logp, torch.cat(plain), rtol=1e-5, atol=1e-5)
     again = Encoder(str(tmp_path / "model"))  # Stage 2 begins with what Stage 1 wrote
-    assert torch.equal(again.encode([picture()], "a red logo").tokens, group.prompt.tokens)
+    assert torch.equal(again.encode([image()], "a red logo").tokens, group.prompt.tokens)
 
 
 def test_the_programs_train_and_evaluate_llava_on_two_processes(folder, tmp_path):

@@ -12,8 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from data import annotate, expert, more
+from data import more
 from more_folder import line, write_more
+from sft import annotate, experts as expert
 
 KEY = "sk-very-secret"
 PEER = "/per/per/peer"
@@ -98,11 +99,11 @@ def ask_all(http, samples, path, **settings):
 # ---- one request ----
 
 
-def test_pictures_come_before_the_text_and_the_key_in_the_header(samples):
+def test_images_come_before_the_text_and_the_key_in_the_header(samples):
     with server(lambda number, body: gold(body)) as http:
         here = endpoint(http, options={"temperature": 0.5})
-        pictures = [Image.new("RGB", (3000, 1500), "red"), Image.new("RGB", (20, 10), "blue")]
-        body = expert.request_body(here, pictures, "What is it?")
+        images = [Image.new("RGB", (3000, 1500), "red"), Image.new("RGB", (20, 10), "blue")]
+        body = expert.request_body(here, images, "What is it?")
         assert expert.ask(here, body, threading.Event())["tokens_in"] == 100
         path, headers, sent = http.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
@@ -112,7 +113,7 @@ def test_pictures_come_before_the_text_and_the_key_in_the_header(samples):
     urls = [part["image_url"]["url"] for part in shown]
     assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
     sizes = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in urls]
-    assert sizes == [(1536, 768), (20, 10)] and pictures[0].size == (3000, 1500)
+    assert sizes == [(1536, 768), (20, 10)] and images[0].size == (3000, 1500)
 
 
 def cut(handler):
@@ -220,8 +221,8 @@ def test_the_good_count_of_a_half_odd_usage_is_kept():
 
 
 def test_a_sample_that_is_refused_is_not_tried_again():
-    with server(lambda number, body: (400, {"error": "picture too large"})) as http:
-        with pytest.raises(expert.GaveUp, match="answered 400: .*picture too large"):
+    with server(lambda number, body: (400, {"error": "image too large"})) as http:
+        with pytest.raises(expert.GaveUp, match="answered 400: .*image too large"):
             ask(http)
         assert len(http.requests) == 1
 

@@ -10,22 +10,21 @@ import time
 
 import pytest
 import torch
+from test_checkpoints import newest, same_run, trained, words_of as words_of_sft
 from test_loop import make
-from test_pipeline import COMMON, ROOT, folder, lines  # noqa: F401  (the fixture)
-from test_resume import newest, same_run, trained
-from test_resume import words_of as words_of_sft
 
 import grpo.train
 import sft.train
-from grpo.resume import Checkpoints
-from grpo.watchdog import verdict
+from grpo.runtime.checkpoints import Checkpoints
+from grpo.runtime.liveness import verdict
+from test_pipeline import COMMON, ROOT, folder, lines  # noqa: F401  (the fixture)
 
 
 def words_of(folder, output, *more):
     return ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", output, "--max_rollouts", 5,
             "--predictions", folder / "split" / "predictions.jsonl", "--learning_rate", 1e-3, "--prompts_per_rollout", 2,
-            "--group_size", 3, "--reward_options", "min_length=60", "--checkpoint_every", 1, "--journal_groups", 1,
-            "--valid_samples", 4, "--flat_groups", "dropped", *COMMON, *more]
+            "--group_size", 3, "--reward_options", "min_length=60", "--checkpoint_every", 1, "--rollout_log_groups", 1,
+            "--valid_samples", 4, "--zero_variance_groups", "dropped", *COMMON, *more]
 
 
 def begin(words, processes=2, restarts=0, faults="", program="grpo.train", **more):
@@ -215,10 +214,10 @@ def test_a_loss_that_is_infinite_on_one_process_alone_is_skipped_by_all(tmp_path
 
 
 def check_skipped_by_all():
+    from grpo.runtime.dist import rank
+    from grpo.runtime.fsdp import shard
+    from grpo.runtime.optim import update
     from tiny import tiny_groups, tiny_policy
-
-    from grpo.sharding import rank, shard
-    from grpo.update import update
 
     policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)

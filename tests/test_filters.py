@@ -5,11 +5,12 @@ import re
 from collections import Counter
 
 import pytest
-from jmere_folder import write_jmere
 from test_expert import KEY, completion, server
 
-from data import annotate, filters, jmere
+from data import jmere
 from data.task import resolve_task
+from jmere_folder import write_jmere
+from sft import annotate, filters
 
 TASK = resolve_task("jmere")
 GOLD = "[Mia Stone, per, Harbour FC, org, member of]"
@@ -184,7 +185,7 @@ def asked(http):
     return Counter(kind_of(body) for _, _, body in http.requests)
 
 
-def test_every_question_comes_with_the_picture(folder, point_at):
+def test_every_question_comes_with_the_image(folder, point_at):
     with server(lambda number, body: helpful(body)) as http:
         point_at(http)
         lines, report = annotated(folder, "openai:gpt-x", *BOTH)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo import head
-from grpo.head import FEW_ROWS, CompletionLogp, completion_logp, token_logits
+from grpo.engine import head
+from grpo.engine.head import FEW_ROWS, CompletionLogp, completion_logp, token_logits
 
 BANNED = (3, 11)
 ON = torch.tensor(BANNED)

@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
+from test_checkpoints import same_run
 from test_faults import stop_after, words_of
+
 from test_pipeline import ROOT, folder, lines  # noqa: F401  (the fixture)
-from test_resume import same_run
 
 ADDRESS = {"a": "10.77.0.1", "b": "10.77.0.2"}
 

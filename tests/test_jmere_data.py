@@ -73,10 +73,10 @@ def test_relations_are_those_of_all_splits_as_the_data_spells_them(folder):
     assert jmere.load(folder, "train")[0].types == ("loc", "misc", "org", "per")
 
 
-def test_the_prompt_holds_one_picture_the_text_and_the_lists(folder):
+def test_the_prompt_holds_one_image_the_text_and_the_lists(folder):
     sample = jmere.load(folder, "train")[0]
-    pictures, text = jmere.build_prompt(sample)
-    assert [picture.size for picture in pictures] == [(40, 30)]
+    images, text = jmere.build_prompt(sample)
+    assert [image.size for image in images] == [(40, 30)]
     for part in (sample.text, "per (person)", "present in", "[head, head type, tail, tail type, relation]",
                  "<think></think>", "<answer></answer>"):
         assert part in text
@@ -91,21 +91,21 @@ def test_the_zero_shot_prompt_is_the_same_without_the_reasoning_instruction(fold
 
 
 @pytest.mark.parametrize("place", ["images", "images/train", "img_org/train", "."])
-def test_pictures_are_found_in_every_place_that_is_looked_in(tmp_path, place):
+def test_images_are_found_in_every_place_that_is_looked_in(tmp_path, place):
     write(tmp_path, "train", [post()])
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 30)).save(tmp_path / place / "a.jpg")
     assert jmere.load(tmp_path, "train")[0].image == tmp_path / place / "a.jpg"
 
 
-def test_missing_pictures_stop_with_their_count_and_first_names(folder):
+def test_missing_images_stop_with_their_count_and_first_names(folder):
     write(folder, "train", [post()] + [post(img_id=f"{i}.jpg") for i in range(5)])
     with pytest.raises(FileNotFoundError, match=r"train\.json: 5 of 6 .*: 0.jpg, 1.jpg, 2.jpg \(") as problem:
         jmere.load(folder, "train")
     assert "\n" not in str(problem.value)
 
 
-def test_missing_pictures_can_be_dropped_and_the_others_keep_their_ids(folder, caplog):
+def test_missing_images_can_be_dropped_and_the_others_keep_their_ids(folder, caplog):
     (folder / "images" / "a.jpg").unlink()
     with caplog.at_level(logging.WARNING):
         samples = jmere.load(folder, "train", missing_images="drop")
@@ -113,12 +113,12 @@ def test_missing_pictures_can_be_dropped_and_the_others_keep_their_ids(folder, c
     assert "1 of 2 posts" in caplog.text and "left out" in caplog.text
 
 
-def test_missing_pictures_can_be_grey(folder):
+def test_missing_images_can_be_grey(folder):
     (folder / "images" / "a.jpg").unlink()
     first, second = jmere.load(folder, "train", missing_images="blank")
     assert first.image is None and second.image is not None
-    (picture,), _ = jmere.build_prompt(first)
-    assert picture.mode == "RGB" and picture.getextrema() == ((128, 128),) * 3
+    (image,), _ = jmere.build_prompt(first)
+    assert image.mode == "RGB" and image.getextrema() == ((128, 128),) * 3
 
 
 def test_nothing_left_after_dropping_is_an_error(folder):
@@ -128,8 +128,8 @@ def test_nothing_left_after_dropping_is_an_error(folder):
         jmere.load(folder, "train", missing_images="drop")
 
 
-def test_an_unreadable_picture_is_named_with_its_post(folder):
-    (folder / "images" / "b.jpg").write_bytes(b"no picture")
+def test_an_unreadable_image_is_named_with_its_post(folder):
+    (folder / "images" / "b.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="train/1.*b.jpg"):
         jmere.load(folder, "train", missing_images="blank")
 
@@ -140,8 +140,8 @@ WRONG_POSTS = {
     "no tokens": ({"img_id": "a.jpg", "label_list": [[{}]]}, "'token' is missing"),
     "empty tokens": (post(token=[]), "'token' is '\\[\\]'"),
     "a number among the tokens": (post(token=["RT", 5]), "a list of words expected"),
-    "no picture": (post(img_id=""), "'img_id'"),
-    "a picture elsewhere": (post(img_id="../a.jpg"), "bare name"),
+    "no image": (post(img_id=""), "'img_id'"),
+    "an image elsewhere": (post(img_id="../a.jpg"), "bare name"),
     "no labels": (post(label_list=[]), "'label_list' is '\\[\\]'"),
     "an empty label": (post(label_list=[[]]), "one-element lists"),
     "labels one level too high": (post(label_list=post()["label_list"][0]), "one-element lists"),

@@ -8,12 +8,12 @@ import pytest
 
 import grpo.train
 import sft.train
-from data import annotate
 from grpo import evaluate
-from grpo.settings import parse
+from grpo.runtime.settings import parse
+from sft import annotate
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"data.annotate": annotate, "sft.train": sft.train, "grpo.train": grpo.train, "grpo.evaluate": evaluate}
+PROGRAMS = {"sft.annotate": annotate, "sft.train": sft.train, "grpo.train": grpo.train, "grpo.evaluate": evaluate}
 GIVEN = ["--model", "a/model", "--data", "a folder/JMERE", "--output", "out"]
 
 
@@ -39,15 +39,15 @@ def test_the_main_line_goes_from_the_data_to_the_table(tmp_path):
     words = ["--seed", "5", "--missing_images", "blank", "--", "--max_pixels", "3136"]
     status, text, calls = launch(tmp_path, *GIVEN, *words)
     assert status == 0, text
-    assert [name for name, _ in calls] == ["data.annotate", "sft.train", "grpo.evaluate", "grpo.evaluate", "grpo.train",
-                                           "grpo.evaluate", "grpo.evaluate", "grpo.evaluate", "grpo.paper_table"]
+    assert [name for name, _ in calls] == ["sft.annotate", "sft.train", "grpo.evaluate", "grpo.evaluate", "grpo.train",
+                                           "grpo.evaluate", "grpo.evaluate", "grpo.evaluate", "grpo.report.paper_table"]
     (_, data), (_, sft_), (_, sampled), (_, greedy), (_, stage_2), _, _, (_, vote) = settings_of(calls)
     assert data.responses == "out/mp_cot.responses.jsonl" and sft_.responses == data.output == "out/mp_cot.jsonl"
     assert (sft_.model, stage_2.model, vote.model) == ("a/model", "out/cot_sft/model", "out/grpo/model")
     assert (sampled.temperature, greedy.temperature, vote.temperature, vote.samples) == (0.8, 0, 0.8, 100)
     for name, settings in settings_of(calls):
         assert (settings.data, settings.seed, settings.missing_images) == ("a folder/JMERE", 5, "blank")
-        assert name == "data.annotate" or settings.max_pixels == 3136
+        assert name == "sft.annotate" or settings.max_pixels == 3136
 
 
 def test_every_stage_gives_its_programs_settings_that_they_know(tmp_path):
@@ -66,7 +66,7 @@ def test_every_stage_gives_its_programs_settings_that_they_know(tmp_path):
         assert by_output[f"out/without_{name}"].model == f"out/warm_up_without_{name}/model"
         baseline = by_output[f"out/cot_sft_without_{name}"]
         assert (baseline.epochs, baseline.responses) == (20, data.output)
-    read = {settings.model for name, settings in settings_of(calls) if name != "data.annotate"}
+    read = {settings.model for name, settings in settings_of(calls) if name != "sft.annotate"}
     assert read <= {"a/model", *(f"{output}/model" for output in by_output)}
 
 
@@ -76,7 +76,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     (tmp_path / "out" / "grpo.done").unlink()
     status, text, calls = launch(tmp_path, *GIVEN)
     assert status == 0 and text.count("done before, skipped") == len(first) - 2, text
-    assert [name for name, _ in calls] == ["grpo.train", "grpo.paper_table"]
+    assert [name for name, _ in calls] == ["grpo.train", "grpo.report.paper_table"]
 
 
 @pytest.mark.parametrize("words, message", [

@@ -22,7 +22,7 @@ def sample_with(*quintuples):
 
 
 def thought(answer: str) -> str:
-    return f"<think>The picture shows a player.</think>\n<answer>{answer}</answer>"
+    return f"<think>The image shows a player.</think>\n<answer>{answer}</answer>"
 
 
 @pytest.mark.parametrize("gold, answer, quintuple, partial", [

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_groups, tiny_policy
 from tiny_backbones import policy_of
 from torch import nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm, Qwen2MLP
 
-from grpo.lean import Gated, GatedLinear, LeanMLP, LeanNorm, make_lean
-from grpo.lora import LoraLinear
+from grpo.engine.lean import Gated, GatedLinear, LeanMLP, LeanNorm, make_lean
+from grpo.engine.lora import LoraLinear
+from tiny import tiny_groups, tiny_policy
 
 HIDDEN, WIDE = 6, 10
 
@@ -101,7 +101,7 @@ def test_a_frozen_mlp_computes_no_weight_gradient():
 def test_a_packed_pass_keeps_no_more_than_it_needs_for_every_token_and_layer():
     policy, groups = tiny_policy(), tiny_groups(lengths=((60,), (80,)))
     policy.freeze_vision()
-    policy.keep_features([group.prompt for group in groups])
+    policy.keep_image_features([group.prompt for group in groups])
     text, tokens = policy.config.text_config, sum(len(group.prompt) + group.lengths[0] - 1 for group in groups)
     heads = text.num_attention_heads
     # inputs and outputs of both norms, attention's output as heads and as rows, queries, keys and values (half as many

@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from data import annotate, local_expert, more
-from data.filters import Request
-from data.tiny_model import write_tiny_model
-from grpo.checkpoint import load_policy
-from grpo.encode import Encoder
-from grpo.rollout import Sampling, sample
+from data import more
+from data.toy.model import write_tiny_model
+from grpo.engine.encode import Encoder
+from grpo.engine.rollout import Sampling, sample
+from grpo.engine.weights import load_policy
 from more_folder import line, write_more
+from sft import annotate, local_expert
+from sft.filters import Request
 
 GREEDY = {"max_tokens": 6, "temperature": 0}
 

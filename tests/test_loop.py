@@ -5,14 +5,14 @@ import types
 
 import pytest
 import torch
-from test_pipeline import COMMON, folder, lines  # noqa: F401  (the fixture)
 
 import grpo.train
 from grpo.objective import grpo_loss
-from grpo.run import Run
-from grpo.settings import parse
+from grpo.runtime.run import Run
+from grpo.runtime.settings import parse
 from grpo.train import Curriculum, Settings, Trainer
 from grpo.variants import PRESETS
+from test_pipeline import COMMON, folder, lines  # noqa: F401  (the fixture)
 
 
 def make(folder, tmp_path, *words):
@@ -57,7 +57,7 @@ def test_a_rollout_of_flat_groups_alone_moves_nothing_without_a_kl(folder, tmp_p
 
 
 def test_dropped_flat_groups_leave_a_step_that_says_so(folder, tmp_path):
-    trainer, _, samples = make(folder, tmp_path, "--flat_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
+    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
     line = trainer.step(samples[:2], 0, [1e-3, 1e-3])
     assert line["prompts"] == line["groups_dropped"] == 2 and line["frac_reward_zero_std"] == 1
     assert "no group to learn from" in grpo.train.readable({"step": 1, **line}, 5)
@@ -111,7 +111,7 @@ def test_a_run_in_which_every_prompt_is_too_long_says_so(folder, tmp_path):
 
 
 def test_features_of_dropped_groups_do_not_stay_on_the_device(folder, tmp_path):
-    trainer, _, samples = make(folder, tmp_path, "--flat_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
+    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
     trainer.step(samples[:2], 0, [1e-3, 1e-3])
     assert all(trainer.run.prompts(sample).features is None for sample in samples[:2])
 

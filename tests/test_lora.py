@@ -4,19 +4,20 @@ import json
 
 import pytest
 import torch
-from processes import run_processes
-from test_pipeline import COMMON, folder, lines, succeed, tensors  # noqa: F401  (the fixture)
-from test_sharding import LENGTHS, TOKENS
-from tiny import END, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
+from test_fsdp import LENGTHS, TOKENS
 from torch import nn
 
-from grpo.checkpoint import load_policy
+from grpo.engine.lora import LoraLinear, adapted, adapter_off, add_adapter, export_adapter, merged
+from grpo.engine.rollout import Sampling, sample
+from grpo.engine.weights import load_policy
 from grpo.group import packs
-from grpo.lora import LoraLinear, adapted, adapter_off, add_adapter, export_adapter, merged
-from grpo.rollout import Sampling, sample
-from grpo.settings import LORA_TARGETS, parse
-from grpo.sharding import gather, sample_whole, shard, share, unshare, whole_weights
-from grpo.update import make_optimizer, set_gradient_checkpointing, update
+from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks
+from grpo.runtime.fsdp import gather_weights, sample_unsharded, shard
+from grpo.runtime.optim import make_optimizer, set_gradient_checkpointing, update
+from grpo.runtime.settings import LORA_TARGETS, parse
+from processes import run_processes
+from test_pipeline import COMMON, folder, lines, succeed, tensors  # noqa: F401  (the fixture)
+from tiny import END, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
 
 
 def lora_policy(rank=4, alpha=6.0, targets=LORA_TARGETS, dropout=0.0, seed=0, moved=True):
@@ -216,16 +217,16 @@ def one_update(groups, sharded, dtype=torch.float32):
     parts = packs(groups, 40)
     norm = update(policy, optimizer, parts, lambda _, scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
     assert all((p.grad is None) for p in policy.parameters() if not p.requires_grad)
-    prompts = share([tiny_prompt(i, ((1, 4, 4),)) for i in range(3)])
-    texts = unshare(gather([[c.tolist() for c in group.completions] for group in
-                            sample_whole(policy, prompts, 2, Sampling(6, (END,), 0.8, seed=3))]))
+    prompts = split_across_ranks([tiny_prompt(i, ((1, 4, 4),)) for i in range(3)])
+    texts = merge_from_ranks(all_gather([[c.tolist() for c in group.completions] for group in
+                            sample_unsharded(policy, prompts, 2, Sampling(6, (END,), 0.8, seed=3))]))
     with torch.no_grad(), adapter_off(policy):
         reference = policy.score(tiny_groups()).logp
-    return {"norm": norm, "weights": whole_weights(policy), "texts": texts, "reference": reference}
+    return {"norm": norm, "weights": gather_weights(policy), "texts": texts, "reference": reference}
 
 
 def check_processes(path):
-    found = one_update(share(tiny_groups(lengths=LENGTHS)), sharded=True)
+    found = one_update(split_across_ranks(tiny_groups(lengths=LENGTHS)), sharded=True)
     if torch.distributed.get_rank() == 0:
         torch.save(found, path)
 
@@ -247,14 +248,14 @@ def check_bfloat16():
     with torch.no_grad(), adapter_off(policy):
         reference = policy.score(groups).logp
     optimizer = torch.optim.AdamW(trained(policy).values(), lr=1e-6)
-    before, seen = whole_weights(policy), []
+    before, seen = gather_weights(policy), []
 
     def loss_of_pack(_, scores):
         seen.append(scores.logp.detach())
         return -scores.logp.sum()
 
     update(policy, optimizer, [groups], loss_of_pack, 1.0, 1.0, rate=1e-6)
-    after = whole_weights(policy)
+    after = gather_weights(policy)
     assert torch.equal(seen[0], reference)  # before the first update the KL is exactly 0
     if torch.distributed.get_rank() == 0:
         moved = {name for name in before if not torch.equal(before[name], after[name])}

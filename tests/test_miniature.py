@@ -7,19 +7,19 @@ import pytest
 import grpo.train
 import sft.train
 from benchmarks import miniature
-from data import annotate, synthetic
 from grpo import evaluate
-from grpo.settings import parse
+from grpo.runtime.settings import parse
+from sft import annotate
 
-PROGRAMS = {"data.synthetic": synthetic, "data.annotate": annotate, "sft.train": sft.train, "grpo.evaluate": evaluate,
-            "grpo.train": grpo.train}
+PROGRAMS = {"sft.annotate": annotate, "sft.train": sft.train, "grpo.evaluate": evaluate, "grpo.train": grpo.train}
 
 
 def test_every_stage_is_understood_by_its_program_and_comes_after_what_it_needs(tmp_path):
     seen = set()
     for stage in miniature.stages(tmp_path, 3):
-        settings = parse(PROGRAMS[stage.module].Settings, stage.words.replace("{rollouts}", "9").split())
-        assert settings.seed == 3 and seen.issuperset(stage.needs)
+        assert seen.issuperset(stage.needs)
+        if stage.module != "data.toy":  # which has argparse's own words and no settings class
+            assert parse(PROGRAMS[stage.module].Settings, stage.words.replace("{rollouts}", "9").split()).seed == 3
         seen.add(stage.folder)
     assert {tmp_path / row for row in miniature.ROWS} <= seen
 

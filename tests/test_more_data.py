@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import more, more_check, pictures
-from more_folder import LABELS, SIZE, box, line, numbered_picture, write_more
+from data import images, more, more_check
+from more_folder import LABELS, SIZE, box, line, numbered_image, write_more
 
 
 def test_a_line_becomes_a_sample(tmp_path):
@@ -108,11 +108,11 @@ BROKEN_LINES = [
     (line(h=3), "train.txt:2: 'h.name' is missing"),
     (line(t="[OBJ0]"), "train.txt:2: 't' is '\\[OBJ0\\]'; a dict expected"),
     (line(img_id=""), "train.txt:2: 'img_id' is ''; a str expected"),
-    (line(img_id="../a.png"), "train.txt:2: 'img_id' is '../a.png'; the bare name of a picture expected"),
-    (line(img_id="a" * 252 + ".png"), "train.txt:2: 'img_id' is 'a{59}; the bare name of a picture expected"),
-    (line(img_id="ä" * 126 + ".png"), "train.txt:2: 'img_id' is 'ä{59}; the bare name of a picture expected"),
-    (line(img_id="a\nb.png"), "train.txt:2: 'img_id' is 'a.*; the bare name of a picture expected"),
-    (json.dumps(line(img_id="\ud83d.png")), "train.txt:2: 'img_id' is .*; the bare name of a picture expected"),
+    (line(img_id="../a.png"), "train.txt:2: 'img_id' is '../a.png'; the bare name of an image expected"),
+    (line(img_id="a" * 252 + ".png"), "train.txt:2: 'img_id' is 'a{59}; the bare name of an image expected"),
+    (line(img_id="ä" * 126 + ".png"), "train.txt:2: 'img_id' is 'ä{59}; the bare name of an image expected"),
+    (line(img_id="a\nb.png"), "train.txt:2: 'img_id' is 'a.*; the bare name of an image expected"),
+    (json.dumps(line(img_id="\ud83d.png")), "train.txt:2: 'img_id' is .*; the bare name of an image expected"),
     (line(token=["a", "b<|image_pad|>"]), "train.txt:2: text or entity holds <.image_pad.>, .* words expected"),
     (line(h={"name": "<|image_pad|>"}), "train.txt:2: text or entity holds <.image_pad.>, .* words expected"),
     (line(relation=None), "train.txt:2: 'relation' is missing"),
@@ -122,9 +122,9 @@ BROKEN_LINES = [
     (line(**box(0.5, 0.5, "a", 1)), "train.txt:2: box is .*\\(cx, cy, w, h\\) in fractions expected"),
     (line(**box(0.5, 0.5, 0, 0.1)), "train.txt:2: box .* has no area"),
     (line(**box(0.5, 0.5, 0.1, -0.1)), "train.txt:2: box .* has no area"),
-    (line(**box(1.3, 0.5, 0.5, 0.1)), "train.txt:2: box .* lies outside the picture"),
-    (line(**box(0.5, -0.3, 0.5, 0.5)), "train.txt:2: box .* lies outside the picture"),
-    (line(**box(40, 30, 20, 20)), "train.txt:2: box .* lies outside the picture; .* in fractions expected"),
+    (line(**box(1.3, 0.5, 0.5, 0.1)), "train.txt:2: box .* lies outside the image"),
+    (line(**box(0.5, -0.3, 0.5, 0.5)), "train.txt:2: box .* lies outside the image"),
+    (line(**box(40, 30, 20, 20)), "train.txt:2: box .* lies outside the image; .* in fractions expected"),
     (line(**box(10 ** 400, 0.5, 0.1, 0.1)), "train.txt:2: box is .*in fractions expected"),
     (line(**box(0.5, 0.5, 1e308, 0.1)), "train.txt:2: box is .*in fractions expected"),
     (json.dumps(line(**box(0.5, 0.5, float("inf"), 0.1))), "train.txt:2: box is .*in fractions expected"),
@@ -184,9 +184,9 @@ def test_an_empty_dataset_is_refused(tmp_path, lines):
         more.load(tmp_path, "train")
 
 
-def test_missing_pictures_stop_are_dropped_or_go_grey(tmp_path, caplog):
+def test_missing_images_stop_are_dropped_or_go_grey(tmp_path, caplog):
     write_more(tmp_path, [line(img_id=f"{i}.png") for i in range(4)] + [line()])
-    message = "train.txt: 4 of 5 samples have no picture: .*0.png, .*1.png, .*2.png \\("
+    message = "train.txt: 4 of 5 samples have no image: .*0.png, .*1.png, .*2.png \\("
     with pytest.raises(FileNotFoundError, match=message):
         more.load(tmp_path, "train")
     assert [sample.id for sample in more.load(tmp_path, "train", missing_images="drop")] == ["train/4"]
@@ -202,48 +202,48 @@ def test_missing_pictures_stop_are_dropped_or_go_grey(tmp_path, caplog):
         more.load(tmp_path, "train", missing_images="skip")
 
 
-def test_an_unreadable_picture_is_named(tmp_path):
+def test_an_unreadable_image_is_named(tmp_path):
     write_more(tmp_path, [line(img_id="b.png")])
-    for content in (b"", b"no picture at all", b"\x89PNG\r\n\x1a\n"):
+    for content in (b"", b"no image at all", b"\x89PNG\r\n\x1a\n"):
         (tmp_path / "img_org" / "train" / "b.png").write_bytes(content)
-        with pytest.raises(ValueError, match="train.txt:1: picture .*b.png cannot be read") as caught:
+        with pytest.raises(ValueError, match="train.txt:1: image .*b.png cannot be read") as caught:
             more.load(tmp_path, "train", missing_images="blank")
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", [EOFError(), struct.error("unpack requires 4 bytes")], ids=["EOFError", "struct.error"])
-def test_whatever_pillow_raises_the_picture_is_named(tmp_path, monkeypatch, fault):
+def test_whatever_pillow_raises_the_image_is_named(tmp_path, monkeypatch, fault):
     (tmp_path / "a.png").write_bytes(b"x")
 
     def refuse(path):
         raise fault
 
-    monkeypatch.setattr(pictures.Image, "open", refuse)
-    with pytest.raises(ValueError, match="train/0: picture .*a.png cannot be read"):
-        pictures.check_picture(tmp_path / "a.png", "train/0")
-    with pytest.raises(ValueError, match="picture .*a.png cannot be decoded"):
-        pictures.open_picture(tmp_path / "a.png")
+    monkeypatch.setattr(images.Image, "open", refuse)
+    with pytest.raises(ValueError, match="train/0: image .*a.png cannot be read"):
+        images.check_image(tmp_path / "a.png", "train/0")
+    with pytest.raises(ValueError, match="image .*a.png cannot be decoded"):
+        images.open_image(tmp_path / "a.png")
 
 
-def test_a_cut_off_picture_is_named_when_it_is_decoded(tmp_path):
+def test_a_cut_off_image_is_named_when_it_is_decoded(tmp_path):
     noise = Image.frombytes("RGB", SIZE, random.Random(0).randbytes(3 * SIZE[0] * SIZE[1]))
     noise.save(tmp_path / "b.jpg")
     (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:2000])
-    assert pictures.check_picture(tmp_path / "b.jpg", "here") == SIZE
-    with pytest.raises(ValueError, match="picture .*b.jpg cannot be decoded"):
-        pictures.open_picture(tmp_path / "b.jpg")
+    assert images.check_image(tmp_path / "b.jpg", "here") == SIZE
+    with pytest.raises(ValueError, match="image .*b.jpg cannot be decoded"):
+        images.open_image(tmp_path / "b.jpg")
 
 
 def test_what_is_thinner_than_the_processor_takes_is_refused(tmp_path):
     write_more(tmp_path, [line(img_id="b.png")])
-    numbered_picture((402, 2)).save(tmp_path / "img_org" / "train" / "b.png")
-    with pytest.raises(ValueError, match="train.txt:1: picture .*b.png is 402x2 pixels"):
+    numbered_image((402, 2)).save(tmp_path / "img_org" / "train" / "b.png")
+    with pytest.raises(ValueError, match="train.txt:1: image .*b.png is 402x2 pixels"):
         more.load(tmp_path, "train")
-    numbered_picture((201, 80)).save(tmp_path / "img_org" / "train" / "b.png")
+    numbered_image((201, 80)).save(tmp_path / "img_org" / "train" / "b.png")
     write_more(tmp_path, [line(img_id="b.png", **box(0.5, 0.5, 1, 0.001))])
     with pytest.raises(ValueError, match="train.txt:1: box .* cuts out 201x1 pixels"):
         more.load(tmp_path, "train")
-    numbered_picture((200, 80)).save(tmp_path / "img_org" / "train" / "b.png")
+    numbered_image((200, 80)).save(tmp_path / "img_org" / "train" / "b.png")
     assert more.build_prompt(more.load(tmp_path, "train")[0])[0][1].size == (200, 1)
 
 
@@ -264,21 +264,21 @@ def test_the_crop_is_the_box_s_pixels(tmp_path):
     ((0.99999, 0.99999, 0.00001, 0.00001), (1, 1), (79, 59)),  # and that in the last corner
 ])
 def test_a_box_that_spills_over_is_clamped_and_keeps_a_pixel(spilling, size, corner):
-    pictures.check_box(spilling, SIZE, "here")
-    crop = pictures.crop_box(numbered_picture(), spilling)
+    images.check_box(spilling, SIZE, "here")
+    crop = images.crop_box(numbered_image(), spilling)
     assert crop.size == size and crop.getpixel((0, 0)) == (*corner, 7)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-def test_every_kind_of_picture_opens_as_rgb(tmp_path, mode):
+def test_every_kind_of_image_opens_as_rgb(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    numbered_picture().convert(mode).save(path)
-    assert pictures.open_picture(path).mode == "RGB"
+    numbered_image().convert(mode).save(path)
+    assert images.open_image(path).mode == "RGB"
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "a.png")
-    assert pictures.open_picture(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+    assert images.open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_the_prompt_says_what_is_asked(tmp_path):
@@ -334,7 +334,7 @@ def test_the_check_counts_and_names_everything(tmp_path, capsys):
     rows = {cells[1]: cells[2:5] for cells in table if len(cells) == 6}
     assert rows["samples"] == ["7", "1", "1"] and rows["none"] == ["4", "1", "1"]
     assert rows["/per/per/peer"] == ["1", "0", "0"] and rows["bad line"] == ["2", "0", "0"]
-    assert [rows[name][0] for name in ("picture missing", "picture unreadable", "bad box")] == ["1", "1", "1"]
+    assert [rows[name][0] for name in ("image missing", "image unreadable", "bad box")] == ["1", "1", "1"]
     for number, message in ((3, "dictionary expected"), (4, "gone.png is missing"), (5, "cannot be read"),
                             (6, "outside"), (7, "'/x/y/z' is not in")):
         assert any(f"train.txt:{number}: " in row and message in row for row in printed.splitlines())

@@ -10,9 +10,9 @@ import pytest
 
 import grpo.train
 import sft.train
-from data import annotate
 from grpo import evaluate
-from grpo.settings import parse
+from grpo.runtime.settings import parse
+from sft import annotate
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "docs" / "recipes"
@@ -67,9 +67,9 @@ def test_the_whole_pipeline_is_one_line(launch):
     status, said, calls = launch(*MODEL)
     assert status == 0, said
     assert programs(calls) == [
-        ("data.more", ""), ("data.annotate", "cold_start.jsonl"), ("sft.train", "stage_1"),
+        ("data.more", ""), ("sft.annotate", "cold_start.jsonl"), ("sft.train", "stage_1"),
         ("grpo.evaluate", "test/stage_1"), ("grpo.evaluate", "split"), ("grpo.train", "stage_2"),
-        ("grpo.evaluate", "test/stage_2"), ("grpo.paper_table", "table")]
+        ("grpo.evaluate", "test/stage_2"), ("grpo.report.paper_table", "table")]
     assert "--expert openai:gpt-4o" in calls[1]
     assert "--model M" in calls[2] and "--responses runs/more-r1/cold_start.jsonl" in calls[2]
     assert "--split train" in calls[4] and "--exclude runs/more-r1/cold_start.drawn.json" in calls[4]
@@ -82,7 +82,7 @@ def test_what_is_done_is_skipped_and_said_and_what_was_cut_off_is_not(launch):
     assert status == 1 and programs(calls)[-1] == ("grpo.train", "stage_2")
     status, said, calls = launch(*MODEL)
     assert programs(calls) == [("data.more", ""), ("grpo.train", "stage_2"), ("grpo.evaluate", "test/stage_2"),
-                               ("grpo.paper_table", "table")]
+                               ("grpo.report.paper_table", "table")]
     assert "done before, skipped: runs/more-r1/stage_1.done" in said
 
 
@@ -90,7 +90,7 @@ def test_another_run_in_the_same_folder_is_refused(launch):
     launch(*MODEL, "--stage", "data")
     status, said, calls = launch(*MODEL, "--stage", "data", "--seed", "1")
     assert status == 2 and not calls
-    assert "error: runs/more-r1/cold_start.done: found one data.annotate" in said and "--seed 1" in said
+    assert "error: runs/more-r1/cold_start.done: found one sft.annotate" in said and "--seed 1" in said
 
 
 @pytest.mark.parametrize("other", [("--seed", "1"), ("--data", "E"), ("--missing_images", "drop"),
@@ -116,7 +116,7 @@ def test_a_users_template_reaches_the_expert(launch):
 
 def test_the_demo_is_the_same_pipeline_and_another_seed_begins_anew(launch):
     status, said, calls = launch(command="demo")
-    wanted = [("data.synthetic", "world"), ("data.annotate", "cold_start.jsonl"), ("grpo.evaluate", "test/zero_shot"),
+    wanted = [("data.toy", "world"), ("sft.annotate", "cold_start.jsonl"), ("grpo.evaluate", "test/zero_shot"),
               ("sft.train", "stage_1"), ("grpo.evaluate", "test/stage_1"), ("grpo.evaluate", "split"),
               ("grpo.train", "stage_2"), ("grpo.evaluate", "test/stage_2"), ("grpo.compare", "results.json"),
               ("grpo.report", "report.html")]
@@ -185,7 +185,7 @@ def test_the_recipes_hold_the_papers_settings():
     assert stage_2["prompts_per_rollout"] * stage_2["group_size"] == 128
 
 
-def test_every_program_of_the_recipe_sees_pictures_of_one_size():
+def test_every_program_of_the_recipe_sees_images_of_one_size():
     names = ("stage_1", "label_only", "stage_2", "test", "answer")
     assert len({json.loads((RECIPES / "more-r1" / f"{name}.json").read_text())["max_pixels"] for name in names}) == 1
 

@@ -10,8 +10,17 @@ import torch
 
 from grpo.advantage import group_advantages, kl_penalised_rewards
 from grpo.objective import (
-    AGGREGATES, KL_KINDS, LEVELS, SURROGATES, aggregate_loss, count_terms, grpo_loss, kl_estimate,
-    mean_statistics, ppo_surrogate, truncation_mask,
+    AGGREGATES,
+    KL_KINDS,
+    LEVELS,
+    SURROGATES,
+    aggregate_loss,
+    count_terms,
+    grpo_loss,
+    kl_estimate,
+    mean_statistics,
+    ppo_surrogate,
+    truncation_mask,
 )
 
 NAN = float("nan")

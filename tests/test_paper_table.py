@@ -9,9 +9,10 @@ import pytest
 
 import grpo.train
 import sft.train
-from data import annotate
-from grpo import evaluate, paper_table
-from grpo.settings import parse
+from grpo import evaluate
+from grpo.report import paper_table
+from grpo.runtime.settings import parse
+from sft import annotate
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "docs" / "recipes" / "jmere-r1"

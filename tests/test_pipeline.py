@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 import grpo.train
-from grpo.run import read_lines
-from grpo.settings import run_program
+from grpo.runtime.run import read_lines
+from grpo.runtime.settings import run_program
 
 ROOT = Path(__file__).parent.parent
 COMMON = ["--max_completion_tokens", "24", "--rollout_rows", "8", "--max_pixels", "3136"]
@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
     """World, cold start, Stage 1, split, Stage 2, evaluation."""
     folder = tmp_path_factory.mktemp("pipeline")
     data = folder / "world" / "MORE"
-    succeed("data.synthetic", "--output", folder / "world", "--train", 60, "--valid", 6, "--test", 12)
-    succeed("data.annotate", "--task", "more", "--data", data, "--split", "train", "--fraction", 0.4, "--seed", 0,
+    succeed("data.toy", "--output", folder / "world", "--train", 60, "--valid", 6, "--test", 12)
+    succeed("sft.annotate", "--task", "more", "--data", data, "--split", "train", "--fraction", 0.4, "--seed", 0,
             "--expert", f"file:{folder / 'world' / 'expert.jsonl'}", "--output", folder / "cold_start.jsonl")
     succeed("sft.train", "--model", folder / "world" / "model", "--data", data, "--responses", folder / "cold_start.jsonl",
             "--output", folder / "sft", "--epochs", 2, "--batch_size", 8, "--learning_rate", 1e-3, "--train_vision", True,

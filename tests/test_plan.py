@@ -5,20 +5,20 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from processes import run_processes
-from tiny import IMAGE, tiny_policy, tiny_prompt
 from torch.distributed.tensor import DTensor
 
 from benchmarks import plan_check
-from grpo.costs import Costs, read_shape, shape_of
+from grpo.engine.lora import add_adapter
+from grpo.engine.rollout import Rollout, Sampling
 from grpo.group import Group
-from grpo.lora import add_adapter
-from grpo.plan import Settings, advice, changed, main, moves, plan, suggestions
-from grpo.rollout import Rollout, Sampling
-from grpo.settings import LORA_TARGETS, parse
-from grpo.sharding import shard, whole
+from grpo.plan.__main__ import Settings, advice, changed, main, moves, plan, suggestions
+from grpo.plan.costs import Costs, read_shape, shape_of
+from grpo.runtime.fsdp import shard, unsharded
+from grpo.runtime.optim import set_gradient_checkpointing
+from grpo.runtime.settings import LORA_TARGETS, parse
 from grpo.train import Settings as TrainSettings
-from grpo.update import set_gradient_checkpointing
+from processes import run_processes
+from tiny import IMAGE, tiny_policy, tiny_prompt
 
 GROUPS, G, COMPLETION, PROMPT = 2, 3, 30, 50
 SEVEN = dict(  # the published 7B's config.json, in short
@@ -31,14 +31,14 @@ SEVEN = dict(  # the published 7B's config.json, in short
 
 def small(**changes) -> Settings:
     """One CPU process, two groups that a tiny policy can really score."""
-    return replace(Settings(model="m", gpus=[1], device="cpu", prompt_tokens=PROMPT, picture_tokens=4, group_size=G,
+    return replace(Settings(model="m", gpus=[1], device="cpu", prompt_tokens=PROMPT, image_tokens=4, group_size=G,
                             max_completion_tokens=COMPLETION, prompts_per_rollout=GROUPS), **changes)
 
 
 def tiny_pack(policy) -> list[Group]:
     prompts = [tiny_prompt(seed, ((1, 4, 4),), (PROMPT - 6) // 2) for seed in range(GROUPS)]
     policy.freeze_vision()
-    policy.keep_features(prompts)
+    policy.keep_image_features(prompts)
     return [Group(prompt, [torch.randint(0, IMAGE, (COMPLETION,)) for _ in range(G)]) for prompt in prompts]
 
 
@@ -116,7 +116,7 @@ def compare_shards():
     shard(policy, torch.bfloat16, torch.device("cpu"))
     local = sum(parameter.to_local().nbytes for parameter in policy.parameters())
     assert local == costs.weights()
-    with whole(policy):
+    with unsharded(policy):
         assert not any(isinstance(parameter, DTensor) for parameter in policy.parameters())
         assert sum(parameter.nbytes for parameter in policy.parameters()) == costs.gathered(whole=True)
 
@@ -270,7 +270,7 @@ def test_loading_in_turns_needs_host_memory_for_one_copy(tmp_path, monkeypatch, 
     (["--gpu", "8"], "no setting --gpu; did you mean gpus?"),
     (["--tflops", "-1"], "--tflops is -1.0; it must be above 0"),
     (["--efficiency", "nan"], "--efficiency is nan"),
-    (["--prompt_tokens", "500"], "--picture_tokens is 1000; it must be below --prompt_tokens 500"),
+    (["--prompt_tokens", "500"], "--image_tokens is 1000; it must be below --prompt_tokens 500"),
     (["--shard_size", "3", "--gpus", "8"], "--shard_size is 3; 8 GPUs are no multiple of it"),
     (["--group_size", "1"], "--group_size is 1; it must be 2 or more"),
     (["--spare", "80"], "--spare is 80.0; it must be below --gpu_memory 80.0"),

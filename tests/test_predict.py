@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from data import more
-from data.tiny_model import write_tiny_model
+from data.toy.model import write_tiny_model
 from grpo import predict
-from grpo.settings import run_program
+from grpo.runtime.settings import run_program
 from more_folder import line, write_more
 
 COMPLETION = "<think> Step 1: a man. </think> <answer>/per/per/peer</answer>"
@@ -52,7 +52,7 @@ def test_reasoning_and_label_are_printed_and_the_labels_are_those_of_the_trainin
 
 
 @pytest.mark.parametrize("given, seen", [({}, 5 * 784), ({"max_pixels": 3 * 784}, 3 * 784)], ids=["as trained", "as asked"])
-def test_a_picture_is_as_large_as_in_training_unless_asked_otherwise(folder, monkeypatch, given, seen):
+def test_a_image_is_as_large_as_in_training_unless_asked_otherwise(folder, monkeypatch, given, seen):
     path, asked = folder / "run" / "settings.json", []
     settings = json.loads(path.read_text())
     settings["settings"]["max_pixels"] = 5 * 784
@@ -79,9 +79,9 @@ BAD = {
     "no entity": ({"entity": None}, "--entity expected; task more takes --image, --text, --box, --entity, --data"),
     "an entity that is not in the text": ({"entity": "Bulls"}, "the entity 'Bulls' does not stand in the text"),
     "half a box": ({"box": "0.5,0.5"}, "box is '0.5,0.5'; cx,cy,w,h"),
-    "a box in pixels": ({"box": "40,30,10,10"}, "lies outside the picture"),
+    "a box in pixels": ({"box": "40,30,10,10"}, "lies outside the image"),
     "a box without bounds": ({"box": "0.5,0.5,1e308,1e308"}, "or none that a fraction can be"),
-    "no picture": ({"image": "gone.jpg"}, "picture gone.jpg is missing"),
+    "no image": ({"image": "gone.jpg"}, "image gone.jpg is missing"),
     "no labels": ({"data": "nowhere"}, "rel2id.json is missing"),
     "no model": ({"model": "nowhere/else", "data": "data"}, "nowhere/else"),
     "what the task has no use for": ({"task": "jmere"}, "--box: task jmere takes --image, --text, --data"),

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import lines, run, succeed
 
 from data.task import resolve_task
-from data.tiny_model import write_tiny_model
-from grpo.answer import Prompts
-from grpo.encode import Encoder
+from data.toy.model import write_tiny_model
+from grpo.engine.encode import Encoder
+from grpo.runtime.answer import Prompts
+from test_pipeline import lines, run, succeed
 
 WORDS = ["--task", "jmere", "--missing_images", "blank", "--max_pixels", 3136, "--max_completion_tokens", 16,
          "--valid_split", "val", "--valid_samples", 4, "--rollout_rows", 16]
@@ -41,14 +41,14 @@ def test_sft_and_grpo_run_on_the_real_jmere_text_over_two_processes(real_data, m
     assert updates[0]["kl"] == pytest.approx(0, abs=1e-6) and updates[0]["prompts"] == 4
 
 
-def test_missing_pictures_stop_the_run_unless_told_otherwise(real_data, model, tmp_path):
+def test_missing_images_stop_the_run_unless_told_otherwise(real_data, model, tmp_path):
     words = [word if word != "blank" else "stop" for word in WORDS]
     status, text = run("sft.train", *words, "--data", real_data / "jmere", "--model", model, "--output", tmp_path)
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(errors) == 1 and "496 of 496 posts have no picture" in errors[0], text
+    assert status == 2 and len(errors) == 1 and "496 of 496 posts have no image" in errors[0], text
 
 
-def test_real_prompts_hold_the_whole_text_and_the_picture_in_qwens_template(real_data, model):
+def test_real_prompts_hold_the_whole_text_and_the_image_in_qwens_template(real_data, model):
     task, encoder = resolve_task("jmere"), Encoder(str(model), 3136)
     samples = task.data.load(real_data / "jmere", "val", missing_images="blank")
     prompts = Prompts(encoder, task)
@@ -60,17 +60,17 @@ def test_real_prompts_hold_the_whole_text_and_the_picture_in_qwens_template(real
         assert (prompt.tokens == encoder.image_token).sum() == 4
 
 
-def test_the_real_more_sample_becomes_a_prompt_of_two_pictures_and_its_crop_shows_the_box(real_data, model):
+def test_the_real_more_sample_becomes_a_prompt_of_two_images_and_its_crop_shows_the_box(real_data, model):
     task, encoder = resolve_task("more"), Encoder(str(model), 28 * 28 * 256)
     sample, = task.data.load(real_data / "more-one", "train")
-    (picture, crop), text = task.data.build_prompt(sample)
+    (image, crop), text = task.data.build_prompt(sample)
     assert sample.label == "/per/misc/awarded" and sample.entity in text and all(label in text for label in sample.labels)
     cx, cy, w, h = sample.box
-    left, top = round((cx - w / 2) * picture.width), round((cy - h / 2) * picture.height)
-    assert abs(crop.width - w * picture.width) <= 1 and abs(crop.height - h * picture.height) <= 1
-    assert crop.getpixel((3, 5)) == picture.getpixel((left + 3, top + 5))
+    left, top = round((cx - w / 2) * image.width), round((cy - h / 2) * image.height)
+    assert abs(crop.width - w * image.width) <= 1 and abs(crop.height - h * image.height) <= 1
+    assert crop.getpixel((3, 5)) == image.getpixel((left + 3, top + 5))
     assert isinstance(crop, Image.Image)
-    prompt = encoder.encode([picture, crop], text, sample, sample.id)
+    prompt = encoder.encode([image, crop], text, sample, sample.id)
     runs = (prompt.grids.prod(-1) // 4).tolist()
     assert len(runs) == 2 and (prompt.tokens == encoder.image_token).sum() == sum(runs) and runs[0] <= 256
     assert torch.equal(prompt.positions[:, 0], torch.zeros(3, dtype=torch.long))

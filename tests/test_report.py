@@ -31,9 +31,9 @@ def completion(advantage, words, **more):
             "ratio": [1.0 + 0.01 * i for i in range(count)], **more}
 
 
-def group(name, picture=None, **more):
+def group(name, image=None, **more):
     words = "<think> Step 1: red. Step 2: blue. </think> <answer>none</answer>"
-    return {"id": name, "prompt": "What?", "target": "<answer>none</answer>", "pictures": [str(picture)] if picture else [],
+    return {"id": name, "prompt": "What?", "target": "<answer>none</answer>", "images": [str(image)] if image else [],
             "box": [0.5, 0.5, 0.2, 0.2], "text": "Ravens beat Wolves", "entity": "Wolves",
             "completions": [completion(a, words) for a in (-0.5, 1.2, 0.3)], **more}
 
@@ -45,12 +45,12 @@ def write_lines(path, lines):
 def write_run(folder, steps=40, records=(1, 11, 21), groups=None, **settings):
     """A GRPO run as grpo.train leaves it, without training."""
     folder.mkdir(parents=True)
-    Image.new("RGB", (60, 40), "orange").save(folder / "picture.png")
+    Image.new("RGB", (60, 40), "orange").save(folder / "image.png")
     lines = [{"step": 0, "valid/f1": 0.5}]
     lines += [{"step": i, "epoch": (i - 1) // 20, "reward": 1 + i / steps, "kl": {3: None, 2500: 1.0, 3000: -1.0}.get(i, 0.01 * (i % 7)), "step_time": 1.5}
               | ({"valid/f1": 0.5 + i / 100} if i % 10 == 0 else {}) for i in range(1, steps + 1)]
     write_lines(folder / "metrics.jsonl", lines)
-    groups = groups or [group("train/1", folder / "picture.png"), group("train/2", "/nowhere/gone.png")]
+    groups = groups or [group("train/1", folder / "image.png"), group("train/2", "/nowhere/gone.png")]
     write_lines(folder / "rollouts.jsonl", [{"step": step, "epoch": 0, "groups": groups} for step in records])
     write_lines(folder / "curriculum.jsonl", [{"epoch": 0, "hard": 20, "easy": 20}, {"epoch": 1, "hard": 20, "easy": 10}])
     what = {"settings": {"learning_rate": 1e-6, "seed": 0} | settings, "versions": {"torch": "2.13"}, "commit": "abc", "data_hash": "d" * 16}
@@ -276,7 +276,7 @@ def test_completions_stand_by_advantage_with_steps_parts_and_tinted_tokens(opene
 def test_hostile_completions_do_not_run_and_are_shown_as_text(opened, tmp_path):
     words = [completion(1.0 - i, text) for i, text in enumerate(HOSTILE)]
     bad = group(HOSTILE[1], completions=words, text=" ".join(HOSTILE), entity=HOSTILE[0], prompt=HOSTILE[0], target=HOSTILE[1],
-                pictures=["</script><img src=x onerror='window.broken = 3'>.png"])
+                images=["</script><img src=x onerror='window.broken = 3'>.png"])
     page = opened(write_run(tmp_path / "run", groups=[bad], model=HOSTILE[0]))
     page.press("u")
     time.sleep(0.3)

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny import END, IMAGE, START, VIDEO, tiny_model, tiny_policy, tiny_prompt
 
-from grpo.rollout import Sampling, draw, noise, sample
+from grpo.engine.rollout import Sampling, draw, noise, sample
+from tiny import END, IMAGE, START, VIDEO, tiny_model, tiny_policy, tiny_prompt
 
 ENDS = (END, *range(20))  # a tenth of the vocabulary ends a completion: lengths are ragged
 
@@ -43,9 +43,9 @@ def test_greedy_completions_equal_transformers_generate():
     model.generation_config.pad_token_id = END
     for group in sample(policy, prompts(3), 1, sampling(temperature=0.0, end_tokens=(END,))):
         prompt, ids = group.prompt, group.prompt.tokens[None]
-        pictures = {} if prompt.grids is None else dict(pixel_values=prompt.pixels, image_grid_thw=prompt.grids)
+        images = {} if prompt.grids is None else dict(pixel_values=prompt.pixels, image_grid_thw=prompt.grids)
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(),
-                             max_new_tokens=12, do_sample=False, suppress_tokens=[IMAGE, VIDEO], eos_token_id=END, **pictures)
+                             max_new_tokens=12, do_sample=False, suppress_tokens=[IMAGE, VIDEO], eos_token_id=END, **images)
         assert out[0, len(prompt):].tolist() == group.completions[0].tolist()
 
 

@@ -1,15 +1,15 @@
 import pytest
 import torch
-from tiny import IMAGE, tiny_model, tiny_prompt
 
-from grpo.rope import rope_positions
+from grpo.engine.rope import rope_positions
+from tiny import IMAGE, tiny_model, tiny_prompt
 
 GRIDS = {
     "text alone": (),
-    "one square picture": ((1, 4, 4),),
-    "two pictures, wide and tall": ((1, 4, 10), (1, 8, 2)),
+    "one square image": ((1, 4, 4),),
+    "two images, wide and tall": ((1, 4, 10), (1, 8, 2)),
     "wider than one attention window": ((1, 6, 20),),
-    "three pictures": ((1, 2, 2), (1, 2, 6), (1, 10, 4)),
+    "three images": ((1, 2, 2), (1, 2, 6), (1, 10, 4)),
 }
 
 
@@ -22,7 +22,7 @@ def test_rope_positions_equal_transformers(grids):
     assert torch.equal(prompt.positions, expected[:, 0])
 
 
-def test_text_after_a_picture_counts_on_from_its_longer_side():
+def test_text_after_a_image_counts_on_from_its_longer_side():
     tokens = torch.tensor([1, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, 2])
     positions = rope_positions(tokens, torch.tensor([[1, 4, 6]]), IMAGE, 2)  # merged: 2 rows, 3 columns
     assert positions.tolist() == [

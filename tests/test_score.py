@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tiny import END, IMAGE, PAD, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
 
 from grpo.group import Group, packs, pad_rows, row_mask
 from grpo.objective import grpo_loss
+from tiny import END, IMAGE, PAD, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
 
 
 def logp_of(groups, policy=None, temperature=1.0):
@@ -45,30 +45,30 @@ def test_shuffling_the_pixels_changes_the_log_probabilities():
     assert (logp_of([group]) - before).abs().max() > 1e-3
 
 
-def test_the_vision_encoder_runs_once_for_every_picture_however_often_it_is_used():
+def test_the_vision_encoder_runs_once_for_every_image_however_often_it_is_used():
     policy, groups = tiny_policy(), tiny_groups(lengths=((5, 1), (3, 4), (2, 2)))
     policy.freeze_vision()
     seen = []
     policy.visual.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
     before = logp_of(groups, policy)
     seen.clear()
-    policy.keep_features([group.prompt for group in groups])
+    policy.keep_image_features([group.prompt for group in groups])
     for _ in range(3):  # reference and two inner updates
         torch.testing.assert_close(logp_of(groups, policy), before)
     assert seen == [sum(len(g.prompt.pixels) for g in groups if g.prompt.pixels is not None)]
 
 
-def test_many_pictures_go_through_the_vision_encoder_a_few_at_a_time(monkeypatch):
+def test_many_images_go_through_the_vision_encoder_a_few_at_a_time(monkeypatch):
     policy, seen = tiny_policy(), []
     policy.freeze_vision()
     prompts = [tiny_prompt(i, ((1, 4, 4),)) for i in range(5)] + [tiny_prompt(9, ())]
-    policy.keep_features(prompts)
+    policy.keep_image_features(prompts)
     at_once = [prompt.features for prompt in prompts]
     for prompt in prompts:
         prompt.features = None
-    monkeypatch.setattr("grpo.policy.PATCHES_AT_ONCE", 32)
+    monkeypatch.setattr("grpo.engine.policy.PATCHES_AT_ONCE", 32)
     policy.visual.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
-    policy.keep_features(prompts)
+    policy.keep_image_features(prompts)
     assert seen == [32, 32, 16] and prompts[-1].features is None
     for prompt, expected in zip(prompts[:-1], at_once):
         torch.testing.assert_close(prompt.features, expected)
@@ -84,7 +84,7 @@ def test_a_trained_vision_encoder_gets_gradients_and_a_frozen_one_none():
     assert all(p.grad is None for p in frozen.visual.parameters())
 
 
-def test_a_pack_without_pictures_still_takes_part_in_the_vision_encoders_gradient():
+def test_a_pack_without_images_still_takes_part_in_the_vision_encoders_gradient():
     policy = tiny_policy()
     group = Group(tiny_prompt(0, grids=()), [torch.tensor([1, 2])])
     logp_of([group], policy).sum().backward()
@@ -114,7 +114,7 @@ def test_the_end_token_is_trained_even_where_it_is_the_pad_token_too():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    from grpo.update import set_gradient_checkpointing
+    from grpo.runtime.optim import set_gradient_checkpointing
 
     plain, checkpointed, groups = tiny_policy(), tiny_policy(), tiny_groups()
     set_gradient_checkpointing(checkpointed, True)
@@ -181,7 +181,7 @@ def test_scores_come_in_the_groups_order_with_their_entropy_and_their_lengths():
     torch.testing.assert_close(scores.entropy[15:18], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_pictures_that_several_prompts_bring_at_once_stay_with_their_prompts():
+def test_images_that_several_prompts_bring_at_once_stay_with_their_prompts():
     policy = tiny_policy()
     shapes = [((1, 4, 4),), ((1, 8, 6), (1, 4, 4)), (), ((1, 4, 4),)]
     prompts = [tiny_prompt(i, shape) for i, shape in enumerate(shapes)]
@@ -189,13 +189,13 @@ def test_pictures_that_several_prompts_bring_at_once_stay_with_their_prompts():
         torch.testing.assert_close(together, policy.embed([prompt]), rtol=1e-5, atol=1e-6)
 
 
-def test_kept_and_new_pictures_of_one_pack_are_each_used():
+def test_kept_and_new_images_of_one_pack_are_each_used():
     policy, groups = tiny_policy(), tiny_groups(lengths=((5, 1), (3, 4)))
     policy.freeze_vision()
     before = logp_of(groups, policy)
     for kept in (0, 1):
         groups[kept].prompt.features = None
-        policy.keep_features([groups[kept].prompt])
+        policy.keep_image_features([groups[kept].prompt])
         groups[1 - kept].prompt.features = None
         torch.testing.assert_close(logp_of(groups, policy), before, rtol=1e-5, atol=1e-5)
 
@@ -203,11 +203,11 @@ def test_kept_and_new_pictures_of_one_pack_are_each_used():
 def test_kept_features_hold_no_graph_and_an_encoder_that_trains_keeps_none():
     policy, prompt = tiny_policy(), tiny_prompt(0)
     with pytest.raises(ValueError, match="cannot be kept"):
-        policy.keep_features([prompt])
+        policy.keep_image_features([prompt])
     policy.visual.merger.requires_grad_(False)  # the projector alone is fixed: the encoder still trains
     with pytest.raises(ValueError, match="cannot be kept"):
-        policy.keep_features([prompt])
+        policy.keep_image_features([prompt])
     assert prompt.features is None
     policy.freeze_vision()
-    policy.keep_features([prompt])
+    policy.keep_image_features([prompt])
     assert not prompt.features.requires_grad

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from grpo.settings import parse, parse_options, required, run_program, setting
+from grpo.runtime.optim import learning_rate
+from grpo.runtime.settings import parse, parse_options, required, run_program, setting
 from grpo.train import Settings as GRPOSettings
-from grpo.update import learning_rate
 from sft.train import Settings as SFTSettings
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 import sft.train
-from grpo.run import read_ids
-from grpo.settings import parse
+from grpo.runtime.run import read_ids
+from grpo.runtime.settings import parse
 
 
 def validations(monkeypatch, figures, **settings):
@@ -14,7 +14,7 @@ def validations(monkeypatch, figures, **settings):
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     settings = parse(sft.train.Settings, ["--model", "m", "--data", "d", "--output", "o", *words])
     run = SimpleNamespace(settings=settings, policy=None, best=float("-inf"), device="cpu", done=[], step=0,
-                          restore=lambda optimizer: {}, checkpoint=lambda *_, **__: None, journal=SimpleNamespace(write=lambda line: None))
+                          restore=lambda optimizer: {}, checkpoint=lambda *_, **__: None, metrics_log=SimpleNamespace(write=lambda line: None))
 
     def validate(step):
         run.done.append(step)

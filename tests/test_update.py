@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_groups, tiny_policy
 
-from grpo.update import make_optimizer, update
+from grpo.runtime.optim import make_optimizer, update
+from tiny import tiny_groups, tiny_policy
 
 
 def step(policy, packs, scale=1.0, rate=0.5, limit=1e9, optimizer=None):
@@ -53,7 +53,7 @@ def test_a_process_with_fewer_packs_joins_the_longest_ones_forwards_and_adds_not
         assert op == torch.distributed.ReduceOp.MAX and int(values) == 1
         return torch.tensor(3)
 
-    monkeypatch.setattr("grpo.update.total", longest)
+    monkeypatch.setattr("grpo.runtime.optim.total", longest)
     among_others.register_forward_hook(lambda *_: forwards.append(1))
     step(among_others, [tiny_groups()])
     assert len(forwards) == 3

@@ -33,7 +33,7 @@ PAPERS = {
 LOOPS = {
     "more-r1": dict(updates=2, temperature=0.8),
     "jmere-r1": dict(temperature=0.8),
-    "dapo": dict(updates=2, flat_groups="resampled", overlong_share=0.2),
+    "dapo": dict(updates=2, zero_variance_groups="resampled", overlong_share=0.2),
     "gspo": dict(updates=2),
     "cispo": dict(updates=2),
     "rloo": dict(kl_in_reward=True, beta=0.05),
@@ -81,7 +81,7 @@ def test_a_preset_is_what_its_paper_says_from_rewards_to_gradient(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_preset_asks_of_the_loop(name):
     usual = dict(
-        group_size=8, updates=1, temperature=1.0, truncated="kept", flat_groups="kept", overlong_share=0.0,
+        group_size=8, updates=1, temperature=1.0, truncated="kept", zero_variance_groups="kept", overlong_share=0.0,
         kl_in_reward=False, combine="sum",
     )
     settings = dataclasses.asdict(resolve(name))
@@ -110,7 +110,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest():
 
 @pytest.mark.parametrize(
     "setting",
-    ["combine", "scale", "ddof", "surrogate", "level", "aggregate", "kl", "truncated", "flat_groups"],
+    ["combine", "scale", "ddof", "surrogate", "level", "aggregate", "kl", "truncated", "zero_variance_groups"],
 )
 def test_an_unknown_option_is_refused_before_anything_runs(setting):
     with pytest.raises(ValueError, match=f"{setting} is 'other'; it takes one of"):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from grpo import evaluate
-from grpo.settings import parse
-from grpo.vote import majority
+from grpo.runtime.settings import parse
 from rewards import jmere, more
+from rewards.vote import majority
 
 SAMPLE = SimpleNamespace(types=("org", "per"), relations=("member_of", "peer"), labels=("none", "/per/per/peer"),
                          quintuples=(("a", "per", "b", "per", "peer"),))

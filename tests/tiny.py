@@ -1,13 +1,13 @@
-"""A tiny random Qwen2.5-VL and prompts for it: two pictures, unequal lengths, more than one attention window."""
+"""A tiny random Qwen2.5-VL and prompts for it: two images, unequal lengths, more than one attention window."""
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from grpo.engine.policy import Policy
+from grpo.engine.rope import rope_positions
 from grpo.group import Group, Prompt
-from grpo.policy import Policy
-from grpo.rope import rope_positions
 
-IMAGE, VIDEO, START, END_OF_PICTURE, END, PAD = 190, 191, 192, 193, 194, 195
+IMAGE, VIDEO, START, END_OF_IMAGE, END, PAD = 190, 191, 192, 193, 194, 195
 VOCABULARY = 200
 
 
@@ -24,7 +24,7 @@ def tiny_model(seed: int = 0, scale: float = 0.2, **text) -> Qwen2_5_VLForCondit
             hidden_size=32, depth=2, num_heads=2, intermediate_size=48, out_hidden_size=32, fullatt_block_indexes=[1],
             window_size=56, initializer_range=scale,
         ),
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END_OF_PICTURE,
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END_OF_IMAGE,
         initializer_range=scale,
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
@@ -35,11 +35,11 @@ def tiny_policy(seed: int = 0, **text) -> Policy:
 
 
 def tiny_prompt(seed: int, grids=((1, 4, 4), (1, 6, 10)), length: int = 7, name: str = "") -> Prompt:
-    """Text, then each picture with text after it; random tokens and pixels."""
+    """Text, then each image with text after it; random tokens and pixels."""
     random = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, IMAGE, (length,), generator=random).tolist()
     for t, h, w in grids:
-        tokens += [START] + [IMAGE] * (t * h * w // 4) + [END_OF_PICTURE]
+        tokens += [START] + [IMAGE] * (t * h * w // 4) + [END_OF_IMAGE]
         tokens += torch.randint(0, IMAGE, (length,), generator=random).tolist()
     tokens = torch.tensor(tokens)
     grid = torch.tensor(grids) if grids else None
@@ -49,7 +49,7 @@ def tiny_prompt(seed: int, grids=((1, 4, 4), (1, 6, 10)), length: int = 7, name:
 
 
 def tiny_groups(seed: int = 0, lengths=((5, 1, 9), (3, 4, 2))) -> list[Group]:
-    """Groups with ragged completions: two pictures, then one, then none, in turn."""
+    """Groups with ragged completions: two images, then one, then none, in turn."""
     random = torch.Generator().manual_seed(seed)
     shapes = [((1, 4, 4), (1, 6, 10)), ((1, 8, 6),), ()]
     groups = []
@@ -65,11 +65,11 @@ def plain_logp(model, group: Group, temperature: float = 1.0, ban: bool = True) 
     rows = []
     for completion in group.completions:
         ids = torch.cat([group.prompt.tokens, completion])[None]
-        pictures = {}
+        images = {}
         if group.prompt.grids is not None:
-            pictures = dict(pixel_values=group.prompt.pixels, image_grid_thw=group.prompt.grids)
+            images = dict(pixel_values=group.prompt.pixels, image_grid_thw=group.prompt.grids)
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(),
-                    use_cache=False, **pictures)
+                    use_cache=False, **images)
         logits = out.logits[0, len(group.prompt) - 1 : -1].float() / temperature
         if ban:
             logits = logits.index_fill(-1, torch.tensor([IMAGE, VIDEO]), float("-inf"))

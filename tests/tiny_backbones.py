@@ -4,12 +4,12 @@ import json
 
 import torch
 from safetensors.torch import save_file
-from tiny import IMAGE, VIDEO, VOCABULARY, tiny_prompt
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from data.tiny_model import write_tokenizer
+from data.toy.model import write_tokenizer
+from grpo.engine.policy import Policy
 from grpo.group import Group, Prompt
-from grpo.policy import Policy
+from tiny import IMAGE, VIDEO, VOCABULARY, tiny_prompt
 
 # ── networks ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -41,21 +41,21 @@ def tiny_network(name: str, seed: int = 0):
     return Qwen3VLForConditionalGeneration(qwen3_config()).eval()
 
 
-def prompt_of(name: str, seed: int, pictures: int = 2, length: int = 6) -> Prompt:
-    """As tiny.tiny_prompt; LLaVA's pictures are 4 × 4 patches of one token each, and its positions one axis."""
+def prompt_of(name: str, seed: int, images: int = 2, length: int = 6) -> Prompt:
+    """As tiny.tiny_prompt; LLaVA's images are 4 × 4 patches of one token each, and its positions one axis."""
     if name != "llava":
-        return tiny_prompt(seed, ((1, 4, 4), (1, 6, 10))[:pictures], length)
+        return tiny_prompt(seed, ((1, 4, 4), (1, 6, 10))[:images], length)
     random = torch.Generator().manual_seed(seed)
     words = lambda: torch.randint(0, IMAGE, (length,), generator=random).tolist()
-    tokens = torch.tensor(words() + sum(([IMAGE] * 16 + words() for _ in range(pictures)), []))
-    pixels = torch.randn(pictures, 3, 56, 56, generator=random) if pictures else None
-    grids = torch.tensor([[1, 4, 4]] * pictures) if pictures else None
+    tokens = torch.tensor(words() + sum(([IMAGE] * 16 + words() for _ in range(images)), []))
+    pixels = torch.randn(images, 3, 56, 56, generator=random) if images else None
+    grids = torch.tensor([[1, 4, 4]] * images) if images else None
     return Prompt(tokens, torch.arange(len(tokens)).expand(3, -1), pixels, grids, id=f"tiny/{seed}")
 
 
 def groups_of(name: str, lengths=((5, 1, 9), (3, 4, 2), (2, 6))) -> list[Group]:
     random = torch.Generator().manual_seed(3)
-    return [Group(prompt_of(name, index, pictures=(2, 1, 0)[index % 3], length=5 + 2 * index),
+    return [Group(prompt_of(name, index, images=(2, 1, 0)[index % 3], length=5 + 2 * index),
                   [torch.randint(0, IMAGE, (length,), generator=random) for length in row])
             for index, row in enumerate(lengths)]
 

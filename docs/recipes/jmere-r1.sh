@@ -5,7 +5,7 @@
 #   --stage NAME           one stage alone; without it data, cot_sft, grpo, vote and the table in turn
 #   --output DIR           runs/jmere-r1
 #   --expert KIND:NAME     who writes the reasoning: openai:gpt-4o
-#   --missing_images WHAT  posts without a picture: stop, drop or blank
+#   --missing_images WHAT  posts without an image: stop, drop or blank
 #   --seed N               0
 #
 # What was done is not done again: <result>.done holds the command that made it; it and <result> are removed to repeat it.
@@ -76,13 +76,13 @@ jmere_stage() { # the variables are jmere_r1's
         groups) for size in 2 4 16; do
                 jmere_train "groups_$size" grpo.train grpo "$output/cot_sft/model" --group_size $size
             done ;;
-        table) one grpo.paper_table "$recipes/paper.json" --runs "$output/test" --output "$output/table" ;;
+        table) one grpo.report.paper_table "$recipes/paper.json" --runs "$output/test" --output "$output/table" ;;
         *) fail "jmere-r1: no stage $1 (./launch.sh jmere-r1 --help names them)" ;;
     esac
 }
 
 jmere_data() { # name, settings: what the expert has answered once is asked for no second time, whichever the filters
-    once "$output/$1" one data.annotate --config "$recipes/data.json" --data "$data" --expert "$expert" --seed "$seed" \
+    once "$output/$1" one sft.annotate --config "$recipes/data.json" --data "$data" --expert "$expert" --seed "$seed" \
         --missing_images "$missing" --output "$output/$1.jsonl" --responses "$output/mp_cot.responses.jsonl" "${@:2}"
 }
 

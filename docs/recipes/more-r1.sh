@@ -6,7 +6,7 @@
 #   --output DIR           runs/more-r1
 #   --expert KIND:NAME     who writes the reasoning: openai:gpt-4o (the default), local:CHECKPOINT, file:JSONL
 #   --template FILE        the prompt that the expert gets, instead of the built-in one
-#   --missing_images WHAT  samples without a picture: stop, drop or blank
+#   --missing_images WHAT  samples without an image: stop, drop or blank
 #   --recipe DIR           another folder of settings
 #   --seed N               0
 #
@@ -14,7 +14,7 @@
 # What was cut off goes on from its last checkpoint with the same line.
 #
 # Stages; each trained model is tested:
-#   check                               counts of the dataset, missing pictures, bad boxes
+#   check                               counts of the dataset, missing images, bad boxes
 #   data                                a quarter of each label drawn, the expert's reasoning, filtered
 #   stage_1  split  stage_2             cold start; what it answers rightly is easy, the rest hard; GRPO
 #   zero_shot  label_only  label_only_25  the baselines: untrained; SFT on bare labels of all samples, of the quarter
@@ -54,12 +54,12 @@ more_stage() { # the variables are more_r1's
     local cold=$output/cold_start start=$output/stage_1/model
     case $1 in
         check)
-            title "the dataset: counts, missing pictures, bad boxes"
+            title "the dataset: counts, missing images, bad boxes"
             one data.more --check "$data" || [ "$missing" != stop ] ||
                 fail "more-r1: the dataset is not as it should be" ;;
         data)
             title "cold-start data: a quarter of each label, the expert's reasoning, filtered"
-            once "$cold" one data.annotate --config "$recipe/data.json" --data "$data" --expert "$expert" \
+            once "$cold" one sft.annotate --config "$recipe/data.json" --data "$data" --expert "$expert" \
                 --seed "$seed" --missing_images "$missing" --output "$cold.jsonl" "${template[@]}" ;;
         zero_shot)
             title "zero-shot"
@@ -88,7 +88,7 @@ more_stage() { # the variables are more_r1's
         gamma_0) more_grpo gamma_0 "ablation: hard samples only" --decay 0 ;;
         table)
             title "result"
-            one grpo.paper_table "$recipe/paper.json" --runs "$output/test" --output "$output/table" ;;
+            one grpo.report.paper_table "$recipe/paper.json" --runs "$output/test" --output "$output/table" ;;
     esac
 }
 

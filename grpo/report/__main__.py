@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from grpo.report.images import Images
 from grpo.report.page import render, report_data
-from grpo.report.pictures import Pictures
 from grpo.report.read import find_runs, read_run, short_names
 from grpo.report.serve import server
 
@@ -37,7 +37,7 @@ def write(words: list[str], output: Path | None) -> Path:
     folders = find_runs(words)
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders))]
     output = output or Path(words[0]) / "report.html"
-    page = render(report_data(runs, Pictures(), time.strftime("%Y-%m-%d %H:%M")))
+    page = render(report_data(runs, Images(), time.strftime("%Y-%m-%d %H:%M")))
     output.parent.mkdir(parents=True, exist_ok=True)
     new = output.with_name(output.name + ".new")
     new.write_text(page, encoding="utf-8", errors="replace")

@@ -230,7 +230,7 @@ function append(run, news) {
 function take(news) {
   const known = new Set(charts.map((chart) => chart.metric)),
     kinds = DATA.runs.map((run) => run.kind).join();
-  Object.assign(DATA.pictures, news.pictures);
+  Object.assign(DATA.images, news.images);
   DATA.made = news.made;
   const grown = DATA.runs.map((run, i) => append(run, news.runs[i]));
   buildOverview();

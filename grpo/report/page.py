@@ -10,7 +10,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from grpo.report.pictures import Pictures
+from grpo.report.images import Images
 from grpo.report.read import Run
 
 HERE = Path(__file__).parent
@@ -24,17 +24,17 @@ def run_data(run: Run) -> dict:
                ("settings", "versions", "commit", "data_hash", "model_hash", "processes", "started")}}
 
 
-def picture_data(runs: list[Run], pictures: Pictures) -> dict[str, dict]:
-    """The embedded pictures of all recorded groups by path, the newest records first in line for room."""
+def image_data(runs: list[Run], images: Images) -> dict[str, dict]:
+    """The embedded images of all recorded groups by path, the newest records first in line for room."""
     records = sorted((record for run in runs for record in run.rollouts), key=lambda record: -record["step"])
     groups = [group for record in records for group in record["groups"]]
-    paths = [path for group in groups for path in group.get("pictures") or ()]
-    return {path: pictures(path) for path in dict.fromkeys(paths)}
+    paths = [path for group in groups for path in group.get("images") or ()]
+    return {path: images(path) for path in dict.fromkeys(paths)}
 
 
-def report_data(runs: list[Run], pictures: Pictures, made: str, live: bool = False) -> dict:
+def report_data(runs: list[Run], images: Images, made: str, live: bool = False) -> dict:
     return {"made": made, "live": live, "runs": [run_data(run) for run in runs],
-            "pictures": picture_data(runs, pictures)}
+            "images": image_data(runs, images)}
 
 
 def as_json(data) -> str:

@@ -14,7 +14,7 @@ class Run:
     """One folder that grpo.train, sft.train or grpo.evaluate wrote.
 
     columns   {name: one value or None a line of metrics.jsonl}; `step` is always there
-    rollouts  records of rollouts.jsonl, as grpo/diary.py describes them; of `recorded` ones those that are shown
+    rollouts  records of rollouts.jsonl, as grpo/runtime/rollout_log.py describes them; of `recorded` ones those that are shown
     """
 
     name: str
@@ -144,7 +144,7 @@ def is_record(record: dict) -> bool:
 def is_group(group) -> bool:
     if not isinstance(group, dict) or not isinstance(group.get("id"), str):
         return False
-    words = [group.get(name) or "" for name in ("prompt", "target", "text", "entity")] + list(group.get("pictures") or ())
+    words = [group.get(name) or "" for name in ("prompt", "target", "text", "entity")] + list(group.get("images") or ())
     box, completions = group.get("box") or [0, 0, 0, 0], group.get("completions")
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         return False

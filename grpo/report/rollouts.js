@@ -38,7 +38,7 @@ function buildBrowser() {
   const runs = recorded();
   if (!runs.length) {
     byId("browser").replaceChildren(
-      element("p", { class: "nothing" }, "No rollouts are recorded in these runs (grpo.train --journal_groups)."),
+      element("p", { class: "nothing" }, "No rollouts are recorded in these runs (grpo.train --rollout_log_groups)."),
     );
     return;
   }
@@ -105,7 +105,7 @@ function buildBrowser() {
       key("↑"),
       " next and previous step · ",
       key("u"),
-      " unfold · a square is a recorded group, stronger for more reward, a ring where it is flat",
+      " unfold · a square is a recorded group, stronger for more reward, a ring where it has zero variance",
     ),
     element("div", { id: "group", class: "group", tabindex: -1 }),
   );
@@ -190,7 +190,7 @@ function promptView(group, scale, tint) {
   return element(
     "div",
     { class: "prompt" },
-    (group.pictures || []).map((path) => picture(path, group.box)),
+    (group.images || []).map((path) => imageWithBox(path, group.box)),
     group.text ? element("p", { class: "text" }, marked(group.text, group.entity)) : null,
     element(
       "dl",
@@ -216,7 +216,7 @@ function promptView(group, scale, tint) {
 
 function tintLegend(scale, tint, group) {
   if (tint === TINTS.push && group.completions.every((c) => !c.advantage))
-    return element("p", { class: "tints" }, "A flat group: equal rewards, no advantage, nothing to tint.");
+    return element("p", { class: "tints" }, "A zero-variance group: equal rewards, no advantage, nothing to tint.");
   return element(
     "div",
     { class: "tints", title: tint.about },
@@ -232,9 +232,9 @@ function tintLegend(scale, tint, group) {
   );
 }
 
-// The picture with its box, and what the box cuts out: both show the same embedded file.
-function picture(path, box) {
-  const known = DATA.pictures[path],
+// The image with its box, and what the box cuts out: both show the same embedded file.
+function imageWithBox(path, box) {
+  const known = DATA.images[path],
     name = path.split("/").at(-1);
   if (!known?.src) return element("p", { class: "no-picture" }, `${name}: ${known?.missing || "not embedded"}`);
   const { src, width, height } = known,

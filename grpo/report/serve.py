@@ -8,16 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from urllib.parse import parse_qs, urlsplit
 
-from grpo.report.page import as_json, picture_data, render, report_data, run_data
-from grpo.report.pictures import Pictures
+from grpo.report.images import Images
+from grpo.report.page import as_json, image_data, render, report_data, run_data
 from grpo.report.read import Run, find_runs, read_run, short_names
 
 
 class Reader:
-    """Reads the runs anew for each request, pictures once and rollouts when there are more."""
+    """Reads the runs anew for each request, images once and rollouts when there are more."""
 
     def __init__(self, words: list[str]):
-        self.words, self.pictures, self.lock, self.before = words, Pictures(), Lock(), {}
+        self.words, self.images, self.lock, self.before = words, Images(), Lock(), {}
 
     def runs(self) -> list[Run]:
         folders = find_runs(self.words)
@@ -27,7 +27,7 @@ class Reader:
 
     def page(self) -> str:
         with self.lock:
-            return render(report_data(self.runs(), self.pictures, time.strftime("%Y-%m-%d %H:%M"), live=True))
+            return render(report_data(self.runs(), self.images, time.strftime("%Y-%m-%d %H:%M"), live=True))
 
     def news(self, known: list[dict]) -> dict:
         """What the page does not have yet. `known` says of each run: name, number of metric lines, last recorded step.
@@ -43,7 +43,7 @@ class Reader:
                             rollouts=[record for record in run.rollouts if record["step"] > entry["recorded"]])
                     for run, entry in zip(runs, known)]
             return {"made": time.strftime("%Y-%m-%d %H:%M:%S"), "runs": [run_data(run) for run in runs],
-                    "pictures": picture_data(runs, self.pictures)}
+                    "images": image_data(runs, self.images)}
 
 
 class Handler(BaseHTTPRequestHandler):

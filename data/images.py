@@ -1,0 +1,99 @@
+"""An image on disk: checked by its header before training, opened as RGB, cropped to a box.
+
+Boxes are (cx, cy, w, h) in fractions of the image, centre format, as MORE stores them. Pixels are taken as
+they are stored: an orientation note in a photograph's EXIF is not applied, for boxes refer to stored pixels.
+"""
+import math
+import struct
+from pathlib import Path
+
+from PIL import Image
+
+LONGEST_RATIO = 200  # Qwen2-VL's image processor refuses an image more elongated than 200:1
+# what Pillow raises for files that are no whole images, or are none that may be opened
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def check_image(path, where: str) -> tuple[int, int]:
+    """(width, height) in pixels, from the header alone: milliseconds for an image of any size.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is no image or too elongated;
+    `where` names the sample in the one-line message. That a file is cut off after its header is only found by
+    decoding it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{where}: image {path} is missing")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except UNREADABLE as problem:
+        raise ValueError(f"{where}: image {path} cannot be read ({one_line(problem)})") from None
+    if max(width, height) > LONGEST_RATIO * min(width, height):
+        raise ValueError(f"{where}: image {path} is {width}x{height} pixels; "
+                         f"sides of at most {LONGEST_RATIO}:1 expected")
+    return width, height
+
+
+def open_image(path) -> Image.Image:
+    """The decoded image in RGB, white where transparent. Raises ValueError if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            if not image.has_transparency_data:
+                return image.convert("RGB")
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image).convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image {path} is missing") from None
+    except UNREADABLE as problem:
+        raise ValueError(f"image {path} cannot be decoded ({one_line(problem)})") from None
+
+
+def check_box(box, size: tuple[int, int] | None, where: str) -> None:
+    """Refuse a box that leaves nothing to look at: raises a one-line ValueError naming `where`.
+
+    `size` is (width, height) in pixels, or None where there is no image: then the shape in pixels is not
+    known and only area and position are checked. A box that spills over the edge is fine: it is clamped.
+    """
+    cx, cy, w, h = box
+    if not all(math.isfinite(value) and abs(value) < 1e6 for value in box):
+        raise ValueError(f"{where}: box {box} holds a value that is not a finite number, or none that a fraction can be")
+    if w <= 0 or h <= 0:
+        raise ValueError(f"{where}: box {box} has no area; (cx, cy, w, h) in fractions expected")
+    if cx - w / 2 >= 1 or cy - h / 2 >= 1 or cx + w / 2 <= 0 or cy + h / 2 <= 0:
+        raise ValueError(f"{where}: box {box} lies outside the image; (cx, cy, w, h) in fractions expected")
+    if size is not None:
+        left, top, right, bottom = pixel_box(box, size)
+        width, height = right - left, bottom - top
+        if max(width, height) > LONGEST_RATIO * min(width, height):
+            raise ValueError(f"{where}: box {box} cuts out {width}x{height} pixels; "
+                             f"nothing thinner than 1:{LONGEST_RATIO} expected")
+
+
+def pixel_box(box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in pixels, clamped to `size` (width, height), at least 1 px a side."""
+    cx, cy, w, h = box
+    left, right = _span(cx, w, size[0])
+    top, bottom = _span(cy, h, size[1])
+    return left, top, right, bottom
+
+
+def _span(centre: float, extent: float, pixels: int) -> tuple[int, int]:
+    start = min(max(round((centre - extent / 2) * pixels), 0), pixels - 1)
+    end = min(max(round((centre + extent / 2) * pixels), start + 1), pixels)
+    return start, end
+
+
+def crop_box(image: Image.Image, box) -> Image.Image:
+    """The pixels inside the box."""
+    return image.crop(pixel_box(box, image.size))
+
+
+def grey_image() -> Image.Image:
+    """Stands in for an image that is not at hand: 56x56, Qwen2.5-VL's smallest, four image tokens."""
+    return Image.new("RGB", (56, 56), (128, 128, 128))
+
+
+def one_line(problem: Exception) -> str:
+    """An exception's message without line breaks."""
+    return " ".join(str(problem).split()) or type(problem).__name__

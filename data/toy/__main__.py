@@ -1,0 +1,53 @@
+"""Write the embedded example: a small dataset, a scripted expert's responses, and a tiny untrained model.
+
+    python -m data.toy --task more --output DIR --seed 0
+
+writes DIR/MORE or DIR/JMERE in the dataset's own layout, DIR/expert.jsonl, and DIR/model, a random Qwen2.5-VL of a
+million parameters with its tokenizer.
+"""
+
+import argparse
+from pathlib import Path
+
+from data import jmere, more
+from data.toy import posts, world
+from data.toy.model import write_tiny_model
+
+WORLDS = {"more": (more, world.write_world, "MORE"), "jmere": (jmere, posts.write_world, "JMERE")}
+
+
+def at_least_1(word: str) -> int:
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}; at least 1 expected")
+    return number
+
+
+def prompts(task, data, count=600):
+    """The texts of the first prompts, with and without reasoning: what the tokenizer is learned from."""
+    samples = task.load(data, "train")[:count]
+    return [task.build_prompt(sample, reasoning=reasoning)[1]
+            for sample in samples for reasoning in (True, False)]
+
+
+def main(words=None) -> None:
+    parser = argparse.ArgumentParser("python -m data.toy", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into; it is made where it is missing")
+    parser.add_argument("--task", choices=sorted(WORLDS), default="more", help="whose layout and answers (default: more)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the scenes and of the model (default: 0)")
+    for split, count in (("train", 4800), ("valid", 200), ("test", 800)):
+        parser.add_argument(f"--{split}", type=at_least_1, default=count, help=f"{split} samples (default: {count})")
+    s = parser.parse_args(words)
+    task, write, name = WORLDS[s.task]
+    try:
+        expert = write(s.output, s.seed, s.train, s.valid, s.test)
+    except OSError as error:  # a file in the folder's place, a full disk
+        parser.error(str(error))
+    reasoned = [line["response"] for line in expert if " " not in line["id"]]  # without what the filters ask
+    parameters = write_tiny_model(s.output / "model", prompts(task, s.output / name) + reasoned[:1200], s.seed)
+    print(f"{s.output}: {name}/ ({s.train} + {s.valid} + {s.test} samples), expert.jsonl, model/ ({parameters:,} parameters)")
+
+
+if __name__ == "__main__":
+    main()

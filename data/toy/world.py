@@ -1,0 +1,155 @@
+"""The MORE-like world on disk: drawn scenes in MORE's own layout and a scripted expert's response to each.
+
+`write_world(DIR)` writes `DIR/MORE` and `DIR/expert.jsonl`, a six-step response to every training sample. Nothing
+downstream knows that it is a toy. `python -m data.toy` adds the tiny model.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from data.toy.scene import LABELS, PEOPLE, TEAMS, make_scene, paint, relation, team_of
+
+GIVES_UP = 0.8  # how often the expert calls a hard scene's object unclear
+FLAWED = 0.1  # how often its answer is broken besides
+FLAWS = ("label", "missing", "order", "slash", "after")
+TYPES = {"person": "per", "logo": "org", "building": "loc", "ball": "misc", "cup": "misc"}
+ENTITY_TYPES = {"match": "org", "award": "misc", "site": "loc", "home": "loc", "pair": "per"}
+
+
+# ---- the scripted expert ----
+
+def expert_response(scene, rng):
+    """The scripted expert's six steps: it mostly gives up on hard scenes, and one answer in ten is broken.
+
+    Giving up says `none`, which is often right, and then the filter keeps it: who imitates what is left gives
+    up on hard scenes too, although it could see. Imitation cannot mend that; trying both and being told which is
+    right can.
+    """
+    unclear = scene.hard and rng.random() < GIVES_UP
+    label = "none" if unclear else relation(scene)
+    flaw = rng.choice(FLAWS) if rng.random() < FLAWED else ""
+    if flaw == "label":
+        label = rng.choice([name for name in LABELS if name != label])
+    texts = steps(scene, label, unclear)
+    numbered = [f"Step {number}: {text}." for number, text in enumerate(texts, start=1)]
+    if flaw == "missing":
+        del numbered[rng.randrange(6)]
+    if flaw == "order":
+        place = rng.randrange(5)
+        numbered[place], numbered[place + 1] = numbered[place + 1], numbered[place]
+    answer = label.lstrip("/") if flaw == "slash" else label
+    after = " That is my answer." if flaw == "after" else ""
+    return f"<think> {' '.join(numbered)} </think> <answer>{answer}</answer>{after}"
+
+
+def steps(scene, label, unclear):
+    """The six steps' texts, leading to `label`; an unclear object is misc and stays unrelated."""
+    types = ("misc" if unclear else TYPES[scene.object.what], ENTITY_TYPES[scene.kind])
+    candidates = [name for name in LABELS[1:] if name.startswith("/{}/{}/".format(*types))] + ["none"]
+    seen = "something unclear" if unclear else describe(scene)
+    found = "it is absent" if unclear else match(scene)
+    return [f"by {company(scene)}, {seen}", topic(scene), found, " and ".join(types), ", ".join(candidates),
+            f"so {label}"]
+
+
+def describe(scene):
+    """Step 1, what the object is and what of it matters for this kind of scene."""
+    thing = scene.object
+    if thing.what == "logo":
+        return f"a {thing.colour} logo {'on a wall' if thing.place else 'in the air'}"
+    if thing.what != "person":
+        return f"a {thing.what}"
+    detail = {
+        "match": "a hat" if thing.hat else "no hat",
+        "award": "a " + thing.holds if thing.holds else "no prize",
+        "site": "no logo",
+        "home": "a door" if thing.place else "no door",
+        "pair": "an umbrella" if scene.umbrella else "no umbrella",
+    }[scene.kind]
+    return f"a person in {thing.colour}, {detail}"
+
+
+def company(scene):
+    """Step 1, what stands beside it: the colours of the other people and logos, from left to right."""
+    return " ".join(thing.colour for thing in sorted(scene.things[1:], key=lambda thing: thing.x))
+
+
+def roles(scene):
+    """{name in the text: its part}, the entity first."""
+    names = [word for word in scene.text.split() if word in TEAMS or word in PEOPLE]
+    others = [name for name in names if name != scene.entity]
+    return {scene.entity: "entity"} | {name: "rival" if scene.kind == "match" else "other" for name in others}
+
+
+def topic(scene):
+    """Step 2, what the text says: its names, each followed by its part."""
+    return "text has " + ", ".join(f"{name} {part}" for name, part in roles(scene).items())
+
+
+def match(scene):
+    """Step 3, which thing of the text the object is. It repeats a name of step 2 where it belongs to one."""
+    thing, parts = scene.object, roles(scene)
+    if thing.what not in ("person", "logo"):
+        return "it is absent"
+    if scene.kind == "pair":
+        other = scene.things[1].colour
+        return f"{other} and {thing.colour}, {'same' if other == thing.colour else 'different'}"
+    if scene.kind == "award":
+        return f"it has {thing.holds} {parts.get(thing.holds, 'absent')}" if thing.holds else "it is absent"
+    if scene.kind == "home":
+        return "it is somebody"
+    team = team_of(thing)
+    return f"{thing.colour} is {team} {parts.get(team, 'absent')}"
+
+
+# ---- writing ----
+
+def make_sample(seed, split, index):
+    """(scene, image, expert's response) of one sample; a function of its three arguments alone."""
+    rng = random.Random(f"{seed}/{split}/{index}")
+    scene = make_scene(rng)
+    image = paint(scene, rng)
+    return scene, image, expert_response(scene, rng)
+
+
+def line_of(scene, name):
+    """One line of MORE's annotation files, for the image `name`: `h` is the entity, `t` the object."""
+    tokens, words = scene.text.split(), scene.entity.split()
+    start = next(place for place in range(len(tokens)) if tokens[place:place + len(words)] == words)
+    return {"token": tokens, "h": {"name": scene.entity, "pos": [start, start + len(words)]},
+            "t": {"name": "[OBJ0]", "pos": list(scene.object.box)}, "img_id": name,
+            "relation": relation(scene)}
+
+
+def write_world(folder, seed=0, train=2400, valid=200, test=800):
+    """Writes `folder`/MORE and `folder`/expert.jsonl; returns the expert's lines, {"id", "response"} each."""
+    folder = Path(folder)
+    (folder / "MORE" / "txt").mkdir(parents=True, exist_ok=True)
+    ids = {name: number for number, name in enumerate(LABELS)}
+    (folder / "MORE" / "rel2id.json").write_text(json.dumps(ids), encoding="utf-8")
+    responses = write_split(folder / "MORE", seed, "train", train)
+    write_split(folder / "MORE", seed, "valid", valid)
+    write_split(folder / "MORE", seed, "test", test)
+    expert = [{"id": f"train/{index}", "response": response} for index, response in enumerate(responses)]
+    write_lines(folder / "expert.jsonl", map(json.dumps, expert))
+    return expert
+
+
+def write_split(folder, seed, split, count):
+    """Writes a split's images and annotation lines; returns what the expert says to each."""
+    images = folder / "img_org" / split
+    images.mkdir(parents=True, exist_ok=True)
+    lines, responses = [], []
+    for index in range(count):
+        scene, image, response = make_sample(seed, split, index)
+        name = f"{split}-{index:05d}.png"
+        image.save(images / name, compress_level=1)
+        lines.append(repr(line_of(scene, name)))
+        responses.append(response)
+    write_lines(folder / "txt" / f"{split}.txt", lines)
+    return responses
+
+
+def write_lines(path, lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

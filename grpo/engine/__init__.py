@@ -1,0 +1,1 @@
+"""encode, sample, score: the network and everything that touches its tensors."""

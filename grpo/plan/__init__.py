@@ -1,0 +1,1 @@
+"""What a run will need: memory and time from config.json alone."""

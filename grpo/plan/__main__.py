@@ -1,0 +1,246 @@
+"""What a run of Stage 2 needs, before a GPU is rented: memory of each phase, seconds of each step, from config.json.
+
+    python -m grpo.plan --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 1 2 4 8
+
+What does not fit is followed by the settings that make it fit, each tried in the same arithmetic. No weights are
+downloaded and no GPU is asked: costs.py counts the bytes, pace.py the seconds.
+"""
+
+import itertools
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from grpo.plan.costs import COMPONENTS, PHASES, Costs, Shape, read_shape, total
+from grpo.plan.step_time import seconds
+from grpo.runtime.files import write_json
+from grpo.runtime.log import say, table
+from grpo.runtime.settings import LORA_TARGETS, parse, required, run_program, setting
+
+GIB = 2**30
+MOST_SUGGESTIONS = 4
+MOST_CHANGES = 4  # settings of one suggestion
+
+
+@dataclass
+class Settings:
+    """Plan Stage 2. Settings that grpo.train has too mean the same here; the defaults are its own."""
+
+    model: str = required("checkpoint folder, its config.json, or hub name; no weights are read")
+    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64],
+                            metadata={"help": "numbers of GPUs to plan for"})
+    device: str = setting("gpu", "what a process computes on; cpu: --gpus counts processes", choices=("gpu", "cpu"))
+    gpu_memory: float = setting(80.0, "GiB of one GPU")
+    spare: float = setting(4.0, "GiB of them left for the CUDA context, communication buffers and the allocator's gaps")
+    tflops: float = setting(989.0, "peak of one GPU's matrix products, 10¹² operations a second (H100 SXM, "
+                                   "dense bfloat16)")
+    efficiency: float = setting(0.4, "assumed share of that peak which training and prefill reach")
+    bandwidth: float = setting(3350.0, "of one GPU's memory, GB/s (H100 SXM)")
+    memory_efficiency: float = setting(0.7, "assumed share of that bandwidth which decoding reaches")
+    link: float = setting(450.0, "between GPUs of one machine, GB/s received by each (NVLink of an H100)")
+    network: float = setting(50.0, "between GPUs of different machines, GB/s received by each (400 Gb/s)")
+    host_link: float = setting(50.0, "between a GPU and its host's memory, GB/s (PCIe 5)")
+    gpus_per_machine: int = setting(8, "GPUs that --link joins")
+    prompt_tokens: int = setting(1500, "of a prompt, its images included: the longest counts")
+    image_tokens: int = setting(1000, "of them from images")
+    max_completion_tokens: int = setting(1024, "of every completion: planned is the worst case, all at the limit")
+    group_size: int = setting(8, "G, completions a prompt")
+    prompts_per_rollout: int = setting(16, "over all processes; raised here to a multiple of the GPUs where it is none")
+    updates: int = setting(2, "μ, updates a rollout")
+    beta: float = setting(0.001, "weight of the KL to the reference; 0: there is no reference")
+    rollout_rows: int = setting(64, "completions written at once on each process")
+    tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward")
+    dtype: str = setting("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU, float32 on a CPU",
+                         choices=("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = setting(False, "recompute activations layer by layer")
+    lora_rank: int = setting(0, "train an adapter of this rank instead of the weights; 0 for none")
+    lora_targets: str = setting(LORA_TARGETS, "names of the adapted matrices, separated by commas")
+    offload_reference: bool = setting(False, "keep the reference's weights in host memory between its layers' turns")
+    offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory between its steps")
+    shard_size: int = setting(0, "weights are sharded over so many processes and replicated beyond; 0 for all")
+    rollout_weights: str = setting("auto", "in a rollout every process holds all weights, or gathers them layer by "
+                                   "layer; auto: whole where that fits", choices=("whole", "layers", "auto"))
+    load_in_turns: bool = setting(False, "the processes of a machine load one after the other: host memory for one set of "
+                                         "whole weights instead of one each")
+    json: str = setting("", "file for all the numbers; empty for none")
+
+    def check(self) -> None:
+        """Refuse what cannot be planned."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = LEAST.get(f.name)
+            if isinstance(value, (int, float)) and least is not None and not value >= least:
+                raise ValueError(f"--{f.name} is {value}; it must be {least} or more")
+            if isinstance(value, float) and f.name not in MAY_BE_ZERO and not value > 0:
+                raise ValueError(f"--{f.name} is {value}; it must be above 0")
+        if min(self.gpus, default=0) < 1:
+            raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
+        if self.image_tokens >= self.prompt_tokens:
+            raise ValueError(f"--image_tokens is {self.image_tokens}; "
+                             f"it must be below --prompt_tokens {self.prompt_tokens}")
+        if self.spare >= self.gpu_memory:
+            raise ValueError(f"--spare is {self.spare}; it must be below --gpu_memory {self.gpu_memory}")
+        for gpus in self.gpus:
+            if self.shard_size and max(gpus, self.shard_size) % min(gpus, self.shard_size):
+                raise ValueError(f"--shard_size is {self.shard_size}; {gpus} GPUs are no multiple of it")
+
+
+LEAST = dict(prompt_tokens=1, image_tokens=0, max_completion_tokens=1, group_size=2, prompts_per_rollout=1, updates=1,
+             rollout_rows=1, tokens_per_pass=1, lora_rank=0, shard_size=0, gpus_per_machine=1, beta=0, spare=0)
+MAY_BE_ZERO = ("beta", "spare")
+
+
+@dataclass
+class Plan:
+    """One number of GPUs: bytes by phase and component, seconds by phase."""
+
+    gpus: int
+    prompts: int
+    phases: dict[str, dict[str, float]]
+    host: dict[str, float]
+    seconds: dict[str, float]
+    bound: str
+    limit: float
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: total(self.phases[name]))
+
+    @property
+    def peak(self) -> float:
+        return total(self.phases[self.peak_phase])
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+def plan(shape: Shape, s: Settings, gpus: int) -> Plan:
+    """The arithmetic for one number of GPUs."""
+    if s.rollout_weights == "auto":
+        whole, layers = (plan(shape, replace(s, rollout_weights=how), gpus) for how in ("whole", "layers"))
+        return whole if whole.fits else layers
+    costs = Costs(shape, s, gpus)
+    paces, bound = seconds(costs)
+    return Plan(gpus, costs.prompts * gpus, costs.memory(), costs.host(), paces, bound, (s.gpu_memory - s.spare) * GIB)
+
+
+# ── what would make it fit ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def moves(s: Settings, gpus: int) -> list[tuple[str, object]]:
+    """Single changes worth trying: settings that cost time, then more GPUs, then an adapter, which learns otherwise."""
+    halves = lambda value, least: [value >> times for times in range(1, 12) if value >> times >= least]
+    group = s.prompt_tokens + s.group_size * s.max_completion_tokens  # a pass holds at least one
+    tried = [("gradient_checkpointing", True), ("offload_optimizer", True), ("rollout_weights", "layers"),
+             ("offload_reference", bool(s.beta and not s.lora_rank))]
+    tried = [(name, value) for name, value in tried if value and getattr(s, name) != value]
+    tried += [("tokens_per_pass", value) for value in halves(s.tokens_per_pass, group)[:3]]
+    tried += [("rollout_rows", value) for value in halves(s.rollout_rows, 4)[:4]]
+    tried += [("gpus", count) for count in (2, 4, 8, 16, 32, 64) if count > gpus]
+    return tried + ([] if s.lora_rank else [("lora_rank", 64)])
+
+
+@dataclass
+class Suggestion:
+    """Changes that together make a plan fit, none of them in vain."""
+
+    changes: tuple[tuple[str, object], ...]
+    plan: Plan
+
+    def cost(self) -> tuple:
+        """Few changes first; of as many, an adapter last; then by GPU-seconds."""
+        return len(self.changes), "lora_rank" in dict(self.changes), self.plan.gpus * sum(self.plan.seconds.values())
+
+
+def changed(shape: Shape, s: Settings, gpus: int, changes) -> Plan:
+    """The plan under other settings."""
+    other = dict(changes)
+    gpus = other.pop("gpus", gpus)
+    return plan(shape, replace(s, **other), gpus)
+
+
+def suggestions(shape: Shape, s: Settings, gpus: int) -> list[Suggestion]:
+    """The least costly changes that make it fit, each found by planning anew. Of a setting with several values only
+    the first that does is kept; what contains a set that fits already is left out."""
+    found: list[Suggestion] = []
+    for size in range(1, MOST_CHANGES + 1):
+        for changes in itertools.combinations(moves(s, gpus), size):
+            if len(dict(changes)) < size or any(covers(changes, old.changes) for old in found):
+                continue
+            if (new := changed(shape, s, gpus, changes)).fits:
+                found.append(Suggestion(changes, new))
+    return sorted(found, key=Suggestion.cost)[:MOST_SUGGESTIONS]
+
+
+def covers(changes, old) -> bool:
+    """Whether `changes` touches all that `old` does: it then asks for as much or more."""
+    return {name for name, _ in old} <= {name for name, _ in changes}
+
+
+# ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_phase(one: Plan) -> str:
+    """GiB by phase and component."""
+    parts = [part for part in COMPONENTS if any(phase[part] for phase in one.phases.values())]
+    rows = [["phase", *parts, "all", "fits"]]
+    for name, phase in one.phases.items():
+        rows.append([name, *(f"{phase[part] / GIB:.1f}" if phase[part] else "" for part in parts),
+                     f"{total(phase) / GIB:.1f}", "yes" if total(phase) <= one.limit else "no"])
+    return table(rows)
+
+
+def by_gpus(plans: list[Plan]) -> str:
+    rows = [["GPUs", "prompts", "peak, GiB", "in phase", "fits", "rollout, s", "reference, s", "update, s", "step, s",
+             "waits for"]]
+    for one in plans:
+        rows.append([one.gpus, one.prompts, f"{one.peak / GIB:.1f}", one.peak_phase, "yes" if one.fits else "no",
+                     *(f"{value:.3g}" for value in (*one.seconds.values(), sum(one.seconds.values()))), one.bound])
+    return table(rows)
+
+
+def advice(shape: Shape, s: Settings, one: Plan) -> list[str]:
+    """Lines for a plan that does not fit."""
+    too_large = [name for name in PHASES if total(one.phases[name]) > one.limit]
+    found = suggestions(shape, s, one.gpus)
+    lines = [f"{one.gpus} {devices(s, one.gpus)}: {', '.join(too_large)} need{'s' * (len(too_large) == 1)} more than "
+             f"{one.limit / GIB:.0f} GiB. "
+             + ("It would fit with" if found else f"No {MOST_CHANGES} of the settings tried make it fit.")]
+    for new in found:
+        words = " ".join(f"--{name} {value}" for name, value in new.changes)
+        lines.append(f"  {words}: {new.plan.peak / GIB:.1f} GiB, {sum(new.plan.seconds.values()):.3g} s a step")
+    return lines
+
+
+def devices(s: Settings, count: int) -> str:
+    return {"gpu": "GPU", "cpu": "CPU process"}[s.device] + ("" if count == 1 else "s" if s.device == "gpu" else "es")
+
+
+def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
+    """One number of GPUs in full, the smallest that fits or else the largest; then all; then what would help."""
+    shown = next((one for one in plans if one.fits), plans[-1])
+    machine = min(shown.gpus, s.gpus_per_machine)
+    parts = [
+        f"{s.model}: {shape.total / 1e9:.3f} billion parameters, "
+        f"{Costs(shape, s, 1).trained / 1e9:.3f} billion of them train",
+        f"{shown.gpus} {devices(s, shown.gpus)}, GiB on each, {shown.limit / GIB:.0f} to be had\n" + by_phase(shown),
+        f"host memory of a machine: {shown.host['loading'] * (1 if s.load_in_turns else machine) / GIB:.0f} GiB while it loads, "
+        f"{shown.host['waiting'] * machine / GIB:.0f} for what waits there, "
+        f"{shown.host['checkpoint'] * machine / GIB:.0f} more while a checkpoint is written",
+        f"a step is one rollout and {s.updates} updates\n{by_gpus(plans)}"]
+    return "\n\n".join(parts + ["\n".join(advice(shape, s, one)) for one in plans if not one.fits])
+
+
+def main() -> None:
+    s = parse(Settings)
+    s.check()
+    shape = read_shape(s.model)
+    plans = [plan(shape, s, gpus) for gpus in sorted(set(s.gpus))]
+    say(report(shape, s, plans))
+    if s.json:
+        write_json(Path(s.json), {"settings": asdict(s), "shape": asdict(shape), "plans": [
+            {**asdict(one), "peak": one.peak, "peak_phase": one.peak_phase, "fits": one.fits} for one in plans]})
+
+
+if __name__ == "__main__":
+    run_program(main)

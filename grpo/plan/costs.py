@@ -1,0 +1,315 @@
+"""What one step of Stage 2 costs each process, in bytes by phase, from a network's shape and the settings alone.
+
+Nothing is measured and nothing fitted: every term is a tensor that the code allocates, and says which. Counted are
+the tensors of a run under way, from its second update on, all completions as long as their limit, all prompts as long
+as `prompt_tokens`, the vision encoder frozen. Not counted are the CUDA context, communication buffers and the
+allocator's gaps. `s` is grpo.plan's Settings, whose names are grpo.train's.
+
+Activations are counted as elements per packed token times the compute dtype's bytes, named where they are float32.
+"""
+
+import json
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from grpo.engine.backbones import backbone
+from grpo.engine.files import read_json
+from grpo.engine.head import GPU_TILE, KEPT, TILE
+from grpo.engine.lora import LANGUAGE_MODEL, target_names
+from grpo.engine.policy import PATCHES_AT_ONCE, Policy
+from grpo.engine.rollout import PREFILL_TOKENS
+
+PHASES = ("loading", "vision", "prefill", "decode", "reference", "passes", "step")
+COMPONENTS = ("weights", "gathered", "gradients", "optimizer", "reference", "caches", "activations", "head")
+MASTER = 4  # bytes of a float32 number: masters, gradients and each of Adam's two moments
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network in numbers: parameters are counted, widths are in elements."""
+
+    total: int  # parameters, a tied head counted once
+    vision: int  # of them in encoder and projector
+    layer: int  # of one decoder layer
+    layers: int
+    table: int  # of the token embedding, and of the head
+    tied: bool
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    heads: int
+    queries: int
+    keys: int
+    vision_hidden: int
+    vision_intermediate: int
+    patches: int  # that become one token
+    patch_values: int
+    matrices: tuple[tuple[str, int], ...]  # of the language model: name, inputs + outputs
+
+    @property
+    def root(self) -> int:
+        """What is sharded as one unit besides the layers: embedding, vision encoder, norm, head."""
+        return self.total - self.layers * self.layer
+
+    @property
+    def tables(self) -> int:
+        """Embedding and head, which a tied network has once."""
+        return self.table if self.tied else 2 * self.table
+
+
+def read_shape(model: str) -> Shape:
+    """The shape of a checkpoint folder, a config.json by itself, or a hub name. No weight is made or read."""
+    if Path(model).is_file():
+        try:
+            content = json.loads(Path(model).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{model}: not JSON ({error})") from None
+    else:
+        content = read_json(model, "config.json")
+    if not isinstance(content, dict):
+        raise ValueError(f"{model}: found a {type(content).__name__}; expected a checkpoint's config.json")
+    network_class = backbone(content.get("model_type"), model).Network
+    with torch.device("meta"):
+        return shape_of(Policy(network_class(network_class.config_class.from_dict(content))))
+
+
+def shape_of(policy: Policy) -> Shape:
+    """Counted on the network itself, which may lie on the meta device."""
+    text, vision = policy.config.text_config, policy.config.vision_config
+    count = lambda module: sum(parameter.numel() for parameter in module.parameters())
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    linear = [(name.split(".")[-1], module.in_features + module.out_features)
+              for name, module in policy.model.get_submodule(LANGUAGE_MODEL).named_modules()
+              if isinstance(module, nn.Linear)]
+    embedding, head = policy.model.get_input_embeddings().weight, policy.model.lm_head.weight
+    return Shape(
+        total=count(policy), vision=count(policy.visual),
+        layer=count(policy.trunk_layers[0]), layers=len(policy.trunk_layers),
+        table=head.numel(), tied=embedding is head, vocabulary=len(head), hidden=text.hidden_size,
+        intermediate=text.intermediate_size, heads=text.num_attention_heads,
+        queries=size * text.num_attention_heads, keys=size * text.num_key_value_heads,
+        vision_hidden=vision.hidden_size, vision_intermediate=vision.intermediate_size,
+        patches=getattr(vision, "spatial_merge_size", 1) ** 2,
+        patch_values=3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2, matrices=tuple(linear))
+
+
+class Costs:
+    """One process's part of a step: counts first, bytes and seconds from them."""
+
+    def __init__(self, shape: Shape, s, gpus: int):
+        self.shape, self.s, self.gpus = shape, s, gpus
+        self.on_gpu = s.device == "gpu"
+        self.width = 4 if s.dtype == "float32" or (s.dtype == "auto" and not self.on_gpu) else 2
+        self.sharded = gpus > 1 or self.width == 2  # as in sharding.shard
+        self.shards = min(s.shard_size or gpus, gpus)
+        self.wanted, known = target_names(s.lora_targets) if s.lora_rank else [], {name for name, _ in shape.matrices}
+        if unknown := [name for name in self.wanted if name not in known]:
+            raise ValueError(f"--lora_targets: no matrix {unknown[0]!r} in the language model; "
+                             f"it has {', '.join(sorted(known))}")
+        self.adapted = [size for name, size in shape.matrices if name in self.wanted]
+        self.adapter = s.lora_rank * sum(self.adapted)
+        self.trained = self.adapter if s.lora_rank else shape.total - shape.vision
+        self.total, self.layer = shape.total + self.adapter, shape.layer + self.adapter // shape.layers
+        self.prompts = ceil(s.prompts_per_rollout / gpus)
+        self.rows = min(s.rollout_rows, self.prompts * s.group_size)
+        self.slots = min(self.rows, self.prompts)
+        written = s.prompt_tokens + s.group_size * s.max_completion_tokens
+        self.groups = max(1, min(self.prompts, s.tokens_per_pass // written))  # of one pass
+        self.passes = ceil(self.prompts / self.groups)
+        self.tokens = self.groups * (written - s.group_size)  # read in one pass: a completion's last one is not
+        self.scored = self.groups * s.group_size * s.max_completion_tokens
+
+    # ── what stays ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def weights(self) -> float:
+        return MASTER * self.total / self.shards
+
+    def optimizer(self) -> float:
+        """Adam's two moments, wherever they wait."""
+        return 2 * MASTER * self.trained / self.shards
+
+    def reference(self) -> float:
+        """The frozen copy's shard, wherever it waits; an adapter needs none, nor a KL of weight 0."""
+        return 0.0 if self.s.lora_rank or not self.s.beta else MASTER * self.shape.total / self.shards
+
+    def gathered(self, whole: bool) -> float:
+        """Compute-dtype copies: all of them, or the root's, a layer's and the next one's, fetched ahead."""
+        if not self.sharded:
+            return 0.0
+        root = self.total - self.shape.layers * self.layer
+        return self.width * (self.total if whole else root + 2 * self.layer)
+
+    def resident(self, optimizer: bool = False) -> dict[str, float]:
+        """Between the phases. `optimizer`: the moments are here even if they usually wait in host memory."""
+        s, images = self.s, self.prompts * self.s.image_tokens
+        features = images * self.shape.hidden * self.width  # kept from the rollout to the last update
+        pixels = 0 if self.on_gpu else images * self.shape.patches * self.shape.patch_values * 4
+        return {
+            "weights": self.weights(), "activations": features + pixels,
+            "optimizer": self.optimizer() if optimizer or not (s.offload_optimizer and self.on_gpu) else 0.0,
+            "reference": 0.0 if s.offload_reference and self.on_gpu else self.reference()}
+
+    def host(self) -> dict[str, float]:
+        """Of one process in its machine's memory: while it loads; what waits there; a checkpoint's copy of its shard."""
+        waiting = self.optimizer() * self.s.offload_optimizer + self.reference() * self.s.offload_reference
+        copied = 1 if self.s.offload_optimizer else 3  # weights, and two moments that are not there already
+        return {"loading": MASTER * self.total, "waiting": waiting,
+                "checkpoint": copied * MASTER * self.trained / self.shards}
+
+    # ── activations ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def forward_bytes(self, tokens: int) -> float:
+        """The widest moment of a pass without gradient: embedding, residual, normed input, and what a block makes."""
+        x, wide = self.shape, 4 / self.width  # the norm computes in float32
+        mlp = 3 * x.intermediate  # silu(gate), up and their product
+        attention = 2 * x.keys + 4 * x.queries  # rope's terms, later the outputs and their two copies
+        norm = 3 * wide * x.hidden
+        return tokens * self.width * (3 * x.hidden + max(mlp, attention, norm))
+
+    def vision_bytes(self) -> float:
+        """Pixels once more end to end, then the widest moment of a block; its rope computes in float32."""
+        x, wide = self.shape, 4 / self.width
+        one = self.s.image_tokens * x.patches  # prompt's
+        patches = min(max(PATCHES_AT_ONCE, one), self.prompts * one)
+        rope = (3 + (4 if self.width == 2 else 0) + 4 * wide) * x.vision_hidden
+        block = 2 * x.vision_hidden + max(3 * x.vision_intermediate, rope)
+        return patches * (x.patch_values * 4 + self.width * block)
+
+    def layer_bytes(self) -> float:
+        """What autograd keeps of one decoder layer in one packed pass."""
+        x, s, width, tokens = self.shape, self.s, self.width, self.tokens
+        # [prompt, own] of each continuation
+        both_keys = self.groups * s.group_size * (s.prompt_tokens + s.max_completion_tokens - 1)
+        keys = 2 * both_keys * x.keys
+        if self.on_gpu:  # there keys are repeated for every query head, the prompt's too
+            keys = 2 * (both_keys + self.groups * s.prompt_tokens) * x.queries
+        product = any(name == "down_proj" for name in self.wanted)  # kept for an adapter's gradient alone, see lean.py
+        kept = tokens * (3 * x.queries + 2 * x.keys + (2 + product) * x.intermediate) + keys
+        kept += tokens * s.lora_rank * len(self.adapted) / x.layers
+        softmax = tokens * x.heads * 4
+        return width * kept + softmax + 2 * self.norm_bytes()
+
+    def norm_bytes(self) -> float:
+        """RMSNorm: its input, one number a token, and its output."""
+        return self.tokens * (2 * self.shape.hidden * self.width + 4)
+
+    def backward_bytes(self) -> float:
+        """Of an MLP's backward: the product made again, its gradient, up's and gate's; the residual's and the input's."""
+        return self.tokens * self.width * (4 * self.shape.intermediate + 2 * self.shape.hidden)
+
+    def kept_bytes(self, layers: int) -> float:
+        """What autograd keeps of the first `layers` layers between forward and backward."""
+        inputs = self.tokens * self.shape.hidden * self.width
+        return layers * (inputs if self.s.gradient_checkpointing else self.layer_bytes())
+
+    def shared_bytes(self) -> float:
+        """What all layers share: rope's cosines and sines, a continuation's mask."""
+        s, x = self.s, self.shape
+        mask = (s.max_completion_tokens - 1) * (s.prompt_tokens + s.max_completion_tokens - 1)
+        return self.width * (mask + 2 * self.tokens * x.queries / x.heads)
+
+    def tail_bytes(self) -> float:
+        """What it keeps besides layers: that, of the last norm all but its output, of its output the scored places."""
+        return self.shared_bytes() + self.norm_bytes() + (self.scored - self.tokens) * self.shape.hidden * self.width
+
+    def cache_bytes(self) -> float:
+        """As Rollout._allocate: prompts of the live groups, continuations of the live rows."""
+        places = self.slots * self.s.prompt_tokens + self.rows * self.s.max_completion_tokens
+        return 2 * self.shape.layers * self.shape.keys * places * self.width
+
+    # ── the head ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tile(self) -> int:
+        """Logits that are there at once."""
+        tokens, rows = GPU_TILE if self.on_gpu else TILE
+        return min(tokens, self.scored) * min(rows, self.shape.vocabulary)
+
+    def head_forward(self) -> float:
+        """A tile of float32 logits and of their exponentials."""
+        return 2 * 4 * self.tile()
+
+    def kept_logits(self) -> float:
+        """What waits for the backward, which makes only the others again."""
+        return min(KEPT, 4 * self.scored * self.shape.vocabulary)
+
+    def head_backward(self) -> float:
+        """Float32 sums of the gradients of hidden states and weight, a tile of logits and of their gradient."""
+        x, cast = self.shape, 0 if self.width == 4 else self.width
+        sums = self.scored * x.hidden * (4 + 4 + cast) + self.tile() * (4 + cast) + self.kept_logits()
+        if not self.s.lora_rank:  # the weight trains; its sum is cast at the end
+            sums += x.table * (4 + cast)
+        return sums
+
+    # ── phases ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def memory(self) -> dict[str, dict[str, float]]:
+        """Bytes of each phase by component. A phase with several moments is shown at its worst."""
+        whole, layered = self.gathered(self.s.rollout_weights == "whole"), self.gathered(False)
+        x, rest = self.shape, self.resident()
+        prefilled = min(self.slots, max(1, PREFILL_TOKENS // self.s.prompt_tokens)) * self.s.prompt_tokens
+        own_keys = 2 * x.layers * x.keys * prefilled * self.width  # before they are written into the caches
+        scores = self.rows * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (4 + self.width)
+        phases = {
+            "loading": self.loading(),
+            "vision": add(rest, gathered=whole, activations=self.vision_bytes()),
+            "prefill": add(rest, gathered=whole, caches=self.cache_bytes() + own_keys,
+                           activations=self.forward_bytes(prefilled)),
+            # logits, their exponentials, those padded to whole blocks
+            "decode": add(rest, gathered=whole, caches=self.cache_bytes(), activations=scores,
+                          head=3 * 4 * self.rows * x.vocabulary),
+            "reference": self.reference_pass(layered),
+            "passes": max(self.moments(layered), key=total),
+            "step": add(self.resident(optimizer=True), gradients=MASTER * self.trained / self.shards),
+        }
+        return {name: {part: phase.get(part, 0.0) for part in COMPONENTS} for name, phase in phases.items()}
+
+    def loading(self) -> dict[str, float]:
+        """Whole weights wait in host memory. Here are the shards, and whole what is sharded next: a layer, or the root."""
+        unit = MASTER * max(self.layer, self.total - self.shape.layers * self.layer) if self.sharded else 0.0
+        reference = 0.0 if self.s.offload_reference and self.on_gpu else self.reference()
+        return {"weights": self.weights(), "reference": reference, "gathered": unit}
+
+    def reference_pass(self, layered: float) -> dict[str, float]:
+        if not self.s.beta:
+            return self.resident()
+        hidden = (self.tokens + self.scored) * self.shape.hidden * self.width
+        return max(add(self.resident(), gathered=layered, activations=self.forward_bytes(self.tokens)),
+                   add(self.resident(), gathered=layered, activations=hidden, head=self.head_forward()), key=total)
+
+    def moments(self, layered: float) -> list[dict[str, float]]:
+        """Of a packed pass: the head's forward and backward; the last layer's backward and the first's; the end."""
+        x, full = self.shape, not self.s.lora_rank
+        every = MASTER * self.trained / self.shards
+        before = every if self.passes > 1 else 0.0  # earlier passes' gradients
+        head = x.table * self.width * full  # the head's gradient: sharded only at the root's turn, which is last
+        trained_layer = self.layer if full else self.adapter / x.layers
+        if self.sharded:  # unsharded gradients in compute dtype, and in float32 for the sum over processes
+            layer, root = trained_layer * (self.width + MASTER), x.tables * (self.width + MASTER) * full
+        else:  # one matrix of a later pass; a table of a later pass, or a tied one's two gradients
+            layer = MASTER * x.hidden * x.intermediate * bool(before) * full
+            root = MASTER * x.table * (x.tied or bool(before)) * full
+        almost = max(before, every - MASTER * x.table * full / self.shards)  # the embedding's comes last
+        kept, tail, one = self.kept_bytes(x.layers), self.tail_bytes(), self.kept_bytes(1)
+        again = self.layer_bytes() if self.s.gradient_checkpointing else 0.0
+        work = again + self.backward_bytes()
+        rest = add(self.resident(), gathered=layered)
+        hidden = self.tokens * x.hidden * self.width  # the trunk's output, still named while the head works
+        return [
+            add(rest, gradients=before, activations=kept + tail + hidden, head=self.head_forward() + self.kept_logits()),
+            add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
+            add(rest, gradients=before + head + layer, activations=kept + tail + work),
+            add(rest, gradients=almost + (head if self.sharded else 0.0) + layer, activations=one + work),
+            add(rest, gradients=every + root),
+        ]
+
+
+def add(phase: dict[str, float], **more: float) -> dict[str, float]:
+    return {**phase, **{name: phase.get(name, 0.0) + value for name, value in more.items()}}
+
+
+def total(phase: dict[str, float]) -> float:
+    return sum(phase.values())

@@ -1,0 +1,100 @@
+"""Answer every sample of a split, over all processes: evaluation, validation and the hard/easy split are this."""
+
+from grpo.engine.encode import Encoder
+from grpo.engine.policy import Policy
+from grpo.engine.rollout import Sampling
+from grpo.group import Group, Prompt
+from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks, world_size
+from grpo.runtime.fsdp import encode_images_unsharded, sample_unsharded
+from grpo.runtime.liveness import heartbeat
+from grpo.runtime.log import progress
+
+
+class Prompts:
+    """Samples → prompts, each encoded once as long as the cache has room (an image costs more than its text).
+
+    cache_bytes bounds what is kept, pixels or features; what came first stays. With keep_features, what a frozen
+    vision encoder has seen is kept in the pixels' place and it sees no image twice in the whole run; features then
+    come from whichever batch was first, which may change their last bits from one run to another.
+    """
+
+    def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0, keep_features: bool = False):
+        self.encoder, self.task, self.reasoning, self.keep_features = encoder, task, reasoning, keep_features
+        self.room, self.kept = cache_bytes, {}  # by the sample itself: ids may begin anew in another split
+
+    def __call__(self, sample) -> Prompt:
+        if id(sample) in self.kept:
+            return self.kept[id(sample)]
+        try:
+            images, text = self.task.data.build_prompt(sample, reasoning=self.reasoning)
+        except (ValueError, OSError) as error:  # an image whose header is whole and whose rest is not
+            raise ValueError(f"{sample.id}: {error}") from None
+        prompt = self.encoder.encode(images, text, sample, sample.id)
+        self.keep(prompt)
+        return prompt
+
+    def keep(self, prompt: Prompt) -> bool:
+        """Whether there was room. Counted again if it was there already, with pixels and not yet with features."""
+        size = sum(part.nbytes for part in (prompt.pixels, prompt.features) if part is not None)
+        if size > self.room:
+            return False
+        self.kept[id(prompt.sample)] = prompt  # which holds the sample: no other can have its place in memory
+        self.room -= size
+        return True
+
+    def release_features(self, prompts: list[Prompt]) -> None:
+        """After use: features leave the accelerator; they are forgotten, or kept in host memory instead of the pixels."""
+        for prompt in prompts:
+            features, prompt.features = prompt.features, None
+            if features is None or not self.keep_features:
+                continue
+            if self.kept.pop(id(prompt.sample), None):
+                self.room += (prompt.pixels if prompt.pixels is not None else features).nbytes
+            pixels, prompt.pixels, prompt.features = prompt.pixels, None, features.cpu()
+            if not self.keep(prompt):
+                prompt.pixels, prompt.features = pixels, None
+
+
+def answer(
+    policy: Policy, prompts_of: Prompts, samples: list, sampling: Sampling, *,
+    group_size: int = 1, what: str = "evaluate",
+) -> list[list[str]]:
+    """`group_size` completions' texts for every sample, in the samples' order, on every process.
+
+    Nothing is dropped: a prompt may be as long as it is, its images are scaled to the pixel limit.
+    """
+    mine, texts = split_across_ranks(samples), []
+    turns = -(-len(samples) // world_size())  # of the longest share: every turn is a collective
+    # Encoded images are large: twice what is written at once keeps most rows busy.
+    stretch = max(1, 2 * sampling.rows // group_size)
+    with progress(len(mine), what, "sample") as bar:
+        for start in range(0, turns, stretch):
+            prompts = [prompts_of(sample) for sample in mine[start : start + stretch]]
+            if policy.vision_is_frozen:
+                encode_images_unsharded(policy, prompts)
+            ended = Ended(bar, group_size)
+            groups: list[Group] = sample_unsharded(policy, prompts, group_size, sampling, ended)
+            prompts_of.release_features(prompts)
+            texts += [[prompts_of.encoder.decode(completion) for completion in group.completions] for group in groups]
+    return merge_from_ranks(all_gather(texts))
+
+
+def check_reward_options(task, samples: list, options: dict) -> None:
+    """Refuse an option that the task's reward does not know, before anything is generated."""
+    try:
+        task.rewards.reward("", samples[0], **options)
+    except TypeError as error:
+        raise ValueError(f"--reward_options: {error}") from None
+
+
+class Ended:
+    """Moves a bar of samples by the completions that end."""
+
+    def __init__(self, bar, group_size: int):
+        self.bar, self.group_size, self.count = bar, group_size, 0
+
+    def __call__(self, written: int, ended: int, spared: int) -> None:
+        heartbeat()
+        before = self.count // self.group_size
+        self.count += ended
+        self.bar.update(self.count // self.group_size - before)

@@ -1,0 +1,50 @@
+"""Files that are written whole or not at all, and lines that are."""
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+
+
+def append_line(path: Path, content: dict) -> None:
+    """One JSON object as one whole line: a single write at the file's end, so that a reader who comes in between finds
+    only whole lines, or a last one without its end (a write under way, a full disk), which is to be left out."""
+    # a mean of nothing is not a number, and JSON has no word for that but null
+    missing = {name for name, value in content.items() if isinstance(value, float) and not math.isfinite(value)}
+    content = {name: None if name in missing else value for name, value in content.items()}
+    line = json.dumps(content).encode() + b"\n"
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        if (written := os.write(file, line)) < len(line):  # the next line would join the half one
+            os.ftruncate(file, os.fstat(file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(file)
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """The file's first `count` lines, written beside and renamed. ValueError where it has fewer: some were lost."""
+    kept = path.read_bytes().splitlines(keepends=True)[:count] if count else []
+    if len(kept) < count:
+        raise ValueError(f"{path}: {len(kept)} lines; {count} expected, as the checkpoint says: some are lost")
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(b"".join(kept))
+    new.replace(path)
+
+
+def write_json(path: Path, content) -> None:
+    """Whole or not at all: written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or renamed in a folder, is on the disk and not only in the system's memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,89 @@
+"""What a run says while it works: a progress bar for long work, one line an update, tables. Imports neither torch nor
+transformers before a bar is drawn, so that a message costs nothing."""
+
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+
+
+def is_rank_0() -> bool:
+    """As torchrun has numbered it; asked of the environment, so that a line needs no torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """A line on the first process's terminal, above any progress bar."""
+    if is_rank_0():
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # wipe the bar; its next update draws it below
+        print(text, flush=True)
+
+
+def progress(total: int, what: str, unit: str):
+    """A bar with rate and time left on the first process; where there is no terminal, a plain line now and then."""
+    if is_rank_0() and not sys.stderr.isatty():
+        return PlainProgress(total, what, unit)
+    from transformers.utils.logging import tqdm  # here, for it brings transformers along
+
+    # says 80 × 24 where a terminal does not know its size (many containers'); left to itself the bar draws nothing there
+    columns, lines = shutil.get_terminal_size()
+    return tqdm(total=total, desc=what, unit=unit, leave=False, ncols=columns, nrows=lines, disable=not is_rank_0())
+
+
+class PlainProgress:
+    """A bar's stand-in for logs: what takes less than LINE_SECONDS says nothing, longer work one line in so many."""
+
+    LINE_SECONDS = 30.0
+
+    def __init__(self, total: int, what: str, unit: str):
+        self.total, self.what, self.unit, self.n = total, what, unit, 0
+        self.start = self.said = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def set_postfix(self, **_) -> None:
+        """A bar shows these beside it; a log has them in the update's own line."""
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        now = time.monotonic()
+        if self.n and now - self.said >= self.LINE_SECONDS:
+            self.said, rate = now, self.n / (now - self.start)
+            left = round(max(0, self.total - self.n) / rate)
+            print(f"{self.what}: {self.n}/{self.total} {self.unit}s, {rate:.3g} a second, "
+                  f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
+
+
+class Stopwatch:
+    """Seconds by phase: `with watch("rollout"): …`, then `watch.seconds`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start, torch = time.perf_counter(), sys.modules.get("torch")
+        yield
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels run on after their call: their time belongs here
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of words, the first one the heading → aligned text."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(str(cell).ljust(width) if i == 0 else str(cell).rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])

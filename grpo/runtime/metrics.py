@@ -1,0 +1,52 @@
+"""`metrics.jsonl`: one JSON object an update, and the same numbers as TensorBoard events."""
+
+from pathlib import Path
+
+from grpo.runtime.dist import rank
+from grpo.runtime.files import append_line, keep_lines
+
+
+class MetricsLog:
+    """`metrics.jsonl` in the run's folder: one JSON object an update, written by the first process.
+
+    A run that goes on has `lines` lines already; what a process that was killed wrote beyond them goes away.
+    With `events` the same numbers go into TensorBoard event files in <output>/tensorboard: "on", "off", or "auto",
+    which is on where tensorboard is installed.
+    """
+
+    def __init__(self, output: str, name: str = "metrics.jsonl", events: str = "off", lines: int = 0, step: int = 0):
+        self.path, self.lines = Path(output) / name, lines
+        self.events = None
+        if rank() == 0:
+            self.events = open_events(self.path.parent / "tensorboard", events, step)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_lines(self.path, lines)
+
+    def write(self, line: dict) -> None:
+        self.lines += 1
+        if rank() == 0:
+            append_line(self.path, line)
+            if self.events:
+                for name, value in line.items():
+                    if name != "step" and isinstance(value, (int, float)):
+                        self.events.add_scalar(name, value, line.get("step", 0))
+                self.events.flush()
+
+
+def open_events(folder: Path, choice: str, step: int = 0):
+    """A writer of TensorBoard events, or None; ValueError if they are asked for and tensorboard is not there.
+
+    Beyond step 0 it goes on behind what was written up to there.
+    """
+    if choice == "off":
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if choice == "on":
+            how = "pip install 'grpo-vlm[tensorboard]'"
+            raise ValueError(f"--tensorboard on: tensorboard is not installed ({how})") from None
+        return None
+    for old in folder.glob("events.out.tfevents.*") if not step else ():  # like metrics.jsonl, they begin anew with the run
+        old.unlink()
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -1,0 +1,255 @@
+"""What both trainers do around their loops: load, freeze, shard, validate, keep the best, stop and go on."""
+
+import json
+import math
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Callable
+
+from data.task import Task, resolve_task
+from grpo.engine.encode import Encoder
+from grpo.engine.lora import add_adapter, export_adapter, merged
+from grpo.engine.policy import Policy
+from grpo.engine.rollout import Sampling
+from grpo.engine.weights import export, load_policy
+from grpo.runtime.answer import Prompts, answer
+from grpo.runtime.checkpoints import Checkpoints, differences, refusal
+from grpo.runtime.dist import all_gather, any_rank, broadcast_from_rank_0, finish, one_rank_at_a_time, rank, start
+from grpo.runtime.files import write_json
+from grpo.runtime.fsdp import compute_dtype, gather_weights, make_mesh, shard
+from grpo.runtime.liveness import heartbeat
+from grpo.runtime.log import say
+from grpo.runtime.memory import move_state
+from grpo.runtime.metrics import MetricsLog
+from grpo.runtime.optim import set_gradient_checkpointing
+from grpo.runtime.provenance import what_ran
+from grpo.runtime.settings import TrainingSettings
+
+STOPPED = 128 + signal.SIGTERM  # exit status, as a shell says it
+
+
+def record_settings(settings, folder: Path) -> None:
+    """settings.json: what ran, so that it can be run again."""
+    if rank() == 0:
+        write_json(folder / "settings.json", what_ran(settings))
+
+
+def read_lines(path: str, samples: list, field: str, kind: type) -> list[tuple]:
+    """(sample, value of `field`) of every line of a JSONL file of {id, field, …}. ValueError names the line that does not fit."""
+    known, pairs, expected = {sample.id: sample for sample in samples}, [], f"expected a JSON object with id and {field}"
+    with open(path, encoding="utf-8") as file:  # by the file's own lines: splitlines() would cut at U+2028 too
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                pairs.append((known[entry["id"]], entry[field]))
+                if not isinstance(entry[field], kind):
+                    raise TypeError
+            except (json.JSONDecodeError, TypeError):
+                raise ValueError(f"{path}:{number}: found {line[:60]!r}; {expected}") from None
+            except KeyError as error:
+                raise ValueError(f"{path}:{number}: no {error}; {expected}, of a sample of the split") from None
+    if not pairs:
+        raise ValueError(f"{path}: empty; {expected} a line")
+    return pairs
+
+
+def read_ids(path: str, samples: list) -> set[str]:
+    """The sample ids of a JSON list. ValueError names the file and what is not the id of one of `samples`."""
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: {error}; expected a JSON list of sample ids") from None
+    if not isinstance(ids, list):
+        raise ValueError(f"{path}: found {str(ids)[:60]!r}; expected a JSON list of sample ids")
+    known = {sample.id for sample in samples}
+    for one in ids:
+        if not isinstance(one, (str, int)) or one not in known:
+            raise ValueError(f"{path}: found {one!r:.60}; expected ids of samples of the split")
+    return set(ids)
+
+
+def check_shared(folder: Path) -> None:
+    """Every process must see the same folder: parts of one checkpoint lie in it together."""
+    mark = folder / ".seen"
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    broadcast_from_rank_0(lambda: None)
+    blind = all_gather([] if mark.exists() else [rank()])
+    if rank() == 0:
+        mark.unlink()
+    if blind:
+        raise ValueError(f"{folder}: process {blind[0]} does not see what process 0 writes there; expected a folder that all "
+                         f"machines share")
+
+
+class Run:
+    """One training run: its policy, its data halves, its folder, its best checkpoint so far."""
+
+    def __init__(self, settings: TrainingSettings, reasoning: bool = True):
+        settings.check()
+        self.device = start(settings.hang_minutes)
+        settings.check()
+        self.told_to_stop = False
+        signal.signal(signal.SIGTERM, self.stop)
+        self.settings, self.output = settings, Path(settings.output)
+        self.task: Task = resolve_task(settings.task)
+        self.valid = self.load_valid()
+        self.check_metric()
+        self.encoder = Encoder(settings.model, settings.max_pixels)
+        self.checkpoints = Checkpoints(self.output, settings.checkpoints_kept)
+        self.ran = broadcast_from_rank_0(lambda: what_ran(settings))
+        self.saved = self.find_checkpoint()
+        self.dtype = compute_dtype(settings.dtype, self.device)
+        self.mesh = make_mesh(self.device, settings.shard_size)
+        self.policy = one_rank_at_a_time(self.load_policy, settings.load_in_turns)
+        self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
+        self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
+        self.metrics_log = MetricsLog(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0), step=self.step)
+        if rank() == 0:
+            write_json(self.output / "settings.json", {**self.ran, **({"resumed_after": self.step} if self.step else {})})
+        best = self.saved.get("best")
+        self.best = float("-inf") if best is None else best
+        self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
+
+    def load_policy(self) -> Policy:
+        settings, policy = self.settings, load_policy(self.settings.model)
+        if not settings.train_vision:
+            policy.freeze_vision()
+        if settings.lora_rank:
+            self.add_adapter(policy)
+        set_gradient_checkpointing(policy, settings.gradient_checkpointing)
+        return self.shard(policy)
+
+    def shard(self, policy: Policy, offload: bool = False) -> Policy:
+        return shard(policy, self.dtype, self.device, offload, rollout_weights=self.settings.rollout_weights, mesh=self.mesh)
+
+    # ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def find_checkpoint(self) -> dict:
+        """The state from which this run goes on, {} where it begins. ValueError if it is another run's."""
+        check_shared(self.output)
+        if self.settings.resume == "never":
+            self.checkpoints.forget()
+            return {}
+        saved = self.checkpoints.newest()
+        if saved is None:
+            return {}
+        changed = differences(saved["ran"], self.ran)
+        if fault := refusal(changed, self.checkpoints.good, self.settings.resume):
+            raise ValueError(fault)
+        say(f"{self.checkpoints.good}: going on after step {saved['step']}"
+            + "".join(f"; {name} {old!r} → {new!r}" for name, (old, new) in changed.items()))
+        if set(changed) & {"task", "valid_metric", "valid_split", "valid_samples", "data_hash"}:
+            saved["best"] = None  # it was the best by another measure
+        return saved
+
+    def restore(self, optimizer) -> dict:
+        """Weights, optimizer and random states as they were, where this run goes on; the trainer's own progress."""
+        if not self.saved:
+            return {}
+        self.checkpoints.load(self.policy, optimizer)
+        if self.settings.offload_optimizer:
+            move_state(optimizer, to_host=True)
+        return self.saved["progress"]
+
+    def checkpoint(self, optimizer, step: int, progress: Callable[[], dict], last: bool = False) -> None:
+        """The whole state after `step`, every so often, at the end, and when told to stop, which then happens here."""
+        heartbeat("checkpoint")
+        every, stopping = self.settings.checkpoint_every, any_rank(self.told_to_stop, self.device)
+        if stopping or last or every and step % every == 0:
+            self.checkpoints.save(self.policy, optimizer, step, {
+                "ran": self.ran, "best": self.best if math.isfinite(self.best) else None, "lines": self.metrics_log.lines,
+                "bad_updates": self.bad_updates, "progress": progress()})
+        if stopping and not last:
+            say(f"stopped after step {step} by SIGTERM; the same command goes on from {self.checkpoints.good}")
+            finish()
+            sys.exit(STOPPED)
+
+    def stop(self, *_) -> None:
+        """SIGTERM: the step at hand is finished, then a checkpoint is written."""
+        self.told_to_stop = True
+
+    def judge(self, norms: list[float]) -> dict:
+        """Updates with a loss or gradient that is not finite were skipped: count them, and end a run of them."""
+        for norm in norms:
+            self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
+            self.bad_updates += not math.isfinite(norm)
+        if self.bad_in_a_row:
+            say(f"update skipped: its loss or gradient is not finite ({self.bad_in_a_row} in a row)")
+        if self.bad_in_a_row >= self.settings.max_bad_updates:
+            raise ValueError(f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not finite "
+                             f"(--max_bad_updates); {self.checkpoints.last_good()}; lower --learning_rate or check the rewards")
+        return {"bad_updates": self.bad_updates} if self.bad_updates else {}
+
+    # ── the parts of a run ───────────────────────────────────────────────────────────────────────────────────────
+
+    def load(self, split: str) -> list:
+        return self.task.data.load(self.settings.data, split, missing_images=self.settings.missing_images)
+
+    def load_valid(self) -> list:
+        settings = self.settings
+        if not settings.valid_split:
+            return []
+        samples = self.load(settings.valid_split)
+        if settings.valid_samples and settings.valid_samples < len(samples):
+            samples = random.Random(settings.seed).sample(samples, settings.valid_samples)
+        return samples
+
+    def check_metric(self) -> None:
+        known = self.task.rewards.metrics([""], self.valid[:1]) if self.valid else {self.settings.valid_metric: 0}
+        if self.settings.valid_metric not in known:
+            raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(known)}")
+
+    def add_adapter(self, policy: Policy) -> None:
+        s = self.settings
+        add_adapter(policy, s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_dropout, s.seed)
+        parameters = list(policy.parameters())
+        trained = [p.numel() for p in parameters if p.requires_grad]
+        say(f"an adapter of rank {s.lora_rank} on {len(trained) // 2} matrices: {sum(trained):,} numbers train, "
+            f"{sum(p.numel() for p in parameters) - sum(trained):,} are frozen")
+
+    def reference(self, model: str) -> Policy:
+        """What the run began with: the policy itself, whose adapter is off for it, or a frozen copy, sharded alike."""
+        if self.settings.lora_rank:
+            return self.policy
+        return one_rank_at_a_time(lambda: self.shard(load_policy(model).requires_grad_(False), self.settings.offload_reference),
+                        self.settings.load_in_turns)
+
+    def validate(self, step: int) -> dict:
+        """Greedy metrics on the validation samples; a new best is exported to <output>/model."""
+        if not self.valid:
+            return {}
+        heartbeat("validate")
+        sampling = Sampling(self.settings.max_completion_tokens, self.encoder.end_tokens, temperature=0.0,
+                            rows=self.settings.rollout_rows)
+        texts = answer(self.policy, self.prompts, self.valid, sampling, what="validate")
+        metrics = self.task.rewards.metrics([text for text, in texts], self.valid)
+        found = metrics[self.settings.valid_metric]
+        if not math.isfinite(found):
+            raise ValueError(f"--valid_metric {self.settings.valid_metric} is {found} after step {step}; a finite number expected")
+        better = found > self.best
+        if better:
+            self.best = found
+            self.save()
+            if rank() == 0:
+                write_json(self.output / "best.json", {"step": step, "valid": metrics})
+        say(f"step {step}: validation " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            + ("  (best so far, kept)" if better else ""))
+        return {f"valid/{name}": value for name, value in metrics.items()}
+
+    def save(self) -> None:
+        """<output>/model: a checkpoint that stock transformers loads; with --lora_rank <output>/adapter beside it."""
+        model, settings, weights = self.policy.model, self.settings, gather_weights(self.policy)
+        if rank() == 0:
+            if settings.lora_rank:
+                export_adapter(model, weights, settings.lora_targets, settings.model, self.output / "adapter")
+                weights = merged(model, weights)
+            export(model, weights, settings.model, self.output / "model")
+
+    def close(self) -> None:
+        if not self.valid:
+            self.save()
+        say(f"wrote {self.output / 'model'} and {self.metrics_log.path}")

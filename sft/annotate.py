@@ -1,0 +1,254 @@
+"""Cold-start data: draw a share of every stratum, take the expert's responses, keep those that hold up.
+
+    python -m sft.annotate --task more --data MORE --split train --fraction 0.25 --seed 0 \\
+        --expert file:expert.jsonl --output cold_start.jsonl
+
+writes beside each other
+    cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
+    cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave them all out.
+                                Written before the expert is asked, which it does not depend on
+    cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
+    cold_start.responses.jsonl  what --expert openai:MODEL or local:MODEL answered, as it came
+
+JMERE-R1's data has several candidates a sample and two filters more (sft/filters.py):
+
+    python -m sft.annotate --task jmere --data JMERE --fraction 1 --candidates 5 --repredict True --score True \\
+        --expert openai:gpt-4o --output mp_cot.jsonl
+"""
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.curriculum import stratified_draw
+from data.task import Task, resolve_task
+from grpo.runtime.files import write_json
+from grpo.runtime.log import say, table
+from grpo.runtime.settings import parse, required, run_program, setting
+from sft.experts import ask_all, endpoint_from_environment, fill_template, read_template
+from sft.filters import (
+    Ask,
+    Candidate,
+    Fallen,
+    best_of_each,
+    candidates_of,
+    filter_responses,
+    repredict_filter,
+    score_filter,
+)
+
+EXAMPLES = 10
+
+
+@dataclass
+class Settings:
+    """Cold-start data for Stage 1. The defaults are MORE-R1's."""
+
+    data: str = required("folder of the task's dataset")
+    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, "
+                           "openai:MODEL, asked at OPENAI_BASE_URL with OPENAI_API_KEY, "
+                           "or local:MODEL, a checkpoint folder or hub name that runs here")
+    output: str = required("JSONL to write; the drawn ids and the report go beside it")
+    task: str = setting("more", "a task here (more, jmere), a module of yours, or data_module,rewards_module")
+    split: str = setting("train", "split to draw from")
+    fraction: float = setting(0.25, "share of every stratum (MORE: of every relation) to draw")
+    seed: int = setting(0, "of the draw")
+    missing_images: str = setting("stop", "images that are not there: stop, drop the samples, or blank",
+                                  choices=("stop", "drop", "blank"))
+    candidates: int = setting(1, "responses to ask for a sample; one of those that pass the filters is kept")
+    repredict: bool = setting(False, "keep a candidate only if the expert finds the gold answer in its reasoning again "
+                                     "(one more request a candidate)")
+    score: bool = setting(False, "have the expert score each candidate by the task's rules, and keep the best "
+                                 "(one more request a candidate)")
+    score_threshold: float = setting(0.7, "drop candidates with a score below it")
+    template: str = setting("", "openai, local: file with the prompt in your own words; {question}, {answer}, "
+                                "{text} and the sample's other fields are filled in")
+    expert_options: str = setting('{"max_tokens": 2048}', "openai: JSON object that goes into every request; "
+                                                              "local: its max_tokens, temperature, top_p, top_k, seed")
+    responses: str = setting("", "openai, local: JSONL with all answers so far, none of which is asked for again "
+                                 "(default: beside the output)")
+    concurrency: int = setting(8, "openai: requests at a time")
+    attempts: int = setting(6, "openai: how often a sample is tried, with longer and longer pauses")
+    timeout: float = setting(120.0, "openai: seconds to wait for a reply")
+
+    def check(self, task: Task) -> None:
+        if self.candidates < 1:
+            raise ValueError(f"--candidates is {self.candidates}; at least 1 expected")
+        if not 0 <= self.score_threshold <= 1:
+            raise ValueError(f"--score_threshold is {self.score_threshold}; a number between 0 and 1 expected")
+        for name in ("repredict", "score"):
+            if getattr(self, name) and not hasattr(task.data, f"{name}_prompt"):
+                raise ValueError(f"--{name}: task {self.task} has no {name}_prompt, which this filter asks with")
+        prompt_maker(self, task)  # refuses a bad --template, or none where the task needs one
+
+
+def file_expert(path: str) -> Ask:
+    """Responses that were written earlier: JSONL of {id, response}; more than were drawn do not disturb."""
+    responses = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                name, response = entry["id"], entry["response"]
+            except (ValueError, TypeError, KeyError):
+                name = response = None
+            if not isinstance(name, str) or not isinstance(response, str):
+                raise ValueError(f"{path}:{number}: found {line[:60]!r}; a JSON object with the texts "
+                                 "id and response expected")
+            if name in responses:
+                raise ValueError(f"{path}:{number}: a second response for {name}; one a sample expected")
+            responses[name] = response
+    return lambda requests: {one.id: responses[one.id] for one in requests if one.id in responses}
+
+
+def expert_options(settings: Settings) -> dict:
+    try:
+        options = json.loads(settings.expert_options)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"--expert_options {settings.expert_options}: a JSON object expected")
+    return options
+
+
+def responses_path(settings: Settings) -> Path:
+    return Path(settings.responses or Path(settings.output).with_suffix(".responses.jsonl"))
+
+
+def endpoint_expert(model: str, settings: Settings) -> Ask:
+    """Responses asked for over HTTP, but for those that are in the .responses.jsonl beside the output."""
+    options = expert_options(settings)
+    if settings.concurrency < 1 or settings.attempts < 1 or settings.timeout <= 0:
+        raise ValueError("--concurrency, --attempts and --timeout must be above 0")
+    endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout,
+                                         attempts=settings.attempts)
+    return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), responses_path(settings),
+                                    template=template_of(settings), concurrency=settings.concurrency)
+
+
+def checkpoint_expert(model: str, settings: Settings) -> Ask:
+    """Responses of a checkpoint that runs here, kept in the same file."""
+    from sft import local_expert  # the engine is loaded for this expert alone
+
+    options = local_expert.check_options(expert_options(settings))
+    return lambda requests: local_expert.ask_all(model, requests, responses_path(settings), options=options,
+                                          template=template_of(settings))
+
+
+def template_of(settings: Settings) -> str:
+    return read_template(settings.template) if settings.template else ""
+
+
+def prompt_maker(settings: Settings, task: Task):
+    """A function sample → (images, text): what the expert is asked for a candidate."""
+    template = template_of(settings)
+    if not template and not hasattr(task.data, "expert_prompt") and not settings.expert.startswith("file:"):
+        raise ValueError(f"task {settings.task} has no expert prompt of its own; --template FILE expected")
+
+    def prompt_of(sample):
+        images, question = task.data.build_prompt(sample)
+        if template:
+            return images, fill_template(template, sample, question, task.data.target(sample))
+        return images, task.data.expert_prompt(sample)
+
+    return prompt_of
+
+
+def find_expert(settings: Settings) -> Ask:
+    """The expert that --expert names. To add a kind is to write one more function."""
+    kind, _, rest = settings.expert.partition(":")
+    if kind == "file" and rest:
+        return file_expert(rest)
+    if kind == "openai" and rest:
+        return endpoint_expert(rest, settings)
+    if kind == "local" and rest:
+        return checkpoint_expert(rest, settings)
+    raise ValueError(f"--expert {settings.expert}: file:PATH, openai:MODEL or local:MODEL expected")
+
+
+def examples(fallen: list[Fallen], task: Task) -> list[dict]:
+    """Up to ten of what fell, in turn from each reason, so that a frequent one does not hide a rare one."""
+    seen, turns = Counter(), []
+    for case in fallen:
+        seen[case.reason] += 1
+        turns.append(seen[case.reason])
+    in_turn = [case for _, case in sorted(zip(turns, fallen), key=lambda pair: pair[0])]
+    return [{"id": case.sample.id, "reason": case.reason, "gold": task.data.target(case.sample),
+             "response": case.response} for case in in_turn[:EXAMPLES]]
+
+
+def survivors(settings: Settings, task: Task, drawn: list, expert: Ask):
+    """(candidates kept, one a sample; what fell; the stages with their counts, before and after each filter)."""
+    stages, fallen = {}, []
+
+    def count(stage: str, left: list[Candidate]) -> list[Candidate]:
+        stages[stage] = {"candidates": len(left), "samples": len({one.sample.id for one in left})}
+        return left
+
+    def keep(stage: str, kept_and_fallen: tuple) -> list[Candidate]:
+        fallen.extend(kept_and_fallen[1])
+        return count(stage, kept_and_fallen[0])
+
+    left = count("asked for", candidates_of(drawn, settings.candidates, prompt_maker(settings, task), expert))
+    left = keep("structure and answer right", filter_responses(task, left))
+    if settings.repredict:
+        left = keep("re-prediction right", repredict_filter(task, left, expert))
+    if settings.score:
+        left = keep("score high enough", score_filter(task, left, expert, settings.score_threshold))
+    return best_of_each(left, settings.seed), fallen, stages
+
+
+def make_report(settings: Settings, task: Task, samples: list, drawn: list, kept: list[Candidate],
+                fallen: list[Fallen], stages: dict) -> dict:
+    """The report's content: the settings, the counts in all and by stratum, the reasons, the examples."""
+    strata = {}
+    for column, members in (("samples", samples), ("drawn", drawn), ("kept", [one.sample for one in kept])):
+        for sample in members:
+            counts = strata.setdefault(str(task.data.stratum(sample)), {"samples": 0, "drawn": 0, "kept": 0})
+            counts[column] += 1
+    return {
+        "task": settings.task, "split": settings.split, "expert": settings.expert,
+        "fraction": settings.fraction, "seed": settings.seed,
+        "samples": len(samples), "drawn": len(drawn), "kept": len(kept), "strata": strata, "stages": stages,
+        "fallen": dict(Counter(case.reason for case in fallen).most_common()),
+        "examples": examples(fallen, task),
+    }
+
+
+def print_report(report: dict) -> None:
+    strata = [[name, *counts.values()] for name, counts in report["strata"].items()]
+    total = ["all", report["samples"], report["drawn"], report["kept"]]
+    say(table([["stratum", "samples", "drawn", "kept"], *strata, total]))
+    stages = [[name, *counts.values()] for name, counts in report["stages"].items()]
+    say("\n" + table([["left after", "candidates", "samples"], *stages]))
+    if report["fallen"]:
+        say("\n" + table([["fell because", "responses"], *report["fallen"].items()]))
+
+
+def main(words: list[str] | None = None) -> None:
+    settings = parse(Settings, words)
+    task = resolve_task(settings.task)
+    settings.check(task)
+    expert = find_expert(settings)
+    samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
+    drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)
+    output = Path(settings.output)
+    # Before the expert is asked: the baseline on this quarter's bare labels needs the draw and no expert.
+    write_json(output.with_suffix(".drawn.json"), [sample.id for sample in drawn])
+    kept, fallen, stages = survivors(settings, task, drawn, expert)
+    report = make_report(settings, task, samples, drawn, kept, fallen, stages)
+    write_json(output.with_suffix(".report.json"), report)
+    print_report(report)
+    if not kept:
+        raise ValueError(f"{settings.expert}: no response of use for any of {len(drawn)} drawn samples; "
+                         f"{output.with_suffix('.report.json')} says why")
+    # Last, and whole or not at all: where this file is, the other two are.
+    new = output.with_name(output.name + ".new")
+    lines = [{"id": one.sample.id, "response": one.response} for one in kept]
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    new.replace(output)
+    say(f"{output}: {len(kept)} responses")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,135 @@
+"""Many processes do what one does: gradients, completions, counts of collectives."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from grpo.engine.rollout import Sampling, sample
+from grpo.group import packs
+from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks
+from grpo.runtime.fsdp import encode_images_unsharded, gather_weights, sample_unsharded, shard
+from grpo.runtime.optim import update
+from processes import run_processes
+from tiny import END, tiny_groups, tiny_policy, tiny_prompt
+
+LENGTHS = ((5, 1, 9), (3, 4, 2), (6, 2, 2), (4, 4, 4))
+TOKENS = sum(map(sum, LENGTHS))
+
+
+def one_update(groups, budget: int, sharded: bool, shard_size: int = 0):
+    """A plain SGD step on −Σ log p / TOKENS, so that the step itself shows the gradient."""
+    policy = tiny_policy()
+    if sharded:
+        shard(policy, torch.float32, torch.device("cpu"), shard_size=shard_size)
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.0)
+    norm = update(policy, optimizer, packs(groups, budget), lambda _, scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
+    return norm, policy
+
+
+def check_gradients(path, uneven: bool, shard_size: int):
+    everyone = tiny_groups(lengths=LENGTHS)
+    mine = (everyone if torch.distributed.get_rank() == 0 else []) if uneven else split_across_ranks(everyone)
+    norm, policy = one_update(mine, 40, sharded=True, shard_size=shard_size)  # a budget of 40 tokens: one pack a group, unequal counts
+    head = policy.model.lm_head.weight
+    if torch.distributed.get_rank() == 0:
+        assert len(head.to_local()) == -(-len(head) // (shard_size or torch.distributed.get_world_size()))
+    weights = gather_weights(policy)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"norm": norm, "weights": weights}, path)
+
+
+@pytest.mark.parametrize("world,uneven,shard_size", [(2, False, 0), (3, False, 0), (2, True, 0), (4, False, 0), (4, True, 2), (2, False, 1)],
+                         ids=["two", "three, unequal packs", "one has nothing at all", "four", "two copies of two parts, three "
+                              "have nothing at all", "two copies"])
+def test_the_number_of_processes_does_not_change_the_update(tmp_path, world, uneven, shard_size):
+    norm, policy = one_update(tiny_groups(lengths=LENGTHS), 10**6, sharded=False)
+    run_processes(check_gradients, world, tmp_path / "found.pt", uneven, shard_size)
+    found = torch.load(tmp_path / "found.pt")
+    assert found["norm"] == pytest.approx(norm, rel=1e-4)
+    for name, expected in policy.model.state_dict().items():
+        torch.testing.assert_close(found["weights"][name], expected, rtol=1e-4, atol=1e-5)
+
+
+SAMPLING = Sampling(max_tokens=10, end_tokens=(END, *range(20)), temperature=0.8, rows=4)
+
+
+def check_rollout(path, rollout_weights):
+    policy = shard(tiny_policy(), torch.float32, torch.device("cpu"), rollout_weights=rollout_weights)
+    prompts = [tiny_prompt(i, ((1, 4, 4),), length=4 + 3 * i) for i in range(5)]  # shared out: unequal work
+    policy.freeze_vision()
+    encode_images_unsharded(policy, split_across_ranks(prompts))
+    gathered = set()
+    policy.trunk_layers[1].register_forward_pre_hook(
+        lambda *_: gathered.add(sum(isinstance(p, DTensor) for p in policy.trunk_layers[0].parameters()) > 0))
+    groups = sample_unsharded(policy, split_across_ranks(prompts), 3, SAMPLING)
+    assert gathered == {rollout_weights == "layers"}  # whether a layer is sharded while the next one works
+    assert all(isinstance(p, DTensor) for p in policy.parameters())  # sharded again
+    policy.score(tiny_groups())  # a rollout before the first forward leaves the root able to start
+    tokens = merge_from_ranks(all_gather([[c.tolist() for c in group.completions] for group in groups]))
+    if torch.distributed.get_rank() == 0:
+        torch.save(tokens, path)
+
+
+@pytest.mark.parametrize("world,rollout_weights", [(2, "whole"), (2, "layers"), (3, "layers")])
+def test_several_processes_sample_what_one_does(tmp_path, world, rollout_weights):
+    prompts = [tiny_prompt(i, ((1, 4, 4),), length=4 + 3 * i) for i in range(5)]
+    alone = [[c.tolist() for c in group.completions] for group in sample(tiny_policy(), prompts, 3, SAMPLING)]
+    run_processes(check_rollout, world, tmp_path / "tokens.pt", rollout_weights)
+    assert torch.load(tmp_path / "tokens.pt") == alone
+
+
+def check_bfloat16(path):
+    policy = shard(tiny_policy(), torch.bfloat16, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+    before = gather_weights(policy)
+    seen = []
+    policy.trunk_layers[0].mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    update(policy, optimizer, packs(split_across_ranks(tiny_groups(lengths=LENGTHS)), 10**6),
+           lambda _, scores: -scores.logp.sum() / TOKENS, 1.0, 1.0, rate=1e-6)
+    after = gather_weights(policy)
+    assert set(seen) == {torch.bfloat16}
+    prompts = split_across_ranks([tiny_prompt(i, ((1, 4, 4),)) for i in range(4)])
+    group = sample_unsharded(policy, prompts, 3, SAMPLING)[0]
+    scored = policy.score([group], 0.8).logp  # the same number of forwards on every process
+    torch.testing.assert_close(torch.cat(group.logps), scored.detach(), rtol=0.1, atol=0.2)
+    if torch.distributed.get_rank() == 0:
+        moved = [not torch.equal(before[name], after[name]) for name in before]
+        assert all(w.dtype == torch.float32 for w in after.values()) and all(moved)
+
+
+def test_compute_is_bfloat16_and_masters_float32_so_that_a_step_of_1e_6_is_not_lost(tmp_path):
+    run_processes(check_bfloat16, 2, None)
+
+
+def test_shares_come_back_in_order():
+    items = list(range(11))
+    import grpo.runtime.fsdp as sharding
+
+    for world in (1, 2, 3, 4):
+        parts = [items[r::world] for r in range(world)]
+        sharding_world, sharding.world_size = sharding.world_size, lambda: world
+        try:
+            assert merge_from_ranks([item for part in parts for item in part]) == items
+        finally:
+            sharding.world_size = sharding_world
+
+
+def check_answers():
+    """9 samples, one row: the first process has five turns to take, the second four."""
+    from types import SimpleNamespace
+
+    import grpo.runtime.answer
+
+    policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
+    encoder = SimpleNamespace(decode=lambda completion: completion.tolist())
+    prompts_of = lambda i: tiny_prompt(i, ((1, 4, 4),))
+    prompts_of.encoder, prompts_of.settle = encoder, lambda prompts: None
+    policy.freeze_vision()
+    sampling = Sampling(max_tokens=3, end_tokens=(END,), temperature=0.0, rows=1)
+    answers = grpo.runtime.answer.answer(policy, prompts_of, list(range(9)), sampling, group_size=2)
+    expected = [[c.tolist() for c in group.completions] for group in sample(tiny_policy(), [prompts_of(i) for i in range(9)], 2, sampling)]
+    assert answers == expected
+
+
+def test_samples_that_do_not_divide_are_answered_without_a_deadlock_and_in_order():
+    run_processes(check_answers, 2)
