@@ -109,7 +109,7 @@ class RolloutLog:
             group, completions = watched.groups[place], []
             for i in range(len(group.completions)):
                 completions.append({
-                    **self.embed_tokens(group, i),
+                    **self.words(group, i),
                     "parts": {name: float(values[place, i]) for name, values in parts.items()},
                     "reward": float(rewards[place, i]), "advantage": round(float(advantages[place, i]), 5),
                     "logp": numbers(watched.before[row], 4), "ratio": numbers(change[row], 6),
