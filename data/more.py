@@ -23,7 +23,6 @@ from data.images import check_box, check_image, crop_box, grey_image, one_line, 
 
 SPLITS = ("train", "valid", "test")
 MISSING_IMAGES = ("stop", "drop", "blank")
-IMAGE_TOKEN = "<|image_pad|>"  # stands for an image in Qwen's prompts, so no text may hold it
 log = logging.getLogger(__name__)
 
 
@@ -202,8 +201,6 @@ class SplitReader:
         text, entity = " ".join(tokens), _field(fields, ("h", "name"), str, where)
         # A lone surrogate can be written in JSON but is refused by every tokenizer.
         text, entity = (words.encode("utf-8", "replace").decode() for words in (text, entity))
-        if IMAGE_TOKEN in text or IMAGE_TOKEN in entity:
-            raise ValueError(f"{where}: text or entity holds {IMAGE_TOKEN}, an image's token; words expected")
         image = _field(fields, ("img_id",), str, where)
         if image != Path(image).name or not image.isprintable() or len(image.encode()) > 255:  # as file systems allow
             raise ValueError(f"{where}: 'img_id' is {_shown(image)}; the bare name of an image expected")

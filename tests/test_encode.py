@@ -49,9 +49,11 @@ def test_a_image_smaller_than_one_token_is_enlarged(encoder):
     assert encoder.encode([image(5, 9)], "").pixels is not None
 
 
-def test_a_text_that_holds_an_image_token_is_refused_by_the_samples_name(encoder):
-    with pytest.raises(ValueError, match="train/3: 2 <|image_pad|> tokens for 1 images".replace("|", r"\|")):
-        encoder.encode([image()], "look: <|image_pad|>", id="train/3")
+def test_a_template_that_writes_other_than_one_image_token_an_image_is_refused_by_the_samples_name(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes().replace(b"<|vision_start|><|image_pad|>", b"<|image_pad|><|image_pad|>"))
+    with pytest.raises(ValueError, match="train/3: the chat template writes 2 <|image_pad|> tokens for 1 images".replace("|", r"\|")):
+        Encoder(str(tmp_path)).encode([image()], "look", id="train/3")
 
 
 def test_a_image_too_elongated_is_refused_by_the_samples_name(encoder):

@@ -3,10 +3,16 @@
 Only a tokenizer and an image processor are needed. The checkpoint's processor class would drag torchvision in
 for videos, so the two are loaded by themselves and the image's run of image tokens is written out here.
 What differs between models stands in grpo/engine/backbones/.
+
+Content is text: a post or a response that spells a special token (`<|im_end|>`) gets the tokens of its letters, for
+only the chat template may end a turn or place an image. Text without one is tokenised as `apply_chat_template` does.
 """
+
+import re
 
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from grpo.engine.backbones import backbone
@@ -33,31 +39,63 @@ class Encoder:
                              f"tokenizer_config.json")
         ends = (self.tokenizer.eos_token_id, *map(self.token_id, self.backbone.END_TOKENS))
         self.end_tokens = tuple(dict.fromkeys(end for end in ends if end is not None))
+        # a checkpoint may have forgotten to say that its image token is special
+        image_token = AddedToken(self.backbone.IMAGE_TOKEN, special=True, normalized=False)
+        self.tokenizer.add_tokens([image_token], special_tokens=True)
+        self.special = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
+        self.special_pattern = re.compile(f"({'|'.join(longest_first)})")
+        self.prefilled = prefilled_thinking(self.render([], ""))
 
     def token_id(self, token: str) -> int | None:
         """None for what is no token of its own, where the tokenizer would answer with the unknown one's id."""
         return self.tokenizer.get_vocab().get(token)
 
     def encode(self, images: list[Image.Image], text: str, sample: object = None, id: str = "") -> Prompt:
-        """One user turn, images first. Raises ValueError, naming the sample, if the text itself holds image tokens."""
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        # a text that begins with a token of its own (Llama's <s>) does so, unless the template has written it already
-        begin = self.tokenizer.bos_token
-        tokens = self.tokenizer(rendered, add_special_tokens=bool(begin) and not rendered.startswith(begin))["input_ids"]
+        """One user turn, images first. ValueError, naming the sample, for what cannot be tokenised or preprocessed."""
+        if not is_unicode(text):
+            raise ValueError(f"{id or 'prompt'}: its text holds half of a surrogate pair, which is no character")
+        stand_ins = self.stand_ins(text)
+        rendered = self.render(images, self.special_pattern.sub(lambda found: stand_ins[found[0]], text))
+        tokens = self.tokenize_rendered(rendered, {mark: token for token, mark in stand_ins.items()})
         if tokens.count(self.image_token) != len(images):
-            raise ValueError(
-                f"{id or 'prompt'}: {tokens.count(self.image_token)} {self.backbone.IMAGE_TOKEN} tokens for "
-                f"{len(images)} images; the sample's own text may not hold one"
-            )
+            raise ValueError(f"{id or 'prompt'}: the chat template writes {tokens.count(self.image_token)} "
+                             f"{self.backbone.IMAGE_TOKEN} tokens for {len(images)} images")
         pixels, grids = self.preprocess(images, id)
         runs = iter([] if grids is None else self.backbone.image_token_counts(self.image_processor, grids))
         expanded = [t for token in tokens for t in ([token] * next(runs) if token == self.image_token else [token])]
         tokens = torch.tensor(expanded)
         positions = self.backbone.positions(self.image_processor, tokens, grids, self.image_token)
         return Prompt(tokens, positions, pixels, grids, None, sample, id)
+
+    def render(self, images: list, text: str) -> str:
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+
+    def stand_ins(self, text: str) -> dict[str, str]:
+        """{special token in the text: a private character that the text does not have}.
+
+        The template is given these characters: whatever special token it then writes is its own.
+        """
+        unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+        return {token: next(unused) for token in dict.fromkeys(self.special_pattern.findall(text))}
+
+    def tokenize_rendered(self, rendered: str, hidden: dict[str, str]) -> list[int]:
+        """hidden: stand-in → the special token whose letters it stands for."""
+        # a text that begins with a token of its own (Llama's <s>) does so, unless the template has written it already
+        begin = self.tokenizer.bos_token
+        begins = bool(begin) and not rendered.startswith(begin)
+        if not hidden:
+            return self.tokenizer(rendered, add_special_tokens=begins, split_special_tokens=False)["input_ids"]
+        tokens = self.tokenizer("", add_special_tokens=begins)["input_ids"]
+        for i, part in enumerate(self.special_pattern.split(rendered)):  # text and the template's tokens in turn
+            tokens += [self.special[part]] if i % 2 else self.tokenize_text("".join(hidden.get(c, c) for c in part))
+        return tokens
+
+    def tokenize_text(self, text: str) -> list[int]:
+        """Letters alone, whatever they spell."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def preprocess(self, images: list[Image.Image], id: str = "") -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Images → pixels, in the backbone's own shape, and (images, 3) grids."""
@@ -69,15 +107,36 @@ class Encoder:
             raise ValueError(f"{id or 'image'}: {error}") from None
 
     def completion(self, text: str) -> torch.Tensor:
-        """A given response as a completion: its tokens and the end token, which is trained like any other."""
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_tokens[0]])
+        """A given response as a completion: its tokens and the end token, which is trained like any other.
+
+        Where the template has opened <think> already the response goes on behind it; one without thoughts closes it.
+        """
+        if self.prefilled:
+            thinks = text.lstrip().startswith("<think>")
+            text = text.lstrip().removeprefix("<think>").lstrip() if thinks else f"</think>\n\n{text}"
+        return torch.tensor(self.tokenize_text(text) + [self.end_tokens[0]])
 
     def decode(self, completion: torch.Tensor) -> str:
-        """A completion's text without its end token; any other special token stays visible to the reward."""
+        """The response: what the template has prefilled of it and the completion's text without its end token.
+
+        Any other special token stays visible to the reward.
+        """
         ids = completion.tolist()
         if ids and ids[-1] in self.end_tokens:
             ids = ids[:-1]
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.prefilled + text
+
+
+def is_unicode(text: str) -> bool:
+    """JSON can spell half of a surrogate pair, and a command line can hold one; no tokenizer and no file takes it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def prefilled_thinking(rendered: str) -> str:
+    """The <think> that a rendered prompt ends in, with the white space behind it; empty where it ends otherwise."""
+    _, tag, rest = rendered.rpartition("<think>")
+    return "" if rest.strip() else tag + rest
 
 
 def load_tokenizer(model: str):
