@@ -1,7 +1,7 @@
-"""A group is one prompt and G continuations: the three shapes that everything else passes around.
+"""A group is one prompt and G continuations; a pack is what one pass through the network holds.
 
-Rows stay ragged: a completion is its own 1-D tensor of token ids, end token included, until the
-mathematics asks for a rectangle, which `pad_rows` makes together with its mask.
+Rows stay ragged: a completion is its own 1-D tensor of token ids, end token included, until the mathematics asks for a
+rectangle, which `pad_rows` makes together with its mask.
 """
 
 from dataclasses import dataclass, field
@@ -35,19 +35,23 @@ class Prompt:
         return len(self.tokens)
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
-    """A prompt and its G continuations.
+    """A prompt and its G continuations, and what becomes known of them in the course of a step.
 
     completions  G tensors (C_i,) of token ids
     logps        G tensors (C_i,): the sampler's own log-probabilities (empty where nobody sampled, as in SFT)
     finished     G flags: True where the completion ended by itself, False where the limit cut it
+    parts        (G, K) reward parts, unweighted
+    rewards      (G,) the one number that each completion is judged by
     """
 
     prompt: Prompt
     completions: list[Tensor]
     logps: list[Tensor] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
+    parts: Tensor | None = None
+    rewards: Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -57,6 +61,39 @@ class Group:
     def packed_tokens(self) -> int:
         """What one pass over the group costs: P + ΣC_i, where padding and repeating would cost G·(P + max C)."""
         return len(self.prompt) + sum(self.lengths)
+
+
+@dataclass(eq=False)
+class Pack:
+    """One packed pass: its groups, and what the objective takes of their N completions of at most L tokens.
+
+    mask        (N, L) bool: the tokens that train
+    advantages  (N,)
+    ref_logp    (N, L) log-probabilities under the reference, None without one
+    old_logp    (N, L) under the policy that drew them: those of the first update's pass
+    """
+
+    groups: list[Group]
+    mask: Tensor
+    advantages: Tensor | None = None
+    ref_logp: Tensor | None = None
+    old_logp: Tensor | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [length for group in self.groups for length in group.lengths]
+
+    @property
+    def packed_tokens(self) -> int:
+        return sum(group.packed_tokens for group in self.groups)
+
+
+def idle_pack(device=None) -> Pack:
+    """The smallest possible pass, for a rank that has no work while others have: every pass is a collective. Its mask
+    is empty, so that its loss and its gradient are exactly 0."""
+    one = torch.zeros(1, dtype=torch.long)
+    group = Group(Prompt(one, torch.zeros(3, 1, dtype=torch.long)), [one])
+    return Pack([group], torch.zeros(1, 1, dtype=torch.bool, device=device), torch.zeros(1, device=device))
 
 
 def pad_rows(flat: Tensor, lengths: list[int], value: float = 0.0) -> Tensor:
@@ -83,6 +120,7 @@ def within(budget: int, items: list, cost: Callable[[object], int]) -> list[list
     return parts
 
 
-def packs(groups: list[Group], token_budget: int) -> list[list[Group]]:
+def make_packs(groups: list[Group], token_budget: int, device=None) -> list[Pack]:
     """Groups for one pass each: as many as the budget of packed tokens holds."""
-    return within(token_budget, groups, lambda group: group.packed_tokens)
+    parts = within(token_budget, groups, lambda group: group.packed_tokens)
+    return [Pack(part, row_mask([n for group in part for n in group.lengths], device)) for part in parts]

@@ -27,19 +27,20 @@ from grpo.advantage import (
 from grpo.engine.lora import adapter_off
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
-from grpo.group import Group, packs, pad_rows, row_mask
+from grpo.group import Group, Pack, make_packs, pad_rows, row_mask
 from grpo.objective import count_terms, mean_statistics, truncation_mask
-from grpo.runtime.answer import check_reward_options
-from grpo.runtime.dist import all_gather, all_reduce_max, all_reduce_sum, finish, rank, split_across_ranks, world_size
-from grpo.runtime.fsdp import encode_images_unsharded, reshard, sample_unsharded
-from grpo.runtime.liveness import heartbeat
-from grpo.runtime.log import Stopwatch, progress, say
-from grpo.runtime.memory import enough_memory
+from grpo.runtime.answer import check_reward_options, roll_out
+from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks, world_size
+from grpo.runtime.fsdp import reshard
+from grpo.runtime.liveness import Phases
+from grpo.runtime.log import progress, say
 from grpo.runtime.metrics import MetricsLog
-from grpo.runtime.optim import idle_pack, learning_rate, make_optimizer, pass_over, update
+from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optimizer, optimizer_step, packed_pass
+from grpo.runtime.reward_calls import reward_parts, reward_weights
 from grpo.runtime.rollout_log import RolloutLog
 from grpo.runtime.run import Run, read_lines
 from grpo.runtime.settings import TrainingSettings, parse, parse_options, run_program, setting
+from grpo.runtime.step_metrics import Sums, readable, rollout_metrics
 from grpo.variants import Preset, load_objective, loss_options, resolve
 
 OVERRIDES = ("group_size", "updates", "temperature", "beta", "kl", "clip_low", "clip_high", "scale", "ddof", "eps",
@@ -158,218 +159,168 @@ class Curriculum:
             none_share=self.none_share, decay=s.decay, mixing=self.mixing, last=s.last_batch, seed=s.seed)
 
 
-# ── one rollout ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Trainer:
     """The state of Stage 2: policy and optimizer, reference, objective, rewards."""
 
     def __init__(self, run: Run, settings: Settings):
-        self.run, self.settings = run, settings
+        self.run, self.settings, self.policy = run, settings, run.policy
         self.preset = settings.preset()
         self.loss = load_objective(settings.objective)
-        self.options = loss_options(self.preset, settings.max_completion_tokens)
+        self.loss_options = loss_options(self.preset, settings.max_completion_tokens)
         self.optimizer = make_optimizer(run.policy, settings)
         self.reference: Policy | None = run.reference(settings.model) if self.preset.beta else None
-        rewards = run.task.rewards
-        self.weights = {**rewards.WEIGHTS, **parse_options(settings.reward_weights, "reward_weights")}
-        if unknown := set(self.weights) - set(rewards.WEIGHTS):
-            raise ValueError(f"--reward_weights: no reward {sorted(unknown)[0]!r}; the task has {', '.join(rewards.WEIGHTS)}")
+        self.weights = reward_weights(run.task.rewards.WEIGHTS, settings.reward_weights)  # of each reward part, by name
         self.reward_options = parse_options(settings.reward_options, "reward_options")
-        self.part_weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
         before = run.restore(self.optimizer)
-        first = rank() == 0  # counts of all processes until then go on with the first one's
-        self.too_long, self.longest = (before.get(name, 0) if first else 0 for name in ("too_long", "longest"))
+        if rank() == 0:  # counts of all ranks until then go on with the first one's
+            run.prompts.too_long, run.prompts.longest = before.get("too_long", 0), before.get("longest", 0)
         self.learned = before.get("learned", False)
-        self.rollout_log = RolloutLog(run, self.preset.temperature, settings.rollout_log_every * before.get("rollout_log_thinned", 1),
-                           settings.rollout_log_groups, int(settings.rollout_log_megabytes * 2**20), run.step)
+        self.rollout_log = RolloutLog(
+            run, self.preset.temperature, settings.rollout_log_every * before.get("rollout_log_thinned", 1),
+            settings.rollout_log_groups, int(settings.rollout_log_megabytes * 2**20), run.step)
+
+    def step(self, samples: list, number: int, rates: list[float], epoch: int = 0) -> dict:
+        """Rollout `number` on `samples`, and one update for each learning rate: the line for the metrics log."""
+        phase = Phases()
+        with phase("rollout"):  # sample G completions a prompt, and judge them
+            drawn = self.draw(split_across_ranks(samples), number)
+        groups = [group for group in drawn if self.preset.zero_variance_groups == "kept" or not zero_variance(group)]
+        packs = equal_passes(self.pack(groups), self.run.device)
+        with phase("reference"):  # what the policy that the run began with says to them
+            self.score_reference(packs)
+        with phase("advantage"):  # how much better each is than its group
+            self.fill_advantages(packs)
+        with phase("update"):  # μ times: ratio, clip, KL, backward, step
+            learned = self.update(packs, rates)
+        with phase("rollout_log"):
+            self.rollout_log.record(number, epoch, packs, list(self.weights))
+        self.run.prompts.release_features([group.prompt for group in drawn])
+        self.learned |= bool(learned)
+        drawn_metrics = rollout_metrics(drawn, len(groups), self.run.prompts.too_long, list(self.weights))
+        return {**drawn_metrics, **learned, **phase.metrics()}
+
+    # ── sample and reward ────────────────────────────────────────────────────────────────────────────────────────
+
+    def draw(self, samples: list, number: int | str) -> list[Group]:
+        """This rank's groups with their rewards. With zero_variance_groups=resampled, groups that teach nothing are drawn
+        again with other noise: DAPO's dynamic sampling."""
+        groups = self.reward(self.sample(samples, number))
+        tries = self.settings.resample_tries if self.preset.zero_variance_groups == "resampled" else 0
+        for attempt in range(tries):  # every rank goes through every try: gathering weights is a collective
+            again = [i for i, group in enumerate(groups) if zero_variance(group)]
+            new = self.reward(self.sample([groups[i].prompt.sample for i in again], f"{number}/{attempt}"))
+            for i, group in zip(again, new):
+                groups[i] = group
+        return groups
+
+    def sample(self, samples: list, number: int | str) -> list[Group]:
+        """G completions for each sample whose prompt is short enough."""
+        settings = self.settings
+        prompts = self.run.prompts.short_enough(samples, settings.max_prompt_tokens)
+        sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, self.preset.temperature,
+                            rows=settings.rollout_rows, seed=f"{settings.seed}/{number}")
+        return roll_out(self.policy, prompts, self.preset.group_size, sampling)
+
+    def reward(self, groups: list[Group]) -> list[Group]:
+        """The groups, with (G, K) reward parts and (G,) rewards."""
+        weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
+        for group in groups:
+            group.parts = reward_parts(group, self.run.task.rewards.reward, self.run.encoder.decode, list(self.weights),
+                                       self.reward_options)
+            group.rewards = combine_rewards(group.parts[None], weights, self.preset.combine)[0]
+        return groups
+
+    # ── reference and advantage ──────────────────────────────────────────────────────────────────────────────────
+
+    def pack(self, groups: list[Group]) -> list[Pack]:
+        """Groups for one pass each. Completions cut by the limit do not train if the objective says so."""
+        packs = make_packs(groups, self.settings.tokens_per_pass, self.run.device)
+        for pack in packs:
+            cut = torch.tensor([not finished for group in pack.groups for finished in group.finished], device=self.run.device)
+            pack.mask = truncation_mask(pack.mask, cut, self.preset.truncated)
+        return packs
+
+    @torch.no_grad()
+    def score_reference(self, packs: list[Pack]) -> None:
+        """Each pack's ref_logp: the policy that the run began with, a frozen copy or this one with its adapter off."""
+        if self.reference is None:
+            return
+        for pack in packs:
+            with adapter_off(self.reference), packed_pass(pack):
+                scores = self.reference.score(pack.groups, self.preset.temperature)
+            pack.ref_logp = pad_rows(scores.logp, scores.lengths)
+        reshard(self.reference)
+
+    def fill_advantages(self, packs: list[Pack]) -> None:
+        """Each pack's advantages. A std over the batch sees all ranks' rewards."""
+        waiting = [pack for pack in packs if pack.advantages is None]  # all but the idle ones
+        mine = [row for pack in waiting for row in self.rewards_of(pack).tolist()]
+        before, everyone = sum(all_gather([len(mine)])[: rank()]), all_gather(mine)
+        if not everyone:
+            return
+        preset, everyone = self.preset, torch.tensor(everyone, dtype=torch.float64)
+        rows = group_advantages(everyone, preset.scale, preset.ddof, preset.eps)[before:].to(self.run.device, torch.float32)
+        for pack in waiting:
+            pack.advantages, rows = rows[: len(pack.groups)].flatten(), rows[len(pack.groups):]
+
+    def rewards_of(self, pack: Pack) -> Tensor:
+        """(groups, G) float64: the groups' rewards, less what the objective takes for length and for the KL."""
+        preset, limit, lengths = self.preset, self.settings.max_completion_tokens, pack.lengths
+        rewards = torch.stack([group.rewards for group in pack.groups])
+        if preset.overlong_share:
+            tokens = torch.tensor(lengths).reshape(rewards.shape)
+            rewards = rewards + overlong_penalty(tokens, limit, max(1, round(preset.overlong_share * limit)))
+        if preset.kl_in_reward and pack.ref_logp is not None:
+            logp = pad_rows(torch.cat([row for group in pack.groups for row in group.logps]), lengths)
+            rewards = kl_penalised_rewards(rewards, logp, pack.ref_logp.cpu(), row_mask(lengths), preset.beta)
+        return rewards
+
+    # ── update ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def update(self, packs: list[Pack], rates: list[float]) -> dict:
+        """μ updates on the packs of one rollout. The old log-probabilities are the first pass's own, detached."""
+        aggregate, device = self.loss_options["aggregate"], self.run.device
+        terms = sum(count_terms(pack.mask, aggregate) for pack in packs)
+        denominator = float(all_reduce_sum(torch.as_tensor(terms, dtype=torch.float32, device=device)))
+        if not denominator:
+            return {}
+        norms, sums = [], Sums()
+        with progress(len(packs) * len(rates), "update", "pack") as bar:
+            for rate in rates:
+                loss_of_update = torch.zeros((), device=device)
+                for pack in packs:
+                    with packed_pass(pack):
+                        scores = self.policy.score(pack.groups, self.preset.temperature)
+                        logp = pad_rows(scores.logp, scores.lengths)
+                        if pack.old_logp is None:  # nothing has been learned yet: this is the policy that drew
+                            pack.old_logp = logp.detach()
+                        ref_logp = None if self.preset.kl_in_reward else pack.ref_logp
+                        loss, statistics = self.loss(
+                            logp, pack.old_logp, ref_logp, pack.advantages, pack.mask, denominator=denominator,
+                            entropy=pad_rows(scores.entropy, scores.lengths), **self.loss_options)
+                        backward(loss)
+                    loss_of_update += loss.detach()
+                    sums.add({"loss": loss / len(rates), **statistics})
+                    bar.update()
+                norms.append(optimizer_step(self.policy, self.optimizer, loss_of_update, self.settings.max_grad_norm, rate))
+        statistics = sums.over_ranks()
+        good = [norm for norm in norms if math.isfinite(norm)]
+        return {"loss": statistics.pop("loss"), "grad_norm": sum(good) / len(good) if good else math.nan,
+                "learning_rate": rates[-1], **self.run.judge(norms), **mean_statistics(statistics)}
 
     def progress(self) -> dict:
         """What a run that goes on must know besides weights and optimizer."""
-        return {"too_long": sum(all_gather([self.too_long])), "longest": max(all_gather([self.longest])),
-                "learned": any(all_gather([self.learned])), "rollout_log_thinned": self.rollout_log.every // self.settings.rollout_log_every}
+        prompts = self.run.prompts
+        return {"too_long": sum(all_gather([prompts.too_long])), "longest": max(all_gather([prompts.longest])),
+                "learned": any(all_gather([self.learned])),
+                "rollout_log_thinned": self.rollout_log.every // self.settings.rollout_log_every}
 
-    def rollout(self, samples: list, seed: int | str) -> list[Group]:
-        """This process's groups. Prompts over the limit are dropped: a cut one would split its image's tokens."""
-        settings, preset = self.settings, self.preset
-        encoded = [self.run.prompts(sample) for sample in samples]
-        prompts = [prompt for prompt in encoded if len(prompt) <= settings.max_prompt_tokens]
-        self.too_long += len(encoded) - len(prompts)
-        self.longest = max([self.longest, *map(len, encoded)])
-        if self.run.policy.vision_is_frozen:
-            encode_images_unsharded(self.run.policy, prompts)
-        sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, preset.temperature,
-                            rows=settings.rollout_rows, seed=f"{settings.seed}/{seed}").check_training()
-        most = len(prompts) * preset.group_size * settings.max_completion_tokens
-        with progress(most, "rollout", "token") as bar:
-            def count(written: int, ended: int, spared: int) -> None:
-                heartbeat()
-                bar.total -= spared  # what ended early will not be written: time left is an upper bound that sinks
-                bar.update(written)
-            return sample_unsharded(self.run.policy, prompts, preset.group_size, sampling, count)
 
-    def rewards(self, groups: list[Group]) -> Tensor:
-        """(groups, G, K) unweighted parts. An error in a task's reward names its sample."""
-        parts = torch.zeros(len(groups), self.preset.group_size, len(self.weights), dtype=torch.float64)
-        for g, group in enumerate(groups):
-            for i, completion in enumerate(group.completions):
-                heartbeat()
-                sample = group.prompt.sample
-                try:
-                    reward = self.run.task.rewards.reward(self.run.encoder.decode(completion), sample, **self.reward_options)
-                    parts[g, i] = torch.tensor([float(reward[name]) for name in self.weights], dtype=torch.float64)
-                except Exception as error:
-                    raise ValueError(f"{sample.id}: its reward raised {type(error).__name__}: {error}") from error
-                if not parts[g, i].isfinite().all():
-                    raise ValueError(f"{sample.id}: reward {reward}; every part must be a finite number")
-        return parts
-
-    def advantages(self, groups: list[Group], parts: Tensor, ref_logps: list[Tensor] | None) -> Tensor:
-        """(groups, G) of this process; scales over a batch see all processes' rewards."""
-        preset, limit = self.preset, self.settings.max_completion_tokens
-        rewards = self.totals(parts)
-        if preset.overlong_share:
-            lengths = torch.tensor([group.lengths for group in groups]).reshape(rewards.shape)
-            rewards = rewards + overlong_penalty(lengths, limit, max(1, round(preset.overlong_share * limit)))
-        if preset.kl_in_reward and ref_logps is not None and groups:
-            lengths = [length for group in groups for length in group.lengths]
-            logp = pad_rows(torch.cat([row for group in groups for row in group.logps]), lengths)
-            ref = pad_rows(torch.cat(ref_logps).cpu(), lengths)
-            rewards = kl_penalised_rewards(rewards, logp, ref, row_mask(lengths), preset.beta)
-        counts = all_gather([len(groups)])
-        everyones = torch.tensor(all_gather(rewards.tolist()), dtype=torch.float64).reshape(-1, preset.group_size)
-        if not len(everyones):
-            return rewards
-        scaled = group_advantages(everyones, preset.scale, preset.ddof, preset.eps)
-        start = sum(counts[: rank()])
-        return scaled[start : start + len(groups)]
-
-    @torch.no_grad()
-    def reference_logps(self, parts: list[list[Group]]) -> list[Tensor] | None:
-        """(T,) a pack, under the policy that the run began with. Every process joins every collective forward."""
-        if self.reference is None:
-            return None
-        passes = int(all_reduce_max(torch.tensor(len(parts), device=self.run.device)))
-        packs = parts + [idle_pack(self.reference)] * (passes - len(parts))
-        logps = []
-        for pack in packs:
-            with adapter_off(self.reference), enough_memory(*pass_over(pack)):
-                logps.append(self.reference.score(pack, self.preset.temperature).logp)
-        reshard(self.reference)
-        return logps[: len(parts)]
-
-    def learn(self, parts: list[list[Group]], advantages: Tensor, ref_logps: list[Tensor] | None, rates: list[float]) -> dict:
-        """μ updates on the packs of one rollout. The old log-probabilities are the first pass's own, detached."""
-        device, old_logps, sums = self.run.device, {}, {}
-        advantages_of = advantages.split([len(part) for part in parts]) if parts else ()
-        masks = [self.mask(part).to(device) for part in parts]
-        aggregate = self.options["aggregate"]
-        denominator = float(all_reduce_sum(torch.tensor(float(sum(count_terms(mask, aggregate) for mask in masks)), device=device)))
-        if not denominator:
-            return {}
-        losses = []
-
-        def loss_of_pack(index: int, scores) -> Tensor:
-            mask, lengths = masks[index], scores.lengths
-            logp = pad_rows(scores.logp, lengths)
-            old_logp = old_logps.setdefault(index, logp.detach())
-            ref_logp = None if ref_logps is None else pad_rows(ref_logps[index], lengths)
-            loss, statistics = self.loss(
-                logp, old_logp, ref_logp, advantages_of[index].flatten().to(device, logp.dtype), mask,
-                denominator=denominator, entropy=pad_rows(scores.entropy, lengths), **self.options)
-            for name, value in statistics.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
-            losses.append(loss.detach())
-            bar.update()
-            return loss
-
-        with progress(len(parts) * len(rates), "update", "pack") as bar:
-            norms = [update(self.run.policy, self.optimizer, parts, loss_of_pack, self.preset.temperature,
-                            self.settings.max_grad_norm, rate) for rate in rates]
-        names = sorted({name for names in all_gather([list(sums)]) for name in names})
-        summed = all_reduce_sum(torch.tensor([float(sums.get(name, 0.0)) for name in names], dtype=torch.float64, device=device))
-        loss = all_reduce_sum(torch.tensor(float(sum(losses)), device=device)) / len(rates)
-        good = [norm for norm in norms if math.isfinite(norm)]
-        return {"loss": float(loss), "grad_norm": sum(good) / len(good) if good else math.nan, "learning_rate": rates[-1],
-                **self.run.judge(norms), **mean_statistics(dict(zip(names, summed)))}
-
-    def mask(self, part: list[Group]) -> Tensor:
-        """(N, L): the end token is inside; completions cut by the limit are out if the objective says so."""
-        truncated = torch.tensor([not finished for group in part for finished in group.finished])
-        return truncation_mask(row_mask([n for group in part for n in group.lengths]), truncated, self.preset.truncated)
-
-    def step(self, samples: list, step: int, rates: list[float], epoch: int = 0) -> dict:
-        """One rollout and its updates; returns the line for the metrics_log."""
-        watch = Stopwatch()
-        heartbeat("rollout")
-        with watch("rollout"):
-            drawn, drawn_parts = self.drawn(samples, step)
-        keep = self.kept(drawn_parts)
-        groups, parts = [drawn[i] for i in keep], drawn_parts[keep]
-        packed = packs(groups, self.settings.tokens_per_pass)
-        heartbeat("score")
-        with watch("score"):
-            ref_logps = self.reference_logps(packed)
-        advantages = self.advantages(groups, parts, ref_logps)
-        with watch("rollout_log"):
-            watched = self.rollout_log.begin(step, epoch, groups, advantages)
-        heartbeat("update")
-        with watch("update"):
-            learned = self.learn(packed, advantages, None if self.preset.kl_in_reward else ref_logps, rates)
-        with watch("rollout_log"):
-            named = dict(zip(self.weights, parts.unbind(-1)))
-            self.rollout_log.end(watched, named, self.totals(parts), advantages, ref_logps)
-        self.learned |= bool(learned)
-        self.run.prompts.release_features([group.prompt for group in drawn])
-        seconds = {f"seconds/{phase}": round(value, 3) for phase, value in watch.seconds.items()}
-        return {**self.describe(drawn, drawn_parts, len(keep)), **learned, "step_time": round(watch.total(), 3), **seconds}
-
-    def drawn(self, samples: list, step: int) -> tuple[list[Group], Tensor]:
-        """Groups and reward parts; with zero_variance_groups=resampled, flat ones are drawn again with other noise (DAPO)."""
-        groups = self.rollout(split_across_ranks(samples), step)
-        parts = self.rewards(groups)
-        tries = self.settings.resample_tries if self.preset.zero_variance_groups == "resampled" else 0
-        for attempt in range(tries):  # every process goes through every try: unsharding is a collective
-            flat = self.flat(parts).nonzero()[:, 0].tolist()
-            again = self.rollout([groups[i].prompt.sample for i in flat], f"{step}/{attempt}")
-            for i, group, part in zip(flat, again, self.rewards(again)):
-                groups[i], parts[i] = group, part
-        return groups, parts
-
-    def totals(self, parts: Tensor) -> Tensor:
-        """(groups, G, K) reward parts → (groups, G), also of no group at all."""
-        return combine_rewards(parts, self.part_weights, self.preset.combine) if len(parts) else parts.sum(-1)
-
-    def flat(self, parts: Tensor) -> Tensor:
-        """(groups,) bool."""
-        return zero_variance_groups(self.totals(parts)) if len(parts) else torch.zeros(0, dtype=torch.bool)
-
-    def kept(self, parts: Tensor) -> list[int]:
-        """The groups that are learned from: all, or those that are not flat."""
-        keep = torch.ones(len(parts), dtype=torch.bool) if self.preset.zero_variance_groups == "kept" else ~self.flat(parts)
-        return keep.nonzero()[:, 0].tolist()
-
-    def describe(self, groups: list[Group], parts: Tensor, kept: int) -> dict:
-        """Rewards and lengths of everything drawn, over all processes, under TRL's names."""
-        rewards = torch.tensor(all_gather(self.totals(parts).tolist()), dtype=torch.float64).reshape(-1, self.preset.group_size)
-        too_long, kept = (sum(all_gather([count])) for count in (self.too_long, kept))
-        parts = torch.tensor(all_gather(parts.flatten(0, 1).tolist()), dtype=torch.float64).reshape(-1, len(self.weights))
-        lengths = torch.tensor(all_gather([n for group in groups for n in group.lengths]), dtype=torch.float64)
-        finished = torch.tensor(all_gather([f for group in groups for f in group.finished]), dtype=torch.float64)
-        if not len(rewards):
-            return {"prompts": 0, "prompts_too_long": too_long, "groups_dropped": 0}
-        return {
-            "prompts": len(rewards),
-            "prompts_too_long": too_long,  # since the run began
-            "groups_dropped": len(rewards) - kept,
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(dim=1).mean().item(),
-            "frac_reward_zero_std": zero_variance_groups(rewards).double().mean().item(),
-            **{f"rewards/{name}/mean": parts[:, k].mean().item() for k, name in enumerate(self.weights)},
-            "completions/mean_length": lengths.mean().item(),
-            "completions/max_length": lengths.max().item(),
-            "completions/clipped_ratio": 1 - finished.mean().item(),
-        }
+def zero_variance(group: Group) -> bool:
+    return bool(zero_variance_groups(group.rewards[None]))
 
 
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -399,18 +350,9 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
             say(readable(line, rollouts))
             run.checkpoint(trainer.optimizer, step, trainer.progress, last)
     if not sum(all_gather([trainer.learned])):
-        raise ValueError(f"nothing was learned: {sum(all_gather([trainer.too_long]))} prompts are longer than --max_prompt_tokens "
-                         f"{settings.max_prompt_tokens} (the longest has {max(all_gather([trainer.longest]))} tokens), the rest gave flat groups")
-
-
-def readable(line: dict, rollouts: int) -> str:
-    """One update as one line for people."""
-    if "loss" not in line:
-        return (f"{line['step']}/{rollouts}  no group to learn from ({line['groups_dropped']} flat ones dropped, "
-                f"{line['prompts_too_long']} prompts too long so far)")
-    parts = "  ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in line.items() if name.startswith("rewards/"))
-    return (f"{line['step']}/{rollouts}  reward {line['reward']:.3f} ({parts})  kl {line.get('kl', 0):.4f}  "
-            f"length {line['completions/mean_length']:.0f}  flat {line['frac_reward_zero_std']:.0%}  {line['step_time']:.1f} s")
+        raise ValueError(f"nothing was learned: {sum(all_gather([run.prompts.too_long]))} prompts are longer than --max_prompt_tokens "
+                         f"{settings.max_prompt_tokens} (the longest has {max(all_gather([run.prompts.longest]))} tokens), the rest gave "
+                         f"zero-variance groups")
 
 
 def main() -> None:

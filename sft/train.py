@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo.group import Group, packs
+from grpo.group import Group, make_packs, pad_rows
 from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
 from grpo.runtime.fsdp import encode_images_unsharded
 from grpo.runtime.liveness import heartbeat
 from grpo.runtime.log import Stopwatch, progress, say
-from grpo.runtime.optim import learning_rate, make_optimizer, update
+from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optimizer, optimizer_step, packed_pass
 from grpo.runtime.run import Run, read_ids, read_lines
 from grpo.runtime.settings import TrainingSettings, parse, run_program, setting
 
@@ -73,20 +73,19 @@ def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
     tokens = float(all_reduce_sum(torch.tensor(sum(sum(group.lengths) for group in groups), device=run.device)))
     if not tokens:
         return {}
-    losses = [torch.zeros((), device=run.device)]
-
-    def loss_of_pack(_, scores):
-        loss = -scores.logp.sum() / tokens
-        losses.append(loss.detach())
-        return loss
-
     prompts = [group.prompt for group in groups]
     if run.settings.keep_features and run.policy.vision_is_frozen:
         encode_images_unsharded(run.policy, prompts)
-    parts = packs(groups, run.settings.tokens_per_pass)
-    norm = update(run.policy, optimizer, parts, loss_of_pack, 1.0, run.settings.max_grad_norm, rate)
+    total = torch.zeros((), device=run.device)
+    for pack in equal_passes(make_packs(groups, run.settings.tokens_per_pass, run.device), run.device):
+        with packed_pass(pack):
+            scores = run.policy.score(pack.groups)
+            loss = -(pad_rows(scores.logp, scores.lengths) * pack.mask).sum() / tokens
+            backward(loss)
+        total += loss.detach()
+    norm = optimizer_step(run.policy, optimizer, total, run.settings.max_grad_norm, rate)
     run.prompts.release_features(prompts)
-    return {"loss": float(all_reduce_sum(sum(losses))), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens,
+    return {"loss": float(all_reduce_sum(total)), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens,
             **run.judge([norm])}
 
 

@@ -17,10 +17,11 @@ from grpo.engine.weights import export, load_policy
 from grpo.group import Group
 from grpo.runtime.dist import split_across_ranks
 from grpo.runtime.fsdp import gather_weights, shard
-from grpo.runtime.optim import set_gradient_checkpointing, update
+from grpo.runtime.optim import set_gradient_checkpointing
 from grpo.runtime.settings import LORA_TARGETS
 from processes import run_processes
 from test_pipeline import COMMON, ROOT, folder, lines, succeed, tensors  # noqa: F401  (the fixture)
+from tiny import update
 
 OTHERS = ["llava", "qwen3_vl"]
 TEXTS = ["What is in the image? a red logo, a blue cup. USER: ASSISTANT: Step 1: <think> none"] * 3
@@ -90,7 +91,7 @@ def test_an_adapter_fits_every_backbone_and_its_reference_is_exact(name):
     assert len(adapted(policy)) == 3 * 7  # three layers
     set_gradient_checkpointing(policy, True)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.0)
-    update(policy, optimizer, [groups], lambda _, scores: -scores.logp.sum(), 1.0, 1e9, rate=1e-3)
+    update(policy, optimizer, [groups], lambda scores: -scores.logp.sum(), 1.0, 1e9, rate=1e-3)
     assert not torch.equal(policy.score(groups).logp, before)
     with torch.no_grad(), adapter_off(policy):
         assert torch.equal(policy.score(groups).logp, before)
@@ -101,7 +102,7 @@ def one_update(name, groups):
     if torch.distributed.is_initialized():
         shard(policy, torch.float32, torch.device("cpu"))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    norm = update(policy, optimizer, [groups], lambda _, scores: -scores.logp.sum() / 32, 1.0, 1e9, rate=1e-2)
+    norm = update(policy, optimizer, [groups], lambda scores: -scores.logp.sum() / 32, 1.0, 1e9, rate=1e-2)
     return norm, gather_weights(policy)
 
 

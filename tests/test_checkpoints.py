@@ -17,7 +17,7 @@ from grpo.runtime.fsdp import shard
 from processes import run_processes
 from test_pipeline import COMMON, folder, lines, tensors  # noqa: F401  (the fixture)
 
-TIMES = ("step_time", "seconds/rollout", "seconds/score", "seconds/update", "seconds/rollout_log")
+TIMES = ("step_time", "seconds/rollout", "seconds/reference", "seconds/update", "seconds/rollout_log")
 
 
 class Killed(BaseException):
@@ -281,8 +281,8 @@ def trained(steps, shard_size=0):
     from types import SimpleNamespace
 
     from grpo.runtime.dist import split_across_ranks
-    from grpo.runtime.optim import make_optimizer, update
-    from tiny import tiny_groups, tiny_policy
+    from grpo.runtime.optim import make_optimizer
+    from tiny import tiny_groups, tiny_policy, update
 
     policy = shard(tiny_policy(), torch.float32, torch.device("cpu"), shard_size=shard_size)
     policy.freeze_vision()
@@ -290,7 +290,7 @@ def trained(steps, shard_size=0):
     optimizer = make_optimizer(policy, s)
     groups = tiny_groups(lengths=((5, 1), (3, 4), (6, 2), (4, 4)))
     for _ in range(steps):
-        update(policy, optimizer, [split_across_ranks(groups)], lambda _, scores: -scores.logp.sum() / 30, 1.0, 1.0, rate=1e-3)
+        update(policy, optimizer, [split_across_ranks(groups)], lambda scores: -scores.logp.sum() / 30, 1.0, 1.0, rate=1e-3)
     return policy, optimizer
 
 

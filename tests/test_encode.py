@@ -8,7 +8,8 @@ from data.toy.model import write_tiny_model
 from grpo.engine.backbones.qwen2_5_vl import at_least
 from grpo.engine.encode import Encoder
 from grpo.engine.rope import rope_positions
-from grpo.group import Group, packs
+from grpo.group import Group
+from tiny import packs
 
 WORDS = ["What is in the image? a red logo, a blue cup. Step 1: <think> none"] * 3
 

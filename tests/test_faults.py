@@ -216,13 +216,12 @@ def test_a_loss_that_is_infinite_on_one_process_alone_is_skipped_by_all(tmp_path
 def check_skipped_by_all():
     from grpo.runtime.dist import rank
     from grpo.runtime.fsdp import shard
-    from grpo.runtime.optim import update
-    from tiny import tiny_groups, tiny_policy
+    from tiny import tiny_groups, tiny_policy, update
 
     policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     before = [p.detach().to_local().clone() for p in policy.parameters()]
-    bad = lambda _, scores: scores.logp.sum().detach() * float("inf") + 0.0 * scores.logp.sum() if rank() else -scores.logp.sum()
+    bad = lambda scores: scores.logp.sum().detach() * float("inf") + 0.0 * scores.logp.sum() if rank() else -scores.logp.sum()
     norm = update(policy, optimizer, [tiny_groups()], bad, 1.0, 1.0, rate=1.0)
     assert norm != norm
     assert all(torch.equal(old, p.detach().to_local()) for old, p in zip(before, policy.parameters()))

@@ -5,12 +5,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from grpo.engine.rollout import Sampling, sample
-from grpo.group import packs
 from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks
 from grpo.runtime.fsdp import encode_images_unsharded, gather_weights, sample_unsharded, shard
-from grpo.runtime.optim import update
 from processes import run_processes
-from tiny import END, tiny_groups, tiny_policy, tiny_prompt
+from tiny import END, packs, tiny_groups, tiny_policy, tiny_prompt, update
 
 LENGTHS = ((5, 1, 9), (3, 4, 2), (6, 2, 2), (4, 4, 4))
 TOKENS = sum(map(sum, LENGTHS))
@@ -22,7 +20,7 @@ def one_update(groups, budget: int, sharded: bool, shard_size: int = 0):
     if sharded:
         shard(policy, torch.float32, torch.device("cpu"), shard_size=shard_size)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.0)
-    norm = update(policy, optimizer, packs(groups, budget), lambda _, scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
+    norm = update(policy, optimizer, packs(groups, budget), lambda scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
     return norm, policy
 
 
@@ -85,7 +83,7 @@ def check_bfloat16(path):
     seen = []
     policy.trunk_layers[0].mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
     update(policy, optimizer, packs(split_across_ranks(tiny_groups(lengths=LENGTHS)), 10**6),
-           lambda _, scores: -scores.logp.sum() / TOKENS, 1.0, 1.0, rate=1e-6)
+           lambda scores: -scores.logp.sum() / TOKENS, 1.0, 1.0, rate=1e-6)
     after = gather_weights(policy)
     assert set(seen) == {torch.bfloat16}
     prompts = split_across_ranks([tiny_prompt(i, ((1, 4, 4),)) for i in range(4)])

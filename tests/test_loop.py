@@ -10,9 +10,11 @@ import grpo.train
 from grpo.objective import grpo_loss
 from grpo.runtime.run import Run
 from grpo.runtime.settings import parse
+from grpo.runtime.step_metrics import readable
 from grpo.train import Curriculum, Settings, Trainer
 from grpo.variants import PRESETS
 from test_pipeline import COMMON, folder, lines  # noqa: F401  (the fixture)
+from tiny import pack_of
 
 
 def make(folder, tmp_path, *words):
@@ -60,7 +62,7 @@ def test_dropped_flat_groups_leave_a_step_that_says_so(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
     line = trainer.step(samples[:2], 0, [1e-3, 1e-3])
     assert line["prompts"] == line["groups_dropped"] == 2 and line["frac_reward_zero_std"] == 1
-    assert "no group to learn from" in grpo.train.readable({"step": 1, **line}, 5)
+    assert "no group to learn from" in readable({"step": 1, **line}, 5)
 
 
 def test_the_first_update_of_a_rollout_is_exactly_on_policy(folder, tmp_path):
@@ -85,23 +87,25 @@ def test_the_reference_stays_where_stage_1_left_it(folder, tmp_path):
 
 def test_shuffled_pixels_change_the_references_log_probabilities_too(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path)
-    groups = trainer.rollout(samples[:2], 0)
-    for group in groups:
+    pack = pack_of(trainer.sample(samples[:2], 0))
+    for group in pack.groups:
         group.prompt.features = None
-    before = trainer.reference_logps([groups])[0]
-    for group in groups:
+    trainer.score_reference([pack])
+    before = pack.ref_logp
+    for group in pack.groups:
         group.prompt.pixels = group.prompt.pixels[torch.randperm(len(group.prompt.pixels))]
-    assert (trainer.reference_logps([groups])[0] - before).abs().max() > 1e-4
+    trainer.score_reference([pack])
+    assert (pack.ref_logp - before).abs().max() > 1e-4
 
 
 def test_a_prompt_over_the_limit_is_dropped_whole_and_not_cut(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path)
     lengths = sorted(len(trainer.run.prompts(sample)) for sample in samples[:12])
     trainer.settings.max_prompt_tokens = lengths[5]
-    groups = trainer.rollout(samples[:12], 0)
+    groups = trainer.sample(samples[:12], 0)
     kept = [len(trainer.run.prompts(sample)) for sample in samples[:12] if len(trainer.run.prompts(sample)) <= lengths[5]]
     assert [len(group.prompt) for group in groups] == kept and len(kept) < 12
-    assert trainer.too_long == 12 - len(kept) and trainer.longest == lengths[-1]
+    assert trainer.run.prompts.too_long == 12 - len(kept) and trainer.run.prompts.longest == lengths[-1]
 
 
 def test_a_run_in_which_every_prompt_is_too_long_says_so(folder, tmp_path):

@@ -10,14 +10,13 @@ from torch import nn
 from grpo.engine.lora import LoraLinear, adapted, adapter_off, add_adapter, export_adapter, merged
 from grpo.engine.rollout import Sampling, sample
 from grpo.engine.weights import load_policy
-from grpo.group import packs
 from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks
 from grpo.runtime.fsdp import gather_weights, sample_unsharded, shard
-from grpo.runtime.optim import make_optimizer, set_gradient_checkpointing, update
+from grpo.runtime.optim import make_optimizer, set_gradient_checkpointing
 from grpo.runtime.settings import LORA_TARGETS, parse
 from processes import run_processes
 from test_pipeline import COMMON, folder, lines, succeed, tensors  # noqa: F401  (the fixture)
-from tiny import END, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
+from tiny import END, pack_of, packs, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt, update
 
 
 def lora_policy(rank=4, alpha=6.0, targets=LORA_TARGETS, dropout=0.0, seed=0, moved=True):
@@ -215,7 +214,7 @@ def one_update(groups, sharded, dtype=torch.float32):
         shard(policy, dtype, torch.device("cpu"))
     optimizer = torch.optim.SGD(trained(policy).values(), lr=0.0)
     parts = packs(groups, 40)
-    norm = update(policy, optimizer, parts, lambda _, scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
+    norm = update(policy, optimizer, parts, lambda scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
     assert all((p.grad is None) for p in policy.parameters() if not p.requires_grad)
     prompts = split_across_ranks([tiny_prompt(i, ((1, 4, 4),)) for i in range(3)])
     texts = merge_from_ranks(all_gather([[c.tolist() for c in group.completions] for group in
@@ -250,7 +249,7 @@ def check_bfloat16():
     optimizer = torch.optim.AdamW(trained(policy).values(), lr=1e-6)
     before, seen = gather_weights(policy), []
 
-    def loss_of_pack(_, scores):
+    def loss_of_pack(scores):
         seen.append(scores.logp.detach())
         return -scores.logp.sum()
 
@@ -286,10 +285,11 @@ def test_stage_2_needs_no_second_copy_and_begins_with_ratio_one_and_kl_zero(fold
 
 def test_the_reference_stays_stage_1_while_the_adapter_learns(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path)
-    groups = trainer.rollout(samples[:2], 0)
+    groups = trainer.sample(samples[:2], 0)
     stage_1 = load_policy(str(folder / "sft" / "model"))
     for turn in range(2):
-        reference = trainer.reference_logps([groups])[0]
+        trainer.score_reference([pack := pack_of(groups)])
+        reference = pack.ref_logp[pack.mask]
         torch.testing.assert_close(reference, stage_1.score(groups, 0.8).logp, rtol=1e-6, atol=1e-6)
         trainer.step(samples[:2], turn, [1e-2, 1e-2])
     assert not torch.allclose(trainer.run.policy.score(groups, 0.8).logp, stage_1.score(groups, 0.8).logp)

@@ -12,14 +12,15 @@ from test_loop import make, weights
 
 import grpo.runtime.metrics
 from grpo.engine.rollout import Sampling, sample
-from grpo.group import Group, Prompt
+from grpo.group import Group, Prompt, idle_pack
+from grpo.runtime import log
 from grpo.runtime.log import PlainProgress
 from grpo.runtime.metrics import MetricsLog, append_line
 from grpo.runtime.provenance import commit, fingerprint
 from grpo.runtime.rollout_log import RolloutLog, describe, text_pieces
 from processes import run_processes
 from test_pipeline import folder, lines  # noqa: F401  (the fixture)
-from tiny import END, tiny_policy, tiny_prompt
+from tiny import END, pack_of, tiny_policy, tiny_prompt
 
 LONG = "é漢字🙂"
 
@@ -63,7 +64,7 @@ def test_what_is_no_number_is_null_in_a_line(tmp_path):
 
 def test_without_a_terminal_long_work_says_a_plain_line_now_and_then(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(grpo.runtime.metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     bar = PlainProgress(1000, "rollout", "token")
     for second in range(1, 101):
         now[0] = second
@@ -74,10 +75,11 @@ def test_without_a_terminal_long_work_says_a_plain_line_now_and_then(capsys, mon
 
 
 def test_all_processes_but_the_first_are_quiet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(grpo.runtime.metrics, "rank", lambda: 1)
     monkeypatch.setattr(PlainProgress, "LINE_SECONDS", 0.0)
-    grpo.runtime.metrics.say("a line")
-    with grpo.runtime.metrics.progress(3, "rollout", "token") as bar:
+    log.say("a line")
+    with log.progress(3, "rollout", "token") as bar:
         bar.update(3)
     MetricsLog(tmp_path / "run", events="auto").write({"step": 1})
     assert capsys.readouterr() == ("", "") and not (tmp_path / "run").exists()
@@ -177,9 +179,10 @@ def test_a_runs_first_and_last_rollouts_are_recorded_whole(folder):
 
 def test_the_ratio_is_what_the_updates_have_made_of_the_sampled_probabilities(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path, "--updates", 1)
-    drawn = trainer.rollout(samples[:2], 0)
+    drawn = trainer.sample(samples[:2], 0)
     trainer.step(samples[:2], 0, [1e-2])
-    after = trainer.rollout_log.score([drawn])
+    (pack, after), = trainer.rollout_log.score([pack_of(drawn)])
+    after = [row[mask] for row, mask in zip(after, pack.mask)]
     rows = [c for group in sorted(lines(tmp_path / "rollouts.jsonl")[0]["groups"], key=lambda g: g["id"] != samples[0].id) for c in group["completions"]]
     sampled = [logp for group in drawn for logp in group.logps]
     for row, before, then in zip(rows, sampled, after):
@@ -229,11 +232,13 @@ def test_a_sample_of_ones_own_task_is_shown_by_what_it_has(sample, expected):
 
 
 def test_groups_that_teach_are_recorded_before_flat_ones(tmp_path):
-    groups = [Group(Prompt(torch.tensor([1]), torch.zeros(3, 1), id=f"train/{i}"), []) for i in range(6)]
-    advantages = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [-1.0, 1.0], [0.0, 0.0]])
-    chosen = bare_rollout_log(tmp_path, 500).choose(groups, advantages)
-    assert len(chosen) == 4 and set(chosen[:2]) == {1, 4}
-    assert bare_rollout_log(tmp_path, 500).choose(groups[::-1], advantages.flip(0)) == [5 - i for i in chosen]  # by name, not by place
+    rewards = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [-1.0, 1.0], [0.0, 0.0]])
+    groups = [Group(Prompt(torch.tensor([1]), torch.zeros(3, 1), id=f"train/{i}"), [torch.tensor([1])] * 2, rewards=row)
+              for i, row in enumerate(rewards)]
+    packs = [idle_pack(), pack_of(groups[:4]), pack_of(groups[4:])]
+    chosen = bare_rollout_log(tmp_path, 500).choose(packs)
+    assert len(chosen) == 4 and set(chosen[:2]) == {groups[1], groups[4]}
+    assert bare_rollout_log(tmp_path, 500).choose([pack_of(groups[::-1])]) == chosen  # by name, not by place
 
 
 def bare_rollout_log(tmp_path, limit, every=1) -> RolloutLog:

@@ -83,7 +83,7 @@ def test_the_metrics_of_an_update_stand_under_trls_names(folder):
     assert len(updates) == 3
     names = {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
              "completions/mean_length", "completions/clipped_ratio", "rewards/format/mean", "rewards/length/mean",
-             "rewards/answer/mean", "grad_norm", "learning_rate", "step_time", "seconds/rollout", "seconds/score", "seconds/update"}
+             "rewards/answer/mean", "grad_norm", "learning_rate", "step_time", "seconds/rollout", "seconds/reference", "seconds/update"}
     assert all(names <= set(line) and line["prompts"] == 4 for line in updates)
 
 

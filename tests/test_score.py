@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from grpo.group import Group, packs, pad_rows, row_mask
+from grpo.group import Group, pad_rows, row_mask
 from grpo.objective import grpo_loss
-from tiny import END, IMAGE, PAD, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
+from tiny import END, IMAGE, PAD, packs, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt
 
 
 def logp_of(groups, policy=None, temperature=1.0):

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.runtime.optim import make_optimizer, update
-from tiny import tiny_groups, tiny_policy
+from grpo.runtime.optim import make_optimizer
+from tiny import tiny_groups, tiny_policy, update
 
 
 def step(policy, packs, scale=1.0, rate=0.5, limit=1e9, optimizer=None):
     optimizer = optimizer or torch.optim.SGD(policy.parameters(), lr=7.0)
-    return update(policy, optimizer, packs, lambda _, scores: -scale * scores.logp.mean(), 0.8, limit, rate)
+    return update(policy, optimizer, packs, lambda scores: -scale * scores.logp.mean(), 0.8, limit, rate)
 
 
 def moved(policy):
@@ -45,15 +45,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         assert not moved(policy).any() and all(parameter.grad is None for parameter in policy.parameters())
 
 
-def test_a_process_with_fewer_packs_joins_the_longest_ones_forwards_and_adds_nothing(monkeypatch):
+def test_a_rank_with_fewer_packs_joins_the_longest_ones_forwards_and_adds_nothing(monkeypatch):
     alone, among_others, forwards = tiny_policy(), tiny_policy(), []
     step(alone, [tiny_groups()])
 
-    def longest(values, op):
-        assert op == torch.distributed.ReduceOp.MAX and int(values) == 1
+    def longest(values):
+        assert int(values) == 1
         return torch.tensor(3)
 
-    monkeypatch.setattr("grpo.runtime.optim.total", longest)
+    monkeypatch.setattr("grpo.runtime.optim.all_reduce_max", longest)
     among_others.register_forward_hook(lambda *_: forwards.append(1))
     step(among_others, [tiny_groups()])
     assert len(forwards) == 3

@@ -5,7 +5,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from grpo.engine.policy import Policy
 from grpo.engine.rope import rope_positions
-from grpo.group import Group, Prompt
+from grpo.group import Group, Pack, Prompt, make_packs, row_mask
+from grpo.runtime.optim import backward, equal_passes, optimizer_step, packed_pass
 
 IMAGE, VIDEO, START, END_OF_IMAGE, END, PAD = 190, 191, 192, 193, 194, 195
 VOCABULARY = 200
@@ -75,3 +76,22 @@ def plain_logp(model, group: Group, temperature: float = 1.0, ban: bool = True) 
             logits = logits.index_fill(-1, torch.tensor([IMAGE, VIDEO]), float("-inf"))
         rows.append(logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0])
     return rows
+
+
+def pack_of(groups: list[Group]) -> Pack:
+    return Pack(groups, row_mask([length for group in groups for length in group.lengths]))
+
+
+def packs(groups: list[Group], budget: int) -> list[list[Group]]:
+    return [pack.groups for pack in make_packs(groups, budget)]
+
+
+def update(policy, optimizer, parts: list[list[Group]], loss_of, temperature: float, limit: float, rate: float) -> float:
+    """One update on packs of groups, as both trainers do it, with a loss of the test's own: `loss_of(scores)`."""
+    total = torch.zeros(())
+    for pack in equal_passes([pack_of(groups) for groups in parts], policy.device):
+        with packed_pass(pack):
+            loss = loss_of(policy.score(pack.groups, temperature)) * pack.mask.any()
+            backward(loss)
+        total += loss.detach()
+    return optimizer_step(policy, optimizer, total, limit, rate)

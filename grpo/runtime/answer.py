@@ -21,6 +21,7 @@ class Prompts:
     def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0, keep_features: bool = False):
         self.encoder, self.task, self.reasoning, self.keep_features = encoder, task, reasoning, keep_features
         self.room, self.kept = cache_bytes, {}  # by the sample itself: ids may begin anew in another split
+        self.too_long, self.longest = 0, 0  # prompts left out since the run began, tokens of the longest seen
 
     def __call__(self, sample) -> Prompt:
         if id(sample) in self.kept:
@@ -32,6 +33,14 @@ class Prompts:
         prompt = self.encoder.encode(images, text, sample, sample.id)
         self.keep(prompt)
         return prompt
+
+    def short_enough(self, samples: list, most: int) -> list[Prompt]:
+        """The samples' prompts of at most so many tokens; longer ones are counted and left out, never cut: that would split
+        an image's tokens."""
+        encoded = [self(sample) for sample in samples]
+        self.too_long += sum(len(prompt) > most for prompt in encoded)
+        self.longest = max([self.longest, *map(len, encoded)])
+        return [prompt for prompt in encoded if len(prompt) <= most]
 
     def keep(self, prompt: Prompt) -> bool:
         """Whether there was room. Counted again if it was there already, with pixels and not yet with features."""
@@ -77,6 +86,18 @@ def answer(
             prompts_of.release_features(prompts)
             texts += [[prompts_of.encoder.decode(completion) for completion in group.completions] for group in groups]
     return merge_from_ranks(all_gather(texts))
+
+
+def roll_out(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling) -> list[Group]:
+    """`sample` for training, with a bar of tokens: images are encoded once, for rollout, reference and all updates."""
+    if policy.vision_is_frozen:
+        encode_images_unsharded(policy, prompts)
+    with progress(len(prompts) * group_size * sampling.max_tokens, "rollout", "token") as bar:
+        def count(written: int, ended: int, spared: int) -> None:
+            heartbeat()
+            bar.total -= spared  # what ended early will not be written: time left is an upper bound that sinks
+            bar.update(written)
+        return sample_unsharded(policy, prompts, group_size, sampling.check_training(), count)
 
 
 def check_reward_options(task, samples: list, options: dict) -> None:

@@ -15,6 +15,8 @@ import time
 
 from torch.distributed import PrefixStore, Store
 
+from grpo.runtime.log import Stopwatch
+
 EXIT_STATUS = 3
 _heartbeat = {"phases": 0, "steps": 0, "phase": "starting"}
 
@@ -25,6 +27,14 @@ def heartbeat(phase: str | None = None) -> None:
     if phase:
         _heartbeat["phases"] += 1
         _heartbeat["phase"] = phase
+
+
+class Phases(Stopwatch):
+    """The seconds of each phase of a step, every one announced to the watchdog: `with phase("rollout"): …`."""
+
+    def __call__(self, phase: str):
+        heartbeat(phase)
+        return super().__call__(phase)
 
 
 class Watchdog:

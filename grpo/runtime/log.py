@@ -78,6 +78,11 @@ class Stopwatch:
     def total(self) -> float:
         return time.perf_counter() - self._start
 
+    def metrics(self) -> dict[str, float]:
+        """For a line of the metrics log."""
+        seconds = {f"seconds/{phase}": round(value, 3) for phase, value in self.seconds.items()}
+        return {"step_time": round(self.total(), 3), **seconds}
+
 
 def table(rows: list[list[str]]) -> str:
     """Rows of words, the first one the heading → aligned text."""

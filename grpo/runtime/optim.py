@@ -1,14 +1,14 @@
-"""One optimizer step over packs of groups, the same for SFT and GRPO: they differ only in the loss of a pack."""
+"""What both trainers do between a loss and new weights: AdamW, its learning rate, one step over packs."""
 
 import math
-from typing import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from grpo.engine.policy import Policy, Scores
-from grpo.group import Group, Prompt
-from grpo.runtime.dist import all_reduce_max, all_reduce_sum, any_rank, world_size
+from grpo.engine.policy import Policy
+from grpo.group import Pack, idle_pack
+from grpo.runtime.dist import all_reduce_max, any_rank, world_size
 from grpo.runtime.fsdp import clip_gradients
 from grpo.runtime.liveness import heartbeat
 from grpo.runtime.memory import enough_memory, keep_state_on_host
@@ -37,42 +37,32 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def idle_pack(policy: Policy) -> list[Group]:
-    """The smallest possible pack: what a process computes when others still have work and it has none."""
-    tokens = torch.zeros(1, dtype=torch.long)
-    return [Group(Prompt(tokens, torch.zeros(3, 1, dtype=torch.long)), [tokens])]
+def equal_passes(packs: list[Pack], device) -> list[Pack]:
+    """The same number of packs on every rank, idle ones behind a rank's own: each pass is a collective."""
+    passes = int(all_reduce_max(torch.tensor(len(packs), device=device)))
+    return packs + [idle_pack(device) for _ in range(passes - len(packs))]
 
 
-def pass_over(pack: list[Group]) -> tuple[str, str]:
-    """What is being done and what to lower, should the memory not do."""
-    tokens = sum(group.packed_tokens for group in pack)
-    smaller = "lower --tokens_per_pass" if len(pack) > 1 else "one group is all there is in it: lower --group_size or --max_completion_tokens"
-    return f"in a packed pass of {tokens} tokens", f"{smaller}, or set --gradient_checkpointing True"
+@contextmanager
+def packed_pass(pack: Pack):
+    """A heartbeat; and memory that does not suffice for the pass ends in one line that says what to lower."""
+    heartbeat()
+    smaller = ("lower --tokens_per_pass" if len(pack.groups) > 1 else
+               "one group is all there is in it: lower --group_size or --max_completion_tokens")
+    with enough_memory(f"in a packed pass of {pack.packed_tokens} tokens", f"{smaller}, or set --gradient_checkpointing True"):
+        yield
 
 
-def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, packs: list[list[Group]],
-    loss_of_pack: Callable[[int, Scores], Tensor], temperature: float, max_grad_norm: float, rate: float,
-) -> float:
-    """Backward through every pack, then one step. Returns the gradient norm before clipping; NaN where the step was
-    skipped on every process, because the loss of one of them or the gradient is not finite.
+def backward(loss: Tensor) -> None:
+    """`loss` must be divided by *global* counts: then packs and ranks simply add up, and so do their gradients."""
+    (loss * world_size()).backward()  # sharding averages over ranks; their losses are parts of one sum
 
-    `loss_of_pack(index, scores)` must already be divided by *global* counts, so that packs and processes simply
-    add up. Every process does the same number of forwards, whatever it holds: each is a collective.
-    """
-    passes = int(all_reduce_max(torch.tensor(len(packs), device=policy.device)))
-    losses = []
-    for index in range(passes):
-        heartbeat()
-        pack = packs[index] if index < len(packs) else idle_pack(policy)
-        with enough_memory(*pass_over(pack)):
-            scores = policy.score(pack, temperature)
-            loss = loss_of_pack(index, scores) if index < len(packs) else 0.0 * scores.logp.sum()
-            (loss * world_size()).backward()  # sharding averages over processes; the losses are parts of one sum
-        losses.append(loss.detach())
+
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float, rate: float) -> float:
+    """One step on the gradients that the passes have added up. Returns their norm before clipping; NaN where the step
+    was skipped on every rank, because the norm or the loss of one of them is not finite. loss: this rank's sum."""
     norm = clip_gradients(policy, max_grad_norm)
-    finite = math.isfinite(norm) and bool(torch.stack(losses).isfinite().all())
-    if any_rank(not finite, policy.device):
+    if any_rank(not (math.isfinite(norm) and bool(loss.isfinite().all())), policy.device):
         optimizer.zero_grad()
         return math.nan
     for group in optimizer.param_groups:

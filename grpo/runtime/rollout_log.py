@@ -1,56 +1,37 @@
-"""The log of rollouts: every so often a few groups whole, for people to read (`rollouts.jsonl`; see grpo.report).
+"""The rollout log: every so often a few groups whole, for people to read (`rollouts.jsonl`; see grpo.report).
 
 A record is one line, {"step", "epoch", "groups": [{id, prompt, target, images, box, text, entity, completions}]},
 and a completion {text, pieces, finished, parts, reward, advantage, logp, ratio, ref_logp}; the last three and `pieces`
 have one entry a token. `logp` is the log-probability when the rollout begins, under the scored distribution (at the
-rollouts' temperature), `ratio` what all μ updates of this rollout have made of it, π_after/π_before. The objective
-never sees that ratio: for μ = 1 its own is 1 throughout, and for μ > 1 it stops before the last update. So the recorded
-groups, and only they, are scored twice more, before and after, in the same packs: in bfloat16 other packs alone would
-move a ratio.
+rollouts' temperature): that of the first update's own pass. `ratio` is what all μ updates of this rollout have made of
+it, π_after/π_before, from one more pass over the packs that hold a recorded group. The objective never sees that ratio:
+for μ = 1 its own is 1 throughout, and for μ > 1 it stops before the last update.
 """
 
 import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from grpo.group import Group, packs
-from grpo.runtime.dist import all_gather, all_reduce_max, all_reduce_sum, broadcast_from_rank_0, rank
+from grpo.advantage import zero_variance_groups
+from grpo.group import Group, Pack, pad_rows
+from grpo.runtime.dist import all_gather, broadcast_from_rank_0, rank
+from grpo.runtime.files import append_line
 from grpo.runtime.fsdp import reshard
 from grpo.runtime.log import say
-from grpo.runtime.memory import enough_memory
-from grpo.runtime.metrics import append_line
-from grpo.runtime.optim import idle_pack, pass_over
+from grpo.runtime.optim import equal_passes, packed_pass
 from grpo.runtime.run import Run
 
 
-@dataclass
-class RecordedGroups:
-    """The groups of one record that this process holds, between `begin` and `end`.
-
-    places  of the watched groups among all of this process's `groups`
-    packs   the watched groups as they are scored
-    before  (C,) log-probabilities of each of their completions, before the updates
-    """
-
-    step: int
-    epoch: int
-    groups: list[Group]
-    places: list[int]
-    packs: list[list[Group]]
-    before: list[Tensor]
-
-
 class RolloutLog:
-    """Writes the records of one training run; `begin` and `end` stand around a rollout's updates, on every process.
+    """Writes the records of one training run; every rank calls `record` after a rollout's updates.
 
     every   rollouts between records; the first and the last rollout are always recorded
-    groups  of a record, over all processes; 0 for no log of rollouts
+    groups  of a record, over all ranks; 0 for no rollout log
     step    rollouts that a run which goes on has behind it: records beyond are those of a process that was killed
     limit   bytes. A file that would outgrow it loses every second record, and from then on half as many are
             written: what is kept is spread evenly over the whole run, however long it becomes.
@@ -66,58 +47,56 @@ class RolloutLog:
         elif rank() == 0 and self.path.exists():
             self.keep(lambda lines: [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step])
 
-    def begin(self, step: int, epoch: int, groups: list[Group], advantages: Tensor) -> RecordedGroups | None:
-        """Before the updates of rollout `step`, from 0; None where it is not recorded. `advantages` (groups, G)."""
+    def record(self, step: int, epoch: int, packs: list[Pack], names: list[str]) -> None:
+        """After the updates of rollout `step`, from 0; nothing where it is not to be recorded. names: of the reward parts."""
         if not self.groups or (step % self.every and step != self.last):
-            return None
-        places = self.choose(groups, advantages)
-        some = packs([groups[place] for place in places], self.run.settings.tokens_per_pass)
-        return RecordedGroups(step, epoch, groups, places, some, self.score(some))
+            return
+        chosen = self.choose(packs)
+        after = self.score([pack for pack in packs if any(group in pack.groups for group in chosen)])
+        described = []
+        for pack, logps in after:
+            first = 0
+            for group in pack.groups:
+                if group in chosen:
+                    described.append(self.describe(group, pack, first, logps, names))
+                first += len(group.completions)
+        self.write({"step": step + 1, "epoch": epoch, "groups": all_gather(described)})
+        self.every = broadcast_from_rank_0(lambda: self.every)  # rank 0 may have thinned: all must agree on when to record
 
-    def choose(self, groups: list[Group], advantages: Tensor) -> list[int]:
-        """Groups that teach before flat ones, else those with the smallest hash of their sample's id, whichever process
-        drew them: a choice without taste, and one sample is preferred whenever it comes round, to be followed."""
-        flat = [not any(row) for row in advantages.tolist()]
+    def choose(self, packs: list[Pack]) -> list[Group]:
+        """Groups that teach before zero-variance ones, else those with the smallest hash of their sample's id, whichever
+        rank drew them: a choice without taste, and one sample is preferred whenever it comes round, to be followed."""
+        groups = [group for pack in packs for group in pack.groups if group.rewards is not None]  # an idle pack's has none
+        flat = zero_variance_groups(torch.stack([group.rewards for group in groups])).tolist() if groups else []
         names = [hashlib.sha256(group.prompt.id.encode()).hexdigest() for group in groups]
         order = [(flat[i], names[i], rank(), i) for i in range(len(groups))]
-        return [place for *_, owner, place in sorted(all_gather(order))[: self.groups] if owner == rank()]
+        return [groups[i] for *_, owner, i in sorted(all_gather(order))[: self.groups] if owner == rank()]
 
     @torch.no_grad()
-    def score(self, some: list[list[Group]]) -> list[Tensor]:
-        """(C,) a completion. Every process joins every forward."""
-        policy, rows = self.run.policy, []
-        passes = int(all_reduce_max(torch.tensor(len(some), device=policy.device)))
-        for index in range(passes):
-            pack = some[index] if index < len(some) else idle_pack(policy)
-            with enough_memory(*pass_over(pack)):
-                scores = policy.score(pack, self.temperature)
-            rows += scores.logp.cpu().split(scores.lengths) if index < len(some) else []
+    def score(self, packs: list[Pack]) -> list[tuple[Pack, Tensor]]:
+        """(pack, its (N, L) log-probabilities now), in the very packs of the update: in bfloat16 others alone would move a
+        ratio. Every rank joins every forward."""
+        policy, scored = self.run.policy, []
+        for pack in equal_passes(packs, policy.device):
+            with packed_pass(pack):
+                scores = policy.score(pack.groups, self.temperature)
+            scored.append((pack, pad_rows(scores.logp, scores.lengths).cpu()))
         reshard(policy)
-        return rows
+        return scored[: len(packs)]
 
-    def end(self, watched: RecordedGroups | None, parts: dict[str, Tensor], rewards: Tensor, advantages: Tensor,
-            ref_logps: list[Tensor] | None) -> None:
-        """After the updates. `parts`, `rewards`, `advantages` are (groups, G) of all this process's groups, `ref_logps`
-        their completions' tokens end to end, in any number of tensors."""
-        if watched is None:
-            return
-        change = [(after - before).exp() for after, before in zip(self.score(watched.packs), watched.before)]
-        lengths = [length for group in watched.groups for length in group.lengths]
-        ref_rows = ref_logps and torch.cat(ref_logps).cpu().split(lengths)
-        described, row = [], 0
-        for place in watched.places:
-            group, completions = watched.groups[place], []
-            for i in range(len(group.completions)):
-                completions.append({
-                    **self.words(group, i),
-                    "parts": {name: float(values[place, i]) for name, values in parts.items()},
-                    "reward": float(rewards[place, i]), "advantage": round(float(advantages[place, i]), 5),
-                    "logp": numbers(watched.before[row], 4), "ratio": numbers(change[row], 6),
-                    "ref_logp": numbers(ref_rows[place * len(group.completions) + i], 4) if ref_rows else None})
-                row += 1
-            described.append({**describe(group, self.run), "completions": completions})
-        self.write({"step": watched.step + 1, "epoch": watched.epoch, "groups": all_gather(described)})
-        self.every = broadcast_from_rank_0(lambda: self.every)  # the first process may have thinned: all must agree on when to score
+    def describe(self, group: Group, pack: Pack, first: int, after: Tensor, names: list[str]) -> dict:
+        """A group as the record has it; its completions are the pack's rows from `first` on."""
+        before = after if pack.old_logp is None else pack.old_logp.cpu()  # None: nothing was learned
+        completions = []
+        for i, length in enumerate(group.lengths):
+            row = slice(first + i, first + i + 1), slice(length)
+            completions.append({
+                **self.words(group, i),
+                "parts": dict(zip(names, group.parts[i].tolist())),
+                "reward": float(group.rewards[i]), "advantage": round(float(pack.advantages[first + i]), 5),
+                "logp": numbers(before[row][0], 4), "ratio": numbers((after[row] - before[row]).exp()[0], 6),
+                "ref_logp": None if pack.ref_logp is None else numbers(pack.ref_logp[row][0], 4)})
+        return {**describe(group, self.run), "completions": completions}
 
     def words(self, group: Group, i: int) -> dict:
         tokens, encoder = group.completions[i], self.run.encoder

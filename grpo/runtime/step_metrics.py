@@ -1,0 +1,59 @@
+"""A step of Stage 2 in numbers: what was drawn, over all ranks, under TRL's names; and the same as one line for people."""
+
+import torch
+from torch import Tensor
+
+from grpo.advantage import zero_variance_groups
+from grpo.group import Group
+from grpo.runtime.dist import all_gather, all_reduce_sum
+
+
+class Sums:
+    """Sums of 0-dim tensors by name, over passes and then over ranks, each of which adds the same names."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+
+    def over_ranks(self) -> dict[str, float]:
+        return dict(zip(self.sums, all_reduce_sum(torch.stack(list(self.sums.values()))).tolist()))
+
+
+def rollout_metrics(groups: list[Group], kept: int, too_long: int, names: list[str]) -> dict:
+    """Rewards and lengths of all that was drawn. kept, too_long: this rank's groups that are learned from, its prompts
+    left out since the run began; names: of the reward parts."""
+    together = lambda values, *shape: torch.tensor(all_gather(values), dtype=torch.float64).reshape(-1, *shape)
+    too_long, kept = (sum(all_gather([count])) for count in (too_long, kept))
+    G = max(all_gather([len(group.completions) for group in groups]), default=1)
+    rewards = together([group.rewards.tolist() for group in groups], G)
+    parts = together([row for group in groups for row in group.parts.tolist()], len(names))
+    lengths = together([length for group in groups for length in group.lengths])
+    finished = together([float(flag) for group in groups for flag in group.finished])
+    if not len(rewards):
+        return {"prompts": 0, "prompts_too_long": too_long, "groups_dropped": 0}
+    return {
+        "prompts": len(rewards),
+        "prompts_too_long": too_long,
+        "groups_dropped": len(rewards) - kept,
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(dim=1).mean().item(),
+        "frac_reward_zero_std": zero_variance_groups(rewards).double().mean().item(),
+        **{f"rewards/{name}/mean": parts[:, k].mean().item() for k, name in enumerate(names)},
+        "completions/mean_length": lengths.mean().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - finished.mean().item(),
+    }
+
+
+def readable(line: dict, rollouts: int) -> str:
+    """One rollout and its updates as one line for people."""
+    if "loss" not in line:
+        return (f"{line['step']}/{rollouts}  no group to learn from ({line['groups_dropped']} zero-variance ones dropped, "
+                f"{line['prompts_too_long']} prompts too long so far)")
+    parts = "  ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in line.items() if name.startswith("rewards/"))
+    return (f"{line['step']}/{rollouts}  reward {line['reward']:.3f} ({parts})  kl {line.get('kl', 0):.4f}  "
+            f"length {line['completions/mean_length']:.0f}  zero-variance {line['frac_reward_zero_std']:.0%}  "
+            f"{line['step_time']:.1f} s")
