@@ -1,31 +1,37 @@
 """An image on disk: checked by its header before training, opened as RGB, cropped to a box.
 
-Boxes are (cx, cy, w, h) in fractions of the image, centre format, as MORE stores them. Pixels are taken as
-they are stored: an orientation note in a photograph's EXIF is not applied, for boxes refer to stored pixels.
+Boxes are (cx, cy, w, h) in fractions of the image, centre format, as MORE stores them. Pixels are taken as they are
+stored, for a dataset's boxes refer to stored pixels; `upright` turns a photograph as its EXIF orientation says.
 """
 import math
 import struct
 from pathlib import Path
 
-from PIL import Image
+import numpy
+from PIL import ExifTags, Image
 
 LONGEST_RATIO = 200  # Qwen2-VL's image processor refuses an image more elongated than 200:1
 # what Pillow raises for files that are no whole images, or are none that may be opened
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+# EXIF's orientations but for 1, as it is stored; from 5 on width and height change places
+TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                        Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90), 2))
 
 
-def check_image(path, where: str) -> tuple[int, int]:
+def check_image(path, where: str, upright: bool = False) -> tuple[int, int]:
     """(width, height) in pixels, from the header alone: milliseconds for an image of any size.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is no image or too elongated;
-    `where` names the sample in the one-line message. That a file is cut off after its header is only found by
+    Raises FileNotFoundError if there is no such file, ValueError if it is no image, too elongated, or of numbers whose
+    black and white are not known; `where` names the sample in the one-line message. That a file is cut off after its header is only found by
     decoding it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{where}: image {path} is missing")
     try:
         with Image.open(path) as image:
-            width, height = image.size
+            width, height = image.size[::-1] if upright and orientation(image) in range(5, 9) else image.size
+            is_sixteen_bits(image)
     except UNREADABLE as problem:
         raise ValueError(f"{where}: image {path} cannot be read ({one_line(problem)})") from None
     if max(width, height) > LONGEST_RATIO * min(width, height):
@@ -34,19 +40,59 @@ def check_image(path, where: str) -> tuple[int, int]:
     return width, height
 
 
-def open_image(path) -> Image.Image:
-    """The decoded image in RGB, white where transparent. Raises ValueError if it cannot be decoded."""
+def open_image(path, upright: bool = False) -> Image.Image:
+    """The decoded image in RGB, white where transparent; of 16 bits the upper eight. ValueError if it cannot be decoded."""
     try:
         with Image.open(path) as image:
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
+            if is_sixteen_bits(image):
+                values = numpy.asarray(image)
+                values = numpy.where(values == image.info.get("transparency", -1), 65535, values)
+                opened = Image.fromarray((values >> 8).astype(numpy.uint8)).convert("RGB")
+            elif image.has_transparency_data:
+                layer = image.convert("RGBA")
+                opened = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+            else:
+                opened = image.convert("RGB")
+            turn = TURNS.get(orientation(image)) if upright else None
+            return opened if turn is None else opened.transpose(turn)
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path} is missing") from None
     except UNREADABLE as problem:
         raise ValueError(f"image {path} cannot be decoded ({one_line(problem)})") from None
+
+
+def upright_copy(path, folder) -> str:
+    """The path itself, or that of a turned copy in `folder` where EXIF has the photograph turned: for tasks, which open
+    pixels as they are stored."""
+    try:
+        with Image.open(path) as image:
+            turned = orientation(image) in TURNS
+    except UNREADABLE:
+        return str(path)  # the task has words of its own for that
+    copy = Path(folder) / Path(path).name
+    if turned:
+        open_image(path, upright=True).save(copy, "PNG")
+    return str(copy if turned else path)
+
+
+def is_sixteen_bits(image: Image.Image) -> bool:
+    """Whether it is grey of 16 bits. ValueError for other numbers than bytes: which of them is black and which white no
+    header tells, and an image of one colour would come out."""
+    if not image.mode.startswith(("I", "F")):
+        return False
+    # a TIFF may have 12 bits; Pillow opens PGM, and in some versions PNG, as 32-bit numbers up to 65,535
+    bits = set(getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,)))
+    if bits != {16} or not (image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")):
+        raise ValueError(f"numbers of mode {image.mode}, whose black and white are not known; 8 or 16 bits expected")
+    return True
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's, from 1 to 8; 1, as it is stored, where there is none that can be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except UNREADABLE:
+        return 1
 
 
 def check_box(box, size: tuple[int, int] | None, where: str) -> None:

@@ -9,11 +9,13 @@ A task takes part by offering `sample_from` in its data half, whose parameters s
 
 import inspect
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from data.images import upright_copy
 from data.task import Task, resolve_task
 from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling, sample
@@ -34,6 +36,8 @@ class Settings:
     text: str = setting("", "the text that goes with it")
     box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the image (--box=… where it begins with a minus)")
     entity: str = setting("", "MORE: the entity, as it stands in the text")
+    exif_orientation: bool = setting(True, "turn a photo as its EXIF orientation says, as a phone means it to be seen; "
+                                           "off: as it is stored, which is what the boxes of a dataset refer to")
     data: str = setting("", "dataset folder with the candidate labels; empty: the one that the model was trained on")
     reasoning: bool = setting(True, "ask for <think>…</think>; off for a model that was trained on bare answers")
     temperature: float = setting(0.0, "0 is greedy")
@@ -94,9 +98,12 @@ def main(words: list[str] | None = None) -> None:
     task = resolve_task(name)
     given = {part: getattr(settings, part) for part in PARTS}
     usual = before.get("data", "") if before.get("task") == name else ""
-    one = own_sample(task, name, given, usual if Path(usual).is_dir() else "")
     settings.max_pixels = settings.max_pixels or before.get("max_pixels", CommonSettings.max_pixels)
-    completion, finished = complete(settings, task, one)
+    with tempfile.TemporaryDirectory() as scratch:
+        if given["image"] and settings.exif_orientation:
+            given["image"] = upright_copy(given["image"], scratch)
+        one = own_sample(task, name, given, usual if Path(usual).is_dir() else "")
+        completion, finished = complete(settings, task, one)
     print(completion)
     if not finished:
         print(f"(cut off after --max_completion_tokens {settings.max_completion_tokens})")
