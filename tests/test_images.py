@@ -11,6 +11,7 @@ from data.images import check_image, crop_box, open_image, upright_copy
 from data.toy.model import write_tiny_model
 from grpo import predict
 from more_folder import line, write_more
+from rewards import more as more_rewards
 
 GREY = numpy.arange(48 * 64, dtype=numpy.uint16).reshape(48, 64) * 21  # 0 to 64,491
 ORIENTATION = 274
@@ -36,7 +37,7 @@ def test_numbers_whose_black_and_white_nobody_knows_are_refused_by_name_before_a
     write_more(tmp_path, [line(img_id="b.tif")])
     path = tmp_path / "img_org" / "train" / "b.tif"
     Image.fromarray(pixels).save(path)
-    with pytest.raises(ValueError, match="train.txt:1: image .*b.tif cannot be read .*black and white are not known; 8 or 16 bits"):
+    with pytest.raises(ValueError, match="train.txt:1: image .*b.tif cannot be read .*black and white are not known; 8 or"):
         more.load(tmp_path, "train")
     with pytest.raises(ValueError, match="image .*b.tif cannot be decoded .*black and white are not known"):
         open_image(path)
@@ -90,9 +91,10 @@ def test_predict_shows_a_phones_photo_upright_unless_the_box_refers_to_stored_pi
     write_tiny_model(tmp_path / "model", ["a"], vocabulary=300, hidden=32, layers=1, heads=2, key_value_heads=1)
     photo(tmp_path / "phone.jpg", 6)
     shown = []
-    monkeypatch.setattr(predict, "complete", lambda settings, task, one: shown.append(task.data.build_prompt(one)[0]) or ("", True))
-    words = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--image", tmp_path / "phone.jpg", "--box", "0.5,0.25,1,0.5",
-             "--text", "Celtics beat Heat", "--entity", "Heat"]
+    monkeypatch.setattr(predict, "complete", lambda settings, task, one: (shown.append(task.data.build_prompt(one)[0]), True))
+    monkeypatch.setattr(more_rewards, "parse", lambda completion, one: None)
+    words = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--image", tmp_path / "phone.jpg",
+             "--box", "0.5,0.25,1,0.5", "--text", "Celtics beat Heat", "--entity", "Heat"]
     for more_words in ([], ["--exif_orientation", "False"]):
         predict.main([*map(str, words), *more_words])
     (turned, crop), (stored, _) = shown
