@@ -6,6 +6,7 @@ enough.
 """
 import difflib
 import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -40,10 +41,14 @@ def resolve_task(name: str) -> Task:
 def _import(module: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as problem:
+    except ImportError as problem:
         # Only "this module is not there" is about the name; a task that itself misses a library must say so.
-        if problem.name is None or not f"{module}.".startswith(f"{problem.name}."):
-            raise
+        if not isinstance(problem, ModuleNotFoundError) or not f"{module}.".startswith(f"{problem.name}."):
+            package = (problem.name or "").partition(".")[0]
+            if package not in ("data", "rewards", "sft", "grpo"):
+                raise
+            raise ValueError(f"{module}: {problem}: {sys.modules.get(package, package)} comes before a module of yours "
+                             f"of that name, which needs another one") from None
     except (ValueError, TypeError):  # an empty name, or one that begins with a dot
         pass
     raise ValueError(f"unknown task {name!r}: no module {module}; {_nearest(name)}")
@@ -52,7 +57,7 @@ def _import(module: str, name: str) -> ModuleType:
 def _nearest(name: str) -> str:
     here = Path(__file__).parent
     rewards = here.parent / "rewards"
-    known = sorted(path.stem for path in here.glob("[!_]*.py") if (rewards / path.name).exists())
+    known = sorted(path.stem for path in here.glob("[!_]*.py") if (rewards / path.name).exists() and path.stem != name)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}, or a module of yours"
 
@@ -60,4 +65,4 @@ def _nearest(name: str) -> str:
 def _require(module: ModuleType, names: tuple[str, ...]) -> None:
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
-        raise ValueError(f"task module {module.__name__} lacks {', '.join(missing)}; see data/task.py")
+        raise ValueError(f"task module {module.__name__} ({module.__file__}) lacks {', '.join(missing)}; see data/task.py")
