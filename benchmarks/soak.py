@@ -26,7 +26,7 @@ from benchmarks.record import append
 WORLD = "--train 200 --valid 8 --test 4"
 RUN = ("--learning_rate 1e-4 --prompts_per_rollout 4 --group_size 4 --max_completion_tokens 32 --reward_options min_length=60 "
        "--validate_every 100 --epochs 40 --rollout_log_every 20")
-TIMES = {"step_time", "seconds/rollout", "seconds/score", "seconds/update", "seconds/rollout_log"}
+TIMES = {"step_time", *(f"seconds/{phase}" for phase in ("rollout", "reference", "advantage", "update", "rollout_log"))}
 WARM = 200  # rollouts until memory should be what it will be
 
 

@@ -241,4 +241,4 @@ def test_every_backbone_says_the_same_things():
     assert len(said) >= 11
     for name in MODEL_TYPES:
         assert all(hasattr(backbone(name), what) for what in said)
-        assert len((ROOT / "grpo" / "backbones" / f"{name}.py").read_text().splitlines()) < 120
+        assert len((ROOT / "grpo" / "engine" / "backbones" / f"{name}.py").read_text().splitlines()) < 120

@@ -17,7 +17,7 @@ from grpo.runtime.fsdp import shard
 from processes import run_processes
 from test_pipeline import COMMON, folder, lines, tensors  # noqa: F401  (the fixture)
 
-TIMES = ("step_time", "seconds/rollout", "seconds/reference", "seconds/update", "seconds/rollout_log")
+TIMES = ("step_time", *(f"seconds/{phase}" for phase in ("rollout", "reference", "advantage", "update", "rollout_log")))
 
 
 class Killed(BaseException):
@@ -36,7 +36,7 @@ def words_of(program, folder, output):
 
 def run(program, words, killed_in_step=None):
     """The program in this process; killed in the middle of a step where one is given."""
-    owner, name = (sft.train, "step") if program is sft.train else (grpo.train.Trainer, "learn")
+    owner, name = (sft.train, "step") if program is sft.train else (grpo.train.Trainer, "update")
     real, calls = getattr(owner, name), []
 
     def step(*arguments):

@@ -101,7 +101,7 @@ def test_compute_is_bfloat16_and_masters_float32_so_that_a_step_of_1e_6_is_not_l
 
 def test_shares_come_back_in_order():
     items = list(range(11))
-    import grpo.runtime.fsdp as sharding
+    import grpo.runtime.dist as sharding
 
     for world in (1, 2, 3, 4):
         parts = [items[r::world] for r in range(world)]
@@ -121,7 +121,7 @@ def check_answers():
     policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
     encoder = SimpleNamespace(decode=lambda completion: completion.tolist())
     prompts_of = lambda i: tiny_prompt(i, ((1, 4, 4),))
-    prompts_of.encoder, prompts_of.settle = encoder, lambda prompts: None
+    prompts_of.encoder, prompts_of.release_features = encoder, lambda prompts: None
     policy.freeze_vision()
     sampling = Sampling(max_tokens=3, end_tokens=(END,), temperature=0.0, rows=1)
     answers = grpo.runtime.answer.answer(policy, prompts_of, list(range(9)), sampling, group_size=2)
