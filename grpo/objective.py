@@ -11,13 +11,7 @@ A loss is to be minimised: the papers' objectives with the sign turned.
 import torch
 from torch import Tensor
 
-from grpo.advantage import check_choice
-
-SURROGATES = ("ppo", "cispo")
-LEVELS = ("token", "sequence")
-KL_KINDS = ("k1", "k2", "k3")
-AGGREGATES = ("sequence", "token", "constant")
-TRUNCATED = ("kept", "masked")
+from grpo.variants import AGGREGATES, KL_KINDS, LEVELS, SURROGATES, TRUNCATED, check_choice
 
 
 def grpo_loss(
@@ -210,19 +204,24 @@ def sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entro
 
 
 def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Added-up statistics of `grpo_loss` to means per token, under TRL's names.
+    """Added-up statistics of a loss to means per token, under TRL's names.
 
     ratio_mean, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (either side), kl in nats if
-    there was a reference, entropy in nats if it was given.  No tokens at all: NaN, there is no mean.
+    there was a reference, entropy in nats if it was given.  A fork's own sums keep their names.  No tokens at
+    all: NaN, there is no mean.  Raises ValueError without "tokens", the count to divide by.
     """
+    if "tokens" not in sums:
+        raise ValueError(f"statistics are {', '.join(sums) or 'empty'}; they take 'tokens', the count to divide by")
     totals = {name: float(total) for name, total in sums.items()}
-    totals["clipped"] = totals["clipped_low"] + totals["clipped_high"]
+    tokens = totals.pop("tokens") or float("nan")
+    totals.pop("sequences", None)
+    if "clipped_low" in totals and "clipped_high" in totals:
+        totals["clipped"] = totals["clipped_low"] + totals["clipped_high"]
     names = {
-        "ratio_mean": "ratio", "clip_ratio/low_mean": "clipped_low", "clip_ratio/high_mean": "clipped_high",
-        "clip_ratio/region_mean": "clipped", "kl": "kl", "entropy": "entropy",
+        "ratio": "ratio_mean", "clipped_low": "clip_ratio/low_mean", "clipped_high": "clip_ratio/high_mean",
+        "clipped": "clip_ratio/region_mean",
     }
-    tokens = totals["tokens"] or float("nan")
-    return {name: totals[total] / tokens for name, total in names.items() if total in totals}
+    return {names.get(name, name): total / tokens for name, total in totals.items()}
 
 
 def check_inputs(logp: Tensor, advantages: Tensor, mask: Tensor, **others: Tensor | None) -> Tensor:
