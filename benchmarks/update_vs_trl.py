@@ -89,7 +89,7 @@ def our_step(folder: Path, case: str) -> dict:
     memory.start()
     line = trainer.step(samples, 0, [1e-6] * UPDATES)
     return {
-        "generation": line["seconds/rollout"], "scoring": line["seconds/score"], "update": line["seconds/update"],
+        "generation": line["seconds/rollout"], "scoring": line["seconds/reference"], "update": line["seconds/update"],
         "total": line["step_time"], "extra_bytes": memory.beyond() - 3 * trained_bytes(trainer.run.policy),
         "images": seen[0], "prompt_tokens": len(trainer.run.prompts(samples[0])),
         "completion_tokens": line["completions/mean_length"],
