@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 
 SCALES = ("group", "batch", "centred-batch", "leave-one-out", "none")
 COMBINATIONS = ("sum", "normalised")
-SURROGATES = ("ppo", "cispo")
+SURROGATES = ("ppo", "cispo", "sapo", "vespo")
 LEVELS = ("token", "sequence")
 KL_KINDS = ("k1", "k2", "k3")
 AGGREGATES = ("sequence", "token", "constant")
@@ -59,7 +59,7 @@ class Preset:
     overlong_share: float = setting(0.0, "last share of the completion limit in which length is punished; 0: none", least=0, most=1)
 
     # advantages to the loss: `grpo_loss`
-    surrogate: str = setting("ppo", "what the clip bounds: the gain (ppo), a token's weight (cispo)", choices=SURROGATES, loss=True)
+    surrogate: str = setting("ppo", "what an update gains from a ratio: clipped gain (ppo), clipped weight (cispo), or a soft gate (sapo, vespo)", choices=SURROGATES, loss=True)
     clip_low: float | None = setting(0.2, "ε below 1; none: that side is not clipped", least=0, loss=True)
     clip_high: float | None = setting(0.2, "ε above 1; none: that side is not clipped", least=0, loss=True)
     level: str = setting("token", "one ratio a token, or one a completion", choices=LEVELS, loss=True)
@@ -81,6 +81,24 @@ class Preset:
         for option in settings_of(self):
             if choices := option.metadata.get("choices"):
                 check_choice(option.name, getattr(self, option.name), choices)
+
+
+@dataclass(frozen=True)
+class Sapo(Preset):
+    """`sapo_surrogate` has settings of its own."""
+
+    tau_positive: float = setting(1.0, "τ of the gate where A > 0", above=0)
+    tau_negative: float = setting(1.05, "τ of the gate elsewhere", above=0)
+
+
+@dataclass(frozen=True)
+class Vespo(Preset):
+    """`vespo_surrogate` has settings of its own."""
+
+    k_positive: float = setting(2.0, "power of w where A ≥ 0", least=0)
+    lambda_positive: float = setting(3.0, "decay with w where A ≥ 0", least=0)
+    k_negative: float = setting(3.0, "power of w where A < 0", least=0)
+    lambda_negative: float = setting(2.0, "decay with w where A < 0", least=0)
 
 
 PRESETS = {
@@ -111,6 +129,22 @@ PRESETS = {
     "cispo": Preset(
         source="CISPO, arXiv 2506.13585 eq. 4 and 5; the weight's bound, 5, and number of updates [chosen]",
         surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token", updates=2,
+    ),
+    "bnpo": Preset(
+        source="TRL's name for the mean over all tokens of the batch; number of updates [chosen]",
+        aggregate="token", updates=2,
+    ),
+    "luspo": Preset(
+        source="LUSPO, arXiv 2602.05261: GSPO's ratio, each completion weighed by its length; updates [chosen]",
+        level="sequence", aggregate="constant", length=1, clip_low=3e-4, clip_high=4e-4, updates=2,
+    ),
+    "sapo": Sapo(
+        source="SAPO, arXiv 2511.20347; number of updates [chosen]",
+        surrogate="sapo", clip_low=None, clip_high=None, updates=2,
+    ),
+    "vespo": Vespo(
+        source="VESPO, arXiv 2602.10693; number of updates [chosen]",
+        surrogate="vespo", clip_low=None, clip_high=None, aggregate="token", updates=2,
     ),
     "rloo": Preset(
         source="RLOO, arXiv 2402.14740: the completion is one action, its tokens are summed; beta [chosen]",
