@@ -1,13 +1,11 @@
 """Run a function of a test file in several processes that talk through gloo, as torchrun would start them."""
 
-import multiprocessing
-import os
+import pickle
 import socket
+import sys
+import tempfile
 
-import torch.multiprocessing
-
-# Processes fork from a server that has imported the slow things once, and nothing else.
-multiprocessing.set_forkserver_preload(["grpo.runtime.run", "tiny"])
+from programs import TESTS, begin, end
 
 
 def free_port() -> int:
@@ -16,20 +14,28 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _enter(rank, function, world, port, arguments):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    import torch
+def run_processes(function, world: int, *arguments) -> None:
+    """`function(*arguments)` in every process; where one fails, all of them end and the test fails with what they said."""
+    address = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(free_port())}
+    with tempfile.NamedTemporaryFile() as call:
+        pickle.dump((function, arguments), call)
+        call.flush()
+        ranks = [begin(TESTS / "processes.py", call.name, environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                 for rank in range(world)]
+        try:
+            ends = [end(rank) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+    assert not any(status for status, _ in ends), "\n".join(text for _, text in ends)
 
-    torch.set_num_threads(1)
+
+if __name__ == "__main__":
     from grpo.runtime.dist import finish, start
 
+    with open(sys.argv[1], "rb") as call:
+        function, arguments = pickle.load(call)
     start()
     function(*arguments)
     finish()
-
-
-def run_processes(function, world: int, *arguments) -> None:
-    """`function(*arguments)` in every process; the first one that fails fails the test with its traceback."""
-    torch.multiprocessing.start_processes(
-        _enter, (function, world, free_port(), arguments), nprocs=world, start_method="forkserver")

@@ -20,7 +20,7 @@ from grpo.runtime.fsdp import gather_weights, shard
 from grpo.runtime.optim import set_gradient_checkpointing
 from grpo.runtime.settings import LORA_TARGETS
 from processes import run_processes
-from test_pipeline import COMMON, ROOT, folder, lines, succeed, tensors  # noqa: F401  (the fixture)
+from programs import COMMON, ROOT, lines, succeed, tensors
 from tiny import update
 
 OTHERS = ["llava", "qwen3_vl"]

@@ -5,7 +5,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -17,8 +16,8 @@ import grpo.train
 import sft.train
 from grpo.runtime.checkpoints import Checkpoints
 from grpo.runtime.liveness import verdict
-from test_pipeline import COMMON, ROOT, folder, lines  # noqa: F401  (the fixture)
-
+import programs
+from programs import COMMON, ROOT, end, lines
 
 def words_of(folder, output, *more):
     return ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", output, "--max_rollouts", 5,
@@ -28,17 +27,8 @@ def words_of(folder, output, *more):
 
 
 def begin(words, processes=2, restarts=0, faults="", program="grpo.train", **more):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--max-restarts", restarts, "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0", "--monitor-interval", 0.1] if processes else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "FAULTS": faults,
-                   "PROGRAM": program}
-    command = [sys.executable, *launcher, ROOT / "tests" / "faulty.py", *words]
-    return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
-
-
-def end(process, seconds=240):
-    text, _ = process.communicate(timeout=seconds)
-    return process.returncode, text
+    return programs.begin(ROOT / "tests" / "faulty.py", *words, processes=processes, restarts=restarts,
+                          environment={"FAULTS": faults, "PROGRAM": program}, **more)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +153,9 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(small_disk, 
     (2_000_000, "model: the weights cannot be written \\(.*; what was there before still is"),
 ], ids=["weights fit, Adam's moments beside them do not", "nothing fits"])
 def test_a_run_on_a_full_disk_ends_in_one_line(folder, tmp_path, room, expected):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    status, text = end(begin(words_of(folder, tmp_path), processes=0, preexec_fn=limit))
+    program = (f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); "
+               "runpy.run_module('grpo.train', run_name='__main__')")
+    status, text = end(programs.begin("-c", program, *words_of(folder, tmp_path)))
     assert status == 2, text
     assert re.search(f"^error: .*{expected}$", text, re.M), text
     assert not list(tmp_path.glob("**/*.new"))

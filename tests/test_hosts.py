@@ -12,8 +12,9 @@ import pytest
 from test_checkpoints import same_run
 from test_faults import stop_after, words_of
 
-from test_pipeline import ROOT, folder, lines  # noqa: F401  (the fixture)
+from programs import ROOT, lines
 
+pytestmark = pytest.mark.heavy
 ADDRESS = {"a": "10.77.0.1", "b": "10.77.0.2"}
 
 

@@ -13,7 +13,7 @@ from grpo.runtime.settings import parse
 from grpo.runtime.step_metrics import readable
 from grpo.train import Curriculum, Settings, Trainer
 from grpo.variants import PRESETS
-from test_pipeline import COMMON, folder, lines  # noqa: F401  (the fixture)
+from programs import COMMON, lines
 from tiny import pack_of
 
 

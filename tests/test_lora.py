@@ -15,7 +15,7 @@ from grpo.runtime.fsdp import gather_weights, sample_unsharded, shard
 from grpo.runtime.optim import make_optimizer, set_gradient_checkpointing
 from grpo.runtime.settings import LORA_TARGETS, parse
 from processes import run_processes
-from test_pipeline import COMMON, folder, lines, succeed, tensors  # noqa: F401  (the fixture)
+from programs import COMMON, lines, succeed, tensors
 from tiny import END, pack_of, packs, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt, update
 
 

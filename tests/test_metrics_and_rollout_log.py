@@ -19,7 +19,7 @@ from grpo.runtime.metrics import MetricsLog, append_line
 from grpo.runtime.provenance import commit, fingerprint
 from grpo.runtime.rollout_log import RolloutLog, describe, text_pieces
 from processes import run_processes
-from test_pipeline import folder, lines  # noqa: F401  (the fixture)
+from programs import lines
 from tiny import END, pack_of, tiny_policy, tiny_prompt
 
 LONG = "é漢字🙂"

@@ -2,66 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import grpo.train
 from grpo.runtime.run import read_lines
 from grpo.runtime.settings import run_program
-
-ROOT = Path(__file__).parent.parent
-COMMON = ["--max_completion_tokens", "24", "--rollout_rows", "8", "--max_pixels", "3136"]
-
-
-def run(module, *words, processes=0):
-    """Standard output and error, and the exit status, of one program."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0"] if processes else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *launcher, "-m", module, *map(str, words)], env=environment,
-                          capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stdout + done.stderr
-
-
-def succeed(module, *words, processes=0):
-    status, text = run(module, *words, processes=processes)
-    assert status == 0, text
-    return text
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def tensors(folder):
-    file = safe_open(folder / "model.safetensors", "pt")
-    return {name: file.get_tensor(name) for name in file.keys()}
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """World, cold start, Stage 1, split, Stage 2, evaluation."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    data = folder / "world" / "MORE"
-    succeed("data.toy", "--output", folder / "world", "--train", 60, "--valid", 6, "--test", 12)
-    succeed("sft.annotate", "--task", "more", "--data", data, "--split", "train", "--fraction", 0.4, "--seed", 0,
-            "--expert", f"file:{folder / 'world' / 'expert.jsonl'}", "--output", folder / "cold_start.jsonl")
-    succeed("sft.train", "--model", folder / "world" / "model", "--data", data, "--responses", folder / "cold_start.jsonl",
-            "--output", folder / "sft", "--epochs", 2, "--batch_size", 8, "--learning_rate", 1e-3, "--train_vision", True,
-            *COMMON, processes=2)
-    succeed("grpo.evaluate", "--model", folder / "sft" / "model", "--data", data, "--split", "train", "--output",
-            folder / "split", "--exclude", folder / "cold_start.drawn.json", *COMMON, processes=2)
-    succeed("grpo.train", "--model", folder / "sft" / "model", "--data", data, "--predictions",
-            folder / "split" / "predictions.jsonl", "--output", folder / "grpo", "--max_rollouts", 3, "--learning_rate", 1e-3,
-            "--prompts_per_rollout", 4, "--group_size", 3, "--reward_options", "min_length=60", *COMMON, processes=2)
-    succeed("grpo.evaluate", "--model", folder / "grpo" / "model", "--data", data, "--output", folder / "test", *COMMON)
-    return folder
+from programs import COMMON, begin, lines, succeed, tensors
 
 
 def test_stage_1_learns_and_keeps_the_best_by_validation(folder):
@@ -118,10 +68,8 @@ def test_in_a_terminal_a_bar_shows_the_work_and_the_result_stands_below_it(folde
     import pty
 
     terminal, end = pty.openpty()
-    words = [sys.executable, "-m", "grpo.train", "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE",
-             "--output", tmp_path, "--max_rollouts", 2, "--prompts_per_rollout", 2, "--group_size", 2, *COMMON]
-    process = subprocess.Popen(list(map(str, words)), stdout=end, stderr=end, close_fds=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    process = begin("-m", "grpo.train", "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output",
+                    tmp_path, "--max_rollouts", 2, "--prompts_per_rollout", 2, "--group_size", 2, *COMMON, stdout=end, stderr=end)
     os.close(end)
     shown = b""
     while True:
@@ -138,9 +86,9 @@ def test_in_a_terminal_a_bar_shows_the_work_and_the_result_stands_below_it(folde
     assert "rollout:" in text and "token/s" in text  # tokens with their rate
 
 
-def test_one_process_and_two_give_the_same_answers(folder, tmp_path):
+def test_one_process_and_two_give_the_same_answers_with_real_interpreters_under_a_real_torchrun(folder, tmp_path):
     words = ["--model", folder / "grpo" / "model", "--data", folder / "world" / "MORE", *COMMON]
-    succeed("grpo.evaluate", *words, "--output", tmp_path / "two", processes=2)
+    succeed("grpo.evaluate", *words, "--output", tmp_path / "two", processes=2, interpreter=sys.executable)
     assert lines(tmp_path / "two" / "predictions.jsonl") == lines(folder / "test" / "predictions.jsonl")
 
 

@@ -10,7 +10,7 @@ from data.task import resolve_task
 from data.toy.model import write_tiny_model
 from grpo.engine.encode import Encoder
 from grpo.runtime.answer import Prompts
-from test_pipeline import lines, run, succeed
+from programs import lines, run, succeed
 
 WORDS = ["--task", "jmere", "--missing_images", "blank", "--max_pixels", 3136, "--max_completion_tokens", 16,
          "--valid_split", "val", "--valid_samples", 4, "--rollout_rows", 16]

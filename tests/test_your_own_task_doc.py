@@ -4,8 +4,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from programs import forking_python
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "your-own-task.md").read_text(encoding="utf-8")
@@ -18,7 +19,7 @@ def test_a_new_task_of_two_short_files_goes_through_all_programs(tmp_path):
         (tmp_path / name).write_text(code)
         assert len(code.splitlines()) < 60
     commands, = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-    (tmp_path / "run.sh").write_text(f'set -e\npython() {{ "{sys.executable}" "$@"; }}\n{commands}')
+    (tmp_path / "run.sh").write_text(f'set -e\npython() {{ "{forking_python()}" "$@"; }}\n{commands}')
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(["bash", "run.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
