@@ -130,9 +130,9 @@ def measure(shape: str, settings, device) -> list[dict]:
     """Rows of one shape: rollout, scoring, update where asked for, and generate."""
     from grpo.engine.policy import Policy
     from grpo.engine.rollout import Sampling
-    from grpo.group import packs
+    from grpo.group import make_packs
     from grpo.runtime.fsdp import encode_images_unsharded, reshard, sample_unsharded, shard
-    from grpo.runtime.optim import set_gradient_checkpointing, update
+    from grpo.runtime.optim import backward, optimizer_step, packed_pass, set_gradient_checkpointing
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     products, copies = rates(device, dtype)
@@ -157,11 +157,11 @@ def measure(shape: str, settings, device) -> list[dict]:
     limit = rollout_bytes(policy, prompts, settings.tokens, 2 if dtype == torch.bfloat16 else 4) / copies
     row("rollout", clock, tokens_per_second=count / clock.seconds, share_of_memory_limit=limit / clock.seconds)
 
-    parts, work = packs(groups, settings.tokens_per_pass), score_operations(policy, groups)
+    packs, work = make_packs(groups, settings.tokens_per_pass, device), score_operations(policy, groups)
     for turn in range(2):  # the first one warms
         with torch.no_grad(), Clock(device) as clock:
-            for part in parts:
-                policy.score(part)
+            for pack in packs:
+                policy.score(pack.groups)
             reshard(policy)
     row("score", clock, share_of_product_peak=work / products / clock.seconds)
     if updates:
@@ -170,7 +170,10 @@ def measure(shape: str, settings, device) -> list[dict]:
         total = float(count)
         for turn in range(2):
             with Clock(device) as clock:
-                update(policy, optimizer, parts, lambda index, scores: -scores.logp.sum() / total, 1.0, 1.0, 1e-6)
+                for pack in packs:
+                    with packed_pass(pack):
+                        backward(-policy.score(pack.groups).logp.sum() / total)
+                optimizer_step(policy, optimizer, torch.zeros((), device=device), 1.0, 1e-6)
         row("update", clock, share_of_product_peak=3 * work / products / clock.seconds)
         del optimizer
     del policy

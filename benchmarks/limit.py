@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.record import append
 from benchmarks.shapes import MODELS, write_model
 from benchmarks.update_vs_trl import CASES, PROMPTS, UPDATES, G, our_trainer
-from grpo.group import packs
 
 KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"), "attention": ("scaled_dot",)}
 
@@ -103,15 +102,17 @@ def phases(case: str):
     state = {}
 
     def rollout():
-        state["groups"], state["parts"] = trainer.drawn(samples, 0)
-        state["packed"] = packs(state["groups"], trainer.settings.tokens_per_pass)
+        state["groups"] = trainer.draw(samples, 0)
+        state["packs"] = trainer.pack(state["groups"])
 
     def reference():
-        state["reference"] = trainer.reference_logps(state["packed"])
+        trainer.score_reference(state["packs"])
 
     def update():
-        advantages = trainer.advantages(state["groups"], state["parts"], None)
-        trainer.learn(state["packed"], advantages, state["reference"], [1e-6] * UPDATES)
+        for pack in state["packs"]:
+            pack.advantages = pack.old_logp = None
+        trainer.fill_advantages(state["packs"])
+        trainer.update(state["packs"], [1e-6] * UPDATES)
 
     return trainer, {"rollout": rollout, "reference": reference, "update": update}
 

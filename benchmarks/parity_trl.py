@@ -33,6 +33,10 @@ OBJECTIVES = [
      dict(aggregate="token", surrogate="cispo", clip_low=None, clip_high=0.3)),
     ("grpo, sequence-level", dict(loss_type="grpo", importance_sampling_level="sequence"),
      dict(level="sequence")),
+    ("luspo", dict(loss_type="luspo", importance_sampling_level="sequence"),
+     dict(level="sequence", aggregate="constant", length=1)),
+    ("sapo", dict(loss_type="sapo"), dict(surrogate="sapo")),
+    ("vespo", dict(loss_type="vespo"), dict(surrogate="vespo", aggregate="token")),
 ]
 ADVANTAGES = [
     ("group", dict(scale_rewards="group"), lambda parts, weights: sum_then(parts, weights, "group")),
@@ -50,8 +54,8 @@ Differences of definition:
             here.  Its `kl` statistic is then the weighted one, ours always the bare estimate: not compared.
   clip      sequence-level, TRL's statistics are means over completions, ours over tokens: not compared.
   flat      a group of equal rewards is exactly zero here; TRL divides what rounding leaves (the last line).
-  luspo     would be level="sequence", aggregate="constant", length=1: a sum, and so is its rounding; not run.
-No counterpart: sapo, vespo (other surrogates), delta (a second bound), entropy quantile and bonus."""
+  sums      luspo's loss is a sum over tokens and not a mean: its differences are relative to its size.
+No counterpart: delta (a second bound), entropy quantile and bonus, off-policy sequence masking."""
 
 
 def sum_then(parts, weights, scale):

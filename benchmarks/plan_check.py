@@ -43,11 +43,12 @@ class Case:
 
     def settings(self) -> dict:
         """What trainer and plan are both told."""
-        return dict(max_completion_tokens=self.completion, group_size=4, prompts_per_rollout=2, updates=2, beta=0.001,
-                    rollout_rows=64, tokens_per_pass=self.tokens_per_pass, dtype=self.dtype, lora_rank=self.lora_rank,
+        return dict(max_completion_tokens=self.completion, prompts_per_rollout=2, rollout_rows=64,
+                    tokens_per_pass=self.tokens_per_pass, dtype=self.dtype, lora_rank=self.lora_rank,
                     gradient_checkpointing=self.gradient_checkpointing)
 
 
+OBJECTIVE = dict(group_size=4, updates=2, beta=0.001)
 CASES = {
     "plain": Case(240, 112, 64),
     "checkpointing": Case(240, 112, 64, gradient_checkpointing=True),
@@ -64,13 +65,15 @@ def real_step(folder: Path, case: Case) -> None:
     from grpo.engine.encode import Encoder
     from grpo.runtime.run import Run
     from grpo.train import Settings, Trainer
+    from grpo.variants import resolve
 
     text = words_for(Encoder(str(folder)), case.prompt, case.side)
     settings = Settings(model=str(folder), data=f"{case.side}/{text}", output=tempfile.mkdtemp(), valid_split="",
-                        task="benchmarks.two_images", learning_rate=1e-6, rollout_log_groups=0, **case.settings())
+                        task="benchmarks.two_images", learning_rate=1e-6, rollout_log_groups=0,
+                        objective=resolve("more-r1", **OBJECTIVE), **case.settings())
     run = Run(settings)
     run.encoder.end_tokens = ()  # nothing ends a completion but the limit
-    Trainer(run, settings).step(run.load("train")[: settings.prompts_per_rollout], 0, [1e-6] * settings.updates)
+    Trainer(run, settings).step(run.load("train")[: settings.prompts_per_rollout], 0, [1e-6] * settings.objective.updates)
 
 
 def measured(models: Path, case: Case) -> int:
@@ -91,7 +94,7 @@ def planned(models: Path, case: Case):
 
     images = 2 * (case.side // 28) ** 2
     settings = Settings(model=str(models / "planned"), gpus=[1], device="cpu", prompt_tokens=case.prompt,
-                        image_tokens=images, **case.settings())
+                        image_tokens=images, **OBJECTIVE, **case.settings())
     return plan(read_shape(settings.model), settings, 1)
 
 

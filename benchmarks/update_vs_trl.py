@@ -67,13 +67,15 @@ def our_trainer(folder: Path, case: str):
     from grpo.engine.encode import Encoder
     from grpo.runtime.run import Run
     from grpo.train import Settings, Trainer
+    from grpo.variants import resolve
 
     _, tokens, side, completion = CASES[case]
     text = words_for(Encoder(str(folder)), tokens, side)
     settings = Settings(
         model=str(folder), data=f"{side}/{text}", output=tempfile.mkdtemp(), task="benchmarks.two_images", valid_split="",
-        max_completion_tokens=completion, beta=BETA, updates=UPDATES, group_size=G, temperature=TEMPERATURE,
-        prompts_per_rollout=PROMPTS, tokens_per_pass=TOKENS_PER_PASS, dtype="float32", learning_rate=1e-6, rollout_log_groups=0)
+        max_completion_tokens=completion, prompts_per_rollout=PROMPTS, tokens_per_pass=TOKENS_PER_PASS, dtype="float32",
+        learning_rate=1e-6, rollout_log_groups=0,
+        objective=resolve("more-r1", beta=BETA, updates=UPDATES, group_size=G, temperature=TEMPERATURE))
     run = Run(settings)
     run.encoder.end_tokens = ()  # nothing ends a completion but the limit
     return Trainer(run, settings), run.load("train")[:PROMPTS]
@@ -87,7 +89,7 @@ def our_step(folder: Path, case: str) -> dict:
     memory.start()
     line = trainer.step(samples, 0, [1e-6] * UPDATES)
     return {
-        "generation": line["seconds/rollout"], "scoring": line["seconds/score"], "update": line["seconds/update"],
+        "generation": line["seconds/rollout"], "scoring": line["seconds/reference"], "update": line["seconds/update"],
         "total": line["step_time"], "extra_bytes": memory.beyond() - 3 * trained_bytes(trainer.run.policy),
         "images": seen[0], "prompt_tokens": len(trainer.run.prompts(samples[0])),
         "completion_tokens": line["completions/mean_length"],

@@ -10,8 +10,7 @@ every process; they are a few floats, so gather them first.  Everything else may
 import torch
 from torch import Tensor
 
-SCALES = ("group", "batch", "centred-batch", "leave-one-out", "none")
-COMBINATIONS = ("sum", "normalised")
+from grpo.variants import COMBINATIONS, SCALES, check_choice
 
 
 def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: float = 1e-4) -> Tensor:
@@ -132,9 +131,3 @@ def check_rewards(name: str, rewards: Tensor, axes: tuple[str, ...]) -> Tensor:
             f"{len(bad)} such in all); it takes finite numbers"
         )
     return rewards if rewards.is_floating_point() else rewards.float()
-
-
-def check_choice(name: str, value, choices: tuple) -> None:
-    """ValueError unless `value` is one of `choices`: which argument, what it got, what it takes."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(repr, choices))}")

@@ -10,6 +10,36 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo.runtime.settings import CommonSettings, inputs, parse_options, read_settings, refuse_early, run_program, setting
+
+
+@dataclass
+class Settings(CommonSettings):
+    """Evaluation. The defaults are MORE-R1's: greedy, one answer a sample."""
+
+    split: str = setting("test", "split to answer", top=True)
+    exclude: str = inputs("", "JSON list of sample ids to leave out: the cold start's, for the hard/easy split", path="file")
+    limit: int = inputs(0, "answer only the first so many samples; 0 for all", least=0)
+    temperature: float = setting(0.0, "0 is greedy", top=True, least=0)
+    samples: int = setting(1, "completions a sample, from one prefill; of several the most frequent answer counts", top=True, least=1)
+    top_p: float = setting(1.0, "keep the smallest set of tokens with this probability", group="sampling", above=0, most=1)
+    top_k: int = setting(0, "keep this many tokens; 0 for all", group="sampling", least=0)
+    reasoning: bool = setting(True, "ask for <think>…</think>; off for the zero-shot and label-only prompts", top=True)
+    reward_options: str = setting("", "options of the task's reward, name=number[,name=number]", group="reward")
+
+    def check(self) -> None:
+        super().check()
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"--samples {self.samples} at --temperature 0 would be as many equal answers; "
+                             f"a temperature above 0 expected")
+
+    def sampling(self, encoder: "Encoder") -> "Sampling":
+        return Sampling(self.max_completion_tokens, encoder.end_tokens, self.temperature, self.top_p, self.top_k,
+                        self.rollout_rows, seed=f"{self.seed}/evaluate")
+
+
+refuse_early(Settings, __name__)
+
 from data.task import resolve_task
 from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling
@@ -20,34 +50,7 @@ from grpo.runtime.files import write_json
 from grpo.runtime.fsdp import compute_dtype, shard
 from grpo.runtime.log import Stopwatch, say, table
 from grpo.runtime.run import read_ids, record_settings
-from grpo.runtime.settings import CommonSettings, parse, parse_options, run_program, setting
 from rewards.vote import majority
-
-
-@dataclass
-class Settings(CommonSettings):
-    """Evaluation. The defaults are MORE-R1's: greedy, one answer a sample."""
-
-    split: str = setting("test", "split to answer")
-    exclude: str = setting("", "JSON list of sample ids to leave out: the cold start's, for the hard/easy split")
-    limit: int = setting(0, "answer only the first so many samples; 0 for all")
-    temperature: float = setting(0.0, "0 is greedy")
-    samples: int = setting(1, "completions a sample, from one prefill; of several the most frequent answer counts")
-    top_p: float = setting(1.0, "keep the smallest set of tokens with this probability")
-    top_k: int = setting(0, "keep this many tokens; 0 for all")
-    reasoning: bool = setting(True, "ask for <think>…</think>; off for the zero-shot and label-only prompts")
-    reward_options: str = setting("", "options of the task's reward, name=number[,name=number]")
-
-    def check(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"--samples is {self.samples}; at least 1 expected")
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"--samples {self.samples} at --temperature 0 would be as many equal answers; "
-                             f"a temperature above 0 expected")
-
-    def sampling(self, encoder: Encoder) -> Sampling:
-        return Sampling(self.max_completion_tokens, encoder.end_tokens, self.temperature, self.top_p, self.top_k,
-                        self.rollout_rows, seed=f"{self.seed}/evaluate")
 
 
 def chosen_samples(settings: Settings, task) -> list:
@@ -84,8 +87,7 @@ def report_by_label(path: Path, task, samples: list, texts: list[str]) -> None:
 
 
 def main() -> None:
-    settings = parse(Settings)
-    settings.check()
+    settings = read_settings(Settings)
     task, output = resolve_task(settings.task), Path(settings.output)
     options = parse_options(settings.reward_options, "reward_options")
     samples = chosen_samples(settings, task)

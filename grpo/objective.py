@@ -11,13 +11,7 @@ A loss is to be minimised: the papers' objectives with the sign turned.
 import torch
 from torch import Tensor
 
-from grpo.advantage import check_choice
-
-SURROGATES = ("ppo", "cispo")
-LEVELS = ("token", "sequence")
-KL_KINDS = ("k1", "k2", "k3")
-AGGREGATES = ("sequence", "token", "constant")
-TRUNCATED = ("kept", "masked")
+from grpo.variants import AGGREGATES, KL_KINDS, LEVELS, SURROGATES, TRUNCATED, check_choice
 
 
 def grpo_loss(
@@ -38,6 +32,7 @@ def grpo_loss(
     kl_weighted: bool = False,
     length: int | None = None,
     entropy: Tensor | None = None,
+    **shape: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = −mean of [ surrogate(r, A) − β D_KL(π_θ ‖ π_ref) ].  The defaults are GRPO, arXiv 2402.03300 eq. 3.
 
@@ -47,7 +42,8 @@ def grpo_loss(
     beta, kl      weight and estimator of the KL, "k1", "k2" or "k3" (`kl_estimate`).
     kl_weighted   multiply the KL by the ratio, as TRL does by default: right off-policy, another gradient.
     level         "token": one ratio a token; "sequence": one a completion (`probability_ratio`).
-    surrogate     "ppo" (`ppo_surrogate`) or "cispo" (`cispo_surrogate`).
+    surrogate     "ppo", "cispo", "sapo" or "vespo": the function of that name, `ppo_surrogate` and so on; the last
+                  two do not clip, and `shape` are their own numbers.
     aggregate     "sequence", "token" or "constant" (`aggregate_loss`); "constant" needs `length` in tokens.
     denominator   where this call sees a part, the whole's count: the sum of all parts' `count_terms`.  Then
                   losses, gradients and statistics of the parts add up to the whole's, whatever the cut.
@@ -74,8 +70,16 @@ def grpo_loss(
                                    for x in (logp if old_logp is None else old_logp, ref_logp, entropy))
     A = advantages.unsqueeze(1)  # (N, 1): an outcome reward gives every token the same advantage
     r = probability_ratio(logp, old_logp, mask, level)  # (N, L)
-    gain = (ppo_surrogate(r, A, clip_low, clip_high) if surrogate == "ppo"
-            else cispo_surrogate(r, A, logp, clip_low, clip_high))
+    if surrogate in ("sapo", "vespo"):
+        clip_low = clip_high = None
+    if surrogate == "ppo":
+        gain = ppo_surrogate(r, A, clip_low, clip_high, **shape)
+    elif surrogate == "cispo":
+        gain = cispo_surrogate(r, A, logp, clip_low, clip_high, **shape)
+    elif surrogate == "sapo":
+        gain = sapo_surrogate(r, A, **shape)
+    else:
+        gain = vespo_surrogate(logp, old_logp, A, **shape)
     divergence = None if ref_logp is None else kl_estimate(logp, ref_logp, kl)
     penalty = beta * (r * divergence if kl_weighted else divergence) if beta else 0.0
     loss = aggregate_loss(penalty - gain, mask, aggregate, denominator, length)
@@ -119,6 +123,30 @@ def cispo_surrogate(
     CISPO, arXiv 2506.13585 eq. 4 and 5, sg = stop-gradient.
     """
     return clip_ratio(r, clip_low, clip_high).detach() * A * logp
+
+
+def sapo_surrogate(r: Tensor, A: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+    """4/τ σ(τ (r − 1)) A, with a τ for A > 0 and one for the rest: a gate without an edge, of slope A at r = 1.
+
+    SAPO, arXiv 2511.20347: the larger τ, the sooner the gradient fades away from r = 1.
+    """
+    tau = torch.where(A > 0, A.new_tensor(tau_positive), A.new_tensor(tau_negative))
+    return 4 / tau * torch.sigmoid(tau * (r - 1)) * A
+
+
+def vespo_surrogate(
+    logp: Tensor, old_logp: Tensor, A: Tensor, k_positive: float = 2.0, lambda_positive: float = 3.0,
+    k_negative: float = 3.0, lambda_negative: float = 2.0,
+) -> Tensor:
+    """sg(φ(w)) A log π_θ, φ(w) = w^k exp(λ (1 − w)): a weight that fades on both sides of w = 1.  VESPO, arXiv 2602.10693
+
+    w = π_θ(o) / π_old(o) of the whole completion, neither clipped nor divided by its length; both log-probabilities
+    are 0 in the padding. k and λ are one pair for A ≥ 0, one for A < 0.
+    """
+    k = torch.where(A >= 0, A.new_tensor(k_positive), A.new_tensor(k_negative))
+    lam = torch.where(A >= 0, A.new_tensor(lambda_positive), A.new_tensor(lambda_negative))
+    log_w = (logp - old_logp).detach().sum(dim=1, keepdim=True).clamp(max=20.0)  # exp(−λ exp(20)) is 0
+    return (k * log_w + lam * (1 - log_w.exp())).exp() * A * logp
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
@@ -210,19 +238,24 @@ def sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entro
 
 
 def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Added-up statistics of `grpo_loss` to means per token, under TRL's names.
+    """Added-up statistics of a loss to means per token, under TRL's names.
 
     ratio_mean, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (either side), kl in nats if
-    there was a reference, entropy in nats if it was given.  No tokens at all: NaN, there is no mean.
+    there was a reference, entropy in nats if it was given.  A fork's own sums keep their names.  No tokens at
+    all: NaN, there is no mean.  Raises ValueError without "tokens", the count to divide by.
     """
+    if "tokens" not in sums:
+        raise ValueError(f"statistics are {', '.join(sums) or 'empty'}; they take 'tokens', the count to divide by")
     totals = {name: float(total) for name, total in sums.items()}
-    totals["clipped"] = totals["clipped_low"] + totals["clipped_high"]
+    tokens = totals.pop("tokens") or float("nan")
+    totals.pop("sequences", None)
+    if "clipped_low" in totals and "clipped_high" in totals:
+        totals["clipped"] = totals["clipped_low"] + totals["clipped_high"]
     names = {
-        "ratio_mean": "ratio", "clip_ratio/low_mean": "clipped_low", "clip_ratio/high_mean": "clipped_high",
-        "clip_ratio/region_mean": "clipped", "kl": "kl", "entropy": "entropy",
+        "ratio": "ratio_mean", "clipped_low": "clip_ratio/low_mean", "clipped_high": "clip_ratio/high_mean",
+        "clipped": "clip_ratio/region_mean",
     }
-    tokens = totals["tokens"] or float("nan")
-    return {name: totals[total] / tokens for name, total in names.items() if total in totals}
+    return {names.get(name, name): total / tokens for name, total in totals.items()}
 
 
 def check_inputs(logp: Tensor, advantages: Tensor, mask: Tensor, **others: Tensor | None) -> Tensor:

@@ -13,15 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from data.images import upright_copy
-from data.task import Task, resolve_task
-from grpo.engine.encode import Encoder
-from grpo.engine.rollout import Sampling, sample
-from grpo.engine.weights import load_policy
-from grpo.runtime.fsdp import compute_dtype
-from grpo.runtime.settings import CommonSettings, parse, required, run_program, setting
+from grpo.runtime.settings import CommonSettings, read_settings, refuse_early, required, run_program, setting
 
 PARTS = ("image", "text", "box", "entity", "data")
 
@@ -30,22 +22,35 @@ PARTS = ("image", "text", "box", "entity", "data")
 class Settings:
     """Answer one sample."""
 
-    model: str = required("checkpoint folder or hub name of the weights")
-    task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's own, else more")
-    image: str = setting("", "the image's file")
-    text: str = setting("", "the text that goes with it")
-    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the image (--box=… where it begins with a minus)")
-    entity: str = setting("", "MORE: the entity, as it stands in the text")
+    model: str = required("checkpoint folder or hub name of the weights", path="model")
+    task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's own, else more", top=True)
+    image: str = setting("", "the image's file", top=True, path="file")
+    text: str = setting("", "the text that goes with it", top=True)
+    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the image (--box=… where it begins with a minus)",
+                       top=True)
+    entity: str = setting("", "MORE: the entity, as it stands in the text", top=True)
     exif_orientation: bool = setting(True, "turn a photo as its EXIF orientation says, as a phone means it to be seen; "
                                            "off: as it is stored, which is what the boxes of a dataset refer to")
-    data: str = setting("", "dataset folder with the candidate labels; empty: the one that the model was trained on")
+    data: str = setting("", "dataset folder with the candidate labels; empty: the one that the model was trained on", path="folder")
     reasoning: bool = setting(True, "ask for <think>…</think>; off for a model that was trained on bare answers")
-    temperature: float = setting(0.0, "0 is greedy")
-    seed: int = setting(0, "of the sampling noise")
-    max_completion_tokens: int = setting(1024, "longest completion, end token included")
-    max_pixels: int = setting(0, "largest area of an image in pixels; 0: as the model was trained, else 1,280 tokens")
+    temperature: float = setting(0.0, "0 is greedy", least=0)
+    seed: int = setting(0, "random seed of the sampling")
+    max_completion_tokens: int = setting(1024, "longest completion, end token included", least=1)
+    max_pixels: int = setting(0, "largest area of an image in pixels; 0: as the model was trained, else 1,280 tokens", least=0)
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on a GPU that has it",
                          choices=("auto", "float32", "bfloat16"))
+
+
+refuse_early(Settings, __name__)
+
+import torch
+
+from data.images import upright_copy
+from data.task import Task, resolve_task
+from grpo.engine.encode import Encoder
+from grpo.engine.rollout import Sampling, sample
+from grpo.engine.weights import load_policy
+from grpo.runtime.fsdp import compute_dtype
 
 
 def trained_with(model: str) -> dict:
@@ -92,7 +97,7 @@ def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
 
 
 def main(words: list[str] | None = None) -> None:
-    settings = parse(Settings, words)
+    settings = read_settings(Settings, words)
     before = trained_with(settings.model)
     name = settings.task or before.get("task", "more")
     task = resolve_task(name)

@@ -10,13 +10,16 @@ no critic, no learned reward, no replay: a rollout is used for μ updates and fo
 """
 
 import math
-from dataclasses import dataclass
-from typing import Optional
+
+from grpo.runtime.settings import parse_options, read_settings, refuse_early, run_program
+from grpo.settings import Settings
+
+refuse_early(Settings, __name__)  # --help, a misspelled setting and a missing path need not wait for the imports below
 
 import torch
 from torch import Tensor
 
-from data.curriculum import LAST_BATCHES, MIXINGS, Epoch, epoch_batches, none_share
+from data.curriculum import Epoch, epoch_batches, none_share
 from grpo.advantage import (
     combine_rewards,
     group_advantages,
@@ -30,7 +33,7 @@ from grpo.engine.rollout import Sampling
 from grpo.group import Group, Pack, make_packs, pad_rows, row_mask
 from grpo.objective import count_terms, mean_statistics, truncation_mask
 from grpo.runtime.answer import check_reward_options, roll_out
-from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks, world_size
+from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
 from grpo.runtime.fsdp import reshard
 from grpo.runtime.liveness import Phases
 from grpo.runtime.log import progress, say
@@ -39,87 +42,8 @@ from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optim
 from grpo.runtime.reward_calls import reward_parts, reward_weights
 from grpo.runtime.rollout_log import RolloutLog
 from grpo.runtime.run import Run, read_lines
-from grpo.runtime.settings import TrainingSettings, parse, parse_options, run_program, setting
 from grpo.runtime.step_metrics import Sums, readable, rollout_metrics
-from grpo.variants import Preset, load_objective, loss_options, resolve
-
-OVERRIDES = ("group_size", "updates", "temperature", "beta", "kl", "clip_low", "clip_high", "scale", "ddof", "eps",
-             "level", "aggregate", "truncated", "zero_variance_groups", "surrogate", "kl_weighted", "combine", "overlong_share", "length")
-
-
-def override(help: str):
-    """A setting whose default is the objective's own."""
-    return setting(None, help + " (default: the objective's)")
-
-
-@dataclass
-class Settings(TrainingSettings):
-    """Stage 2: GRPO. The defaults are MORE-R1's."""
-
-    predictions: str = setting("", "grpo.evaluate's predictions of the training split: right is easy, wrong is hard; "
-                                   "empty: train on the whole split in one shuffle")
-    objective: str = setting("more-r1", "a preset of grpo.variants, or a module of yours with a function `loss`")
-    epochs: int = setting(4, "epochs of the curriculum")
-    max_rollouts: int = setting(0, "stop after so many rollouts; 0 for all that the epochs hold")
-    prompts_per_rollout: int = setting(16, "prompts of one rollout, over all processes")
-    learning_rate: float = setting(1e-6, "peak of AdamW's learning rate")
-    max_prompt_tokens: int = setting(4096, "longer prompts are dropped and counted, never cut")
-    mixing: str = setting("progressive", "progressive: all hard samples and γ^(t−1) easy ones each; raw: all", choices=MIXINGS)
-    decay: float = setting(0.5, "γ of the progressive mixing; 1: always 1:1, 0: hard only")
-    last_batch: str = setting("fill", "an epoch's incomplete last rollout", choices=LAST_BATCHES)
-    reward_weights: str = setting("", "name=number[,name=number]; others keep the task's weight")
-    reward_options: str = setting("", "options of the task's reward, name=number[,name=number]")
-    validate_every: int = setting(0, "rollouts between validations; 0: at the end of every epoch")
-    rollout_log_every: int = setting(10, "rollouts between records of whole groups in rollouts.jsonl; the last is one too")
-    rollout_log_groups: int = setting(4, "groups of one record; 0 for no log of rollouts")
-    rollout_log_megabytes: float = setting(64.0, "largest rollouts.jsonl: a run that outgrows it keeps every second record")
-    resample_tries: int = setting(3, "for zero_variance_groups=resampled: how often a flat group is drawn again before it is dropped")
-    group_size: Optional[int] = override("G, completions a prompt")
-    updates: Optional[int] = override("μ, updates a rollout")
-    temperature: Optional[float] = override("of the rollouts and of the scored distribution")
-    beta: Optional[float] = override("weight of the KL to the reference")
-    kl: Optional[str] = override("estimator of the KL: k1, k2, k3")
-    kl_weighted: Optional[bool] = override("weight the KL by the ratio, as TRL does unless told otherwise")
-    surrogate: Optional[str] = override("what the clip bounds: ppo, cispo")
-    clip_low: Optional[float] = override("ε below 1; inf for no clip")
-    clip_high: Optional[float] = override("ε above 1; inf for no clip")
-    scale: Optional[str] = override("advantages are divided by: group, batch, centred-batch, leave-one-out, none")
-    ddof: Optional[int] = override("of the standard deviation: 0 or 1")
-    eps: Optional[float] = override("added to the standard deviation")
-    level: Optional[str] = override("ratio per token or sequence")
-    aggregate: Optional[str] = override("mean over sequence, token, constant")
-    length: Optional[int] = override("tokens of aggregate=constant; 0 for the completion limit")
-    combine: Optional[str] = override("reward parts: sum, or normalised each before they are summed")
-    overlong_share: Optional[float] = override("last share of the completion limit in which length is punished")
-    truncated: Optional[str] = override("completions cut by the limit: kept or masked")
-    zero_variance_groups: Optional[str] = override("groups of equal rewards: kept, dropped, resampled")
-
-    def preset(self) -> Preset:
-        """The objective with this run's overrides."""
-        given = {name: getattr(self, name) for name in OVERRIDES if getattr(self, name) is not None}
-        return resolve(self.objective, **given)
-
-    def check(self) -> None:
-        super().check()
-        preset = self.preset()
-        if preset.group_size < 2:
-            raise ValueError(f"--group_size is {preset.group_size}; a group of one has no advantage: at least 2 expected")
-        if preset.temperature <= 0:
-            raise ValueError(f"--temperature is {preset.temperature}; rollouts are drawn, which takes a temperature above 0")
-        if self.validate_every < 0 or self.max_rollouts < 0:
-            raise ValueError(f"--validate_every is {self.validate_every}, --max_rollouts {self.max_rollouts}; "
-                             f"each must be 0 (every epoch; no limit) or more")
-        if self.max_prompt_tokens < 1:
-            raise ValueError(f"--max_prompt_tokens is {self.max_prompt_tokens}; at least 1 expected")
-        if self.rollout_log_every < 1 or self.rollout_log_groups < 0 or self.rollout_log_megabytes <= 0:
-            raise ValueError(f"--rollout_log_every {self.rollout_log_every} --rollout_log_groups {self.rollout_log_groups} --rollout_log_megabytes "
-                             f"{self.rollout_log_megabytes}: expected at least 1, at least 0, above 0")
-        if preset.updates < 1:
-            raise ValueError(f"--updates is {preset.updates}; at least 1 expected")
-        if self.prompts_per_rollout < 1 or self.prompts_per_rollout % world_size():
-            raise ValueError(f"--prompts_per_rollout is {self.prompts_per_rollout}; "
-                             f"expected a multiple of the {world_size()} processes")
-
+from grpo.variants import load_objective, loss_options
 
 # ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -167,8 +91,8 @@ class Trainer:
 
     def __init__(self, run: Run, settings: Settings):
         self.run, self.settings, self.policy = run, settings, run.policy
-        self.preset = settings.preset()
-        self.loss = load_objective(settings.objective)
+        self.preset = settings.objective
+        self.loss = load_objective(settings.objective.name)
         self.loss_options = loss_options(self.preset, settings.max_completion_tokens)
         self.optimizer = make_optimizer(run.policy, settings)
         self.reference: Policy | None = run.reference(settings.model) if self.preset.beta else None
@@ -356,7 +280,7 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
 
 
 def main() -> None:
-    settings = parse(Settings)
+    settings = read_settings(Settings)
     run = Run(settings)
     samples = run.load(settings.split)
     check_reward_options(run.task, samples, parse_options(settings.reward_options, "reward_options"))

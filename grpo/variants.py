@@ -3,61 +3,102 @@
 `Preset()` is what all start from; a preset lists only where its paper differs.  What a paper leaves open is
 marked [chosen].  Sizes are a matter of cost more than of method: G is 8 unless a user says otherwise, and
 where a paper cuts its rollout into mini-batches we update on all of it, `updates` times.
+
+`Preset` is the one home of these settings: the command line, its help and settings.json are made from its fields.
+No torch here, so that a help text costs none.
 """
 
 import difflib
 import importlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
-from grpo.advantage import COMBINATIONS, SCALES, check_choice
-from grpo.objective import AGGREGATES, KL_KINDS, LEVELS, SURROGATES, TRUNCATED, grpo_loss
-
+SCALES = ("group", "batch", "centred-batch", "leave-one-out", "none")
+COMBINATIONS = ("sum", "normalised")
+SURROGATES = ("ppo", "cispo", "sapo", "vespo")
+LEVELS = ("token", "sequence")
+KL_KINDS = ("k1", "k2", "k3")
+AGGREGATES = ("sequence", "token", "constant")
+TRUNCATED = ("kept", "masked")
 ZERO_VARIANCE_GROUPS = ("kept", "dropped", "resampled")
+
+
+def setting(default, help: str, **more):
+    """A dataclass field that is a setting of a program, with its help text; `more` as grpo/runtime/settings.py says."""
+    value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**value, metadata={"help": help, **more})
+
+
+def settings_of(preset) -> list:
+    """The fields that are settings: those with a help text."""
+    return [option for option in fields(preset) if "help" in option.metadata]
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    """ValueError unless `value` is one of `choices`: which argument, what it got, what it takes."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings in which GRPO's variants differ; an unknown option is a ValueError at once."""
+    """The settings in which GRPO's variants differ; an unknown option is a ValueError at once.
 
+    A fork's `PRESET` may be of a subclass with further settings.  loss=True: the loss takes it as a keyword.
+    """
+
+    name: str = field(default="", compare=False)  # as --objective has it
     source: str = ""  # paper and equation
 
     # rewards to advantages: `combine_rewards`, `group_advantages`
-    combine: str = "sum"
-    scale: str = "group"
-    ddof: int = 1
-    eps: float = 1e-4
-    kl_in_reward: bool = False  # beta acts in `kl_penalised_rewards`, not in the loss
-    overlong_share: float = 0.0  # `overlong_penalty` over the last share of the completion limit; 0: none
+    combine: str = setting("sum", "reward parts are summed as they are, or each normalised before", choices=COMBINATIONS)
+    scale: str = setting("group", "what advantages are divided by: a standard deviation, (G − 1)/G, or nothing", choices=SCALES)
+    ddof: int = setting(1, "the standard deviation divides by n − ddof", choices=(0, 1))
+    eps: float = setting(1e-4, "added to the standard deviation", least=0)
+    kl_in_reward: bool = setting(False, "the KL lowers the reward (`kl_penalised_rewards`) and is not in the loss")
+    overlong_share: float = setting(0.0, "last share of the completion limit in which length is punished; 0: none", least=0, most=1)
 
     # advantages to the loss: `grpo_loss`
-    surrogate: str = "ppo"
-    clip_low: float | None = 0.2
-    clip_high: float | None = 0.2
-    level: str = "token"
-    aggregate: str = "sequence"
-    length: int | None = None  # of aggregate="constant"; None: the completion limit
-    beta: float = 0.0
-    kl: str = "k3"
-    kl_weighted: bool = False
+    surrogate: str = setting("ppo", "what an update gains from a ratio: clipped gain (ppo), clipped weight (cispo), or a soft gate (sapo, vespo)", choices=SURROGATES, loss=True)
+    clip_low: float | None = setting(0.2, "ε below 1; none: that side is not clipped", least=0, loss=True)
+    clip_high: float | None = setting(0.2, "ε above 1; none: that side is not clipped", least=0, loss=True)
+    level: str = setting("token", "one ratio a token, or one a completion", choices=LEVELS, loss=True)
+    aggregate: str = setting("sequence", "mean of sequence means, of all tokens, or a sum over a constant", choices=AGGREGATES, loss=True)
+    length: int | None = setting(None, "tokens of aggregate=constant; none: the completion limit", least=0)
+    beta: float = setting(0.0, "β, weight of the KL to the reference; 0: there is no reference", least=0, loss=True, top=True)
+    kl: str = setting("k3", "estimator of the KL", choices=KL_KINDS, loss=True)
+    kl_weighted: bool = setting(False, "weight the KL by the ratio, as TRL does unless told otherwise", loss=True)
 
     # the loop
-    group_size: int = 8  # G, completions a prompt
-    updates: int = 1  # μ, updates a rollout
-    temperature: float = 1.0
-    truncated: str = "kept"  # `truncation_mask`
-    zero_variance_groups: str = "kept"  # groups with equal rewards: their KL still trains; or dropped; or drawn again
+    group_size: int = setting(8, "G, completions a prompt", least=2, top=True)
+    updates: int = setting(1, "μ, updates a rollout", least=1)
+    temperature: float = setting(1.0, "of the rollouts and of the scored distribution", above=0)
+    truncated: str = setting("kept", "completions cut by the limit: their tokens are trained, or masked", choices=TRUNCATED)
+    zero_variance_groups: str = setting("kept", "groups of equal rewards: kept, their KL still trains; dropped; or "
+                                                "drawn again", choices=ZERO_VARIANCE_GROUPS)
 
     def __post_init__(self):
-        check_choice("combine", self.combine, COMBINATIONS)
-        check_choice("scale", self.scale, SCALES)
-        check_choice("ddof", self.ddof, (0, 1))
-        check_choice("surrogate", self.surrogate, SURROGATES)
-        check_choice("level", self.level, LEVELS)
-        check_choice("aggregate", self.aggregate, AGGREGATES)
-        check_choice("kl", self.kl, KL_KINDS)
-        check_choice("truncated", self.truncated, TRUNCATED)
-        check_choice("zero_variance_groups", self.zero_variance_groups, ZERO_VARIANCE_GROUPS)
+        for option in settings_of(self):
+            if choices := option.metadata.get("choices"):
+                check_choice(option.name, getattr(self, option.name), choices)
+
+
+@dataclass(frozen=True)
+class Sapo(Preset):
+    """`sapo_surrogate` has settings of its own."""
+
+    tau_positive: float = setting(1.0, "τ of the gate where A > 0", above=0)
+    tau_negative: float = setting(1.05, "τ of the gate elsewhere", above=0)
+
+
+@dataclass(frozen=True)
+class Vespo(Preset):
+    """`vespo_surrogate` has settings of its own."""
+
+    k_positive: float = setting(2.0, "power of w where A ≥ 0", least=0)
+    lambda_positive: float = setting(3.0, "decay with w where A ≥ 0", least=0)
+    k_negative: float = setting(3.0, "power of w where A < 0", least=0)
+    lambda_negative: float = setting(2.0, "decay with w where A < 0", least=0)
 
 
 PRESETS = {
@@ -89,6 +130,22 @@ PRESETS = {
         source="CISPO, arXiv 2506.13585 eq. 4 and 5; the weight's bound, 5, and number of updates [chosen]",
         surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token", updates=2,
     ),
+    "bnpo": Preset(
+        source="TRL's name for the mean over all tokens of the batch; number of updates [chosen]",
+        aggregate="token", updates=2,
+    ),
+    "luspo": Preset(
+        source="LUSPO, arXiv 2602.05261: GSPO's ratio, each completion weighed by its length; updates [chosen]",
+        level="sequence", aggregate="constant", length=1, clip_low=3e-4, clip_high=4e-4, updates=2,
+    ),
+    "sapo": Sapo(
+        source="SAPO, arXiv 2511.20347; number of updates [chosen]",
+        surrogate="sapo", clip_low=None, clip_high=None, updates=2,
+    ),
+    "vespo": Vespo(
+        source="VESPO, arXiv 2602.10693; number of updates [chosen]",
+        surrogate="vespo", clip_low=None, clip_high=None, aggregate="token", updates=2,
+    ),
     "rloo": Preset(
         source="RLOO, arXiv 2402.14740: the completion is one action, its tokens are summed; beta [chosen]",
         scale="leave-one-out", clip_low=None, clip_high=None, aggregate="constant", length=1,
@@ -108,21 +165,24 @@ def resolve(name: str, **overrides) -> Preset:
     Raises ValueError: an unknown name or setting, with the nearest right one.
     """
     preset = PRESETS.get(name) or getattr(load_module(name), "PRESET", PRESETS["grpo"])
-    known = [field.name for field in fields(Preset)]
-    for setting in overrides:
-        if setting not in known:
-            raise ValueError(f"{setting!r} is not a setting of an objective{nearest(setting, known)}")
-    return replace(preset, **overrides)
+    if not isinstance(preset, Preset):
+        raise ValueError(f"PRESET of module {name!r} is a {type(preset).__name__}; a grpo.variants.Preset expected")
+    known = [option.name for option in settings_of(preset)]
+    for given in overrides:
+        if given not in known:
+            raise ValueError(f"{given!r} is not a setting of an objective{nearest(given, known)}")
+    return replace(preset, name=name, **overrides)
 
 
 def load_objective(name: str) -> Callable:
     """The loss of a preset, which is `grpo_loss`, or a fork's: the function `loss` of the module `name`.
 
-    A fork's `loss` is called exactly as `grpo_loss` is, and returns a loss and statistics as it does.
+    A fork's `loss` is called exactly as `grpo_loss` is, and returns a loss and statistics as it does.  Settings
+    that its `PRESET` has besides ours are keywords of it; statistics besides ours are sums over tokens.
     Raises ValueError: neither a preset nor a module (with the nearest preset), or a module without `loss`.
     """
     if name in PRESETS:
-        return grpo_loss
+        return load_module("grpo.objective").grpo_loss
     loss = getattr(load_module(name), "loss", None)
     if not callable(loss):
         raise ValueError(f"module {name!r} has no function `loss`; it takes one of the form of grpo_loss")
@@ -130,9 +190,10 @@ def load_objective(name: str) -> Callable:
 
 
 def loss_options(preset: Preset, completion_limit: int) -> dict:
-    """The keywords of `grpo_loss` that a preset sets; Dr. GRPO's constant is `completion_limit` tokens."""
-    names = ("surrogate", "clip_low", "clip_high", "level", "aggregate", "beta", "kl", "kl_weighted")
-    options = {name: getattr(preset, name) for name in names}
+    """The keywords of the loss that a preset sets; Dr. GRPO's constant is `completion_limit` tokens."""
+    ours = {option.name for option in fields(Preset)}
+    options = {option.name: getattr(preset, option.name) for option in settings_of(preset)
+               if option.metadata.get("loss", option.name not in ours)}
     if preset.kl_in_reward:
         options["beta"] = 0.0
     if preset.aggregate == "constant":

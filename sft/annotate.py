@@ -18,13 +18,14 @@ JMERE-R1's data has several candidates a sample and two filters more (sft/filter
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data.curriculum import stratified_draw
 from data.task import Task, resolve_task
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
-from grpo.runtime.settings import parse, required, run_program, setting
+from grpo.runtime.settings import read_settings, required, run_program, setting
 from sft.experts import ask_all, endpoint_from_environment, fill_template, read_template
 from sft.filters import (
     Ask,
@@ -40,42 +41,42 @@ from sft.filters import (
 EXAMPLES = 10
 
 
+filters, experts = (partial(setting, group=title) for title in ("filters", "expert"))
+
+
 @dataclass
 class Settings:
     """Cold-start data for Stage 1. The defaults are MORE-R1's."""
 
-    data: str = required("folder of the task's dataset")
+    data: str = required("folder of the task's dataset", path="folder")
     expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, "
                            "openai:MODEL, asked at OPENAI_BASE_URL with OPENAI_API_KEY, "
                            "or local:MODEL, a checkpoint folder or hub name that runs here")
     output: str = required("JSONL to write; the drawn ids and the report go beside it")
-    task: str = setting("more", "a task here (more, jmere), a module of yours, or data_module,rewards_module")
-    split: str = setting("train", "split to draw from")
-    fraction: float = setting(0.25, "share of every stratum (MORE: of every relation) to draw")
-    seed: int = setting(0, "of the draw")
-    missing_images: str = setting("stop", "images that are not there: stop, drop the samples, or blank",
+    task: str = setting("more", "a task here (more, jmere), a module of yours, or data_module,rewards_module", top=True)
+    split: str = setting("train", "split to draw from", top=True)
+    fraction: float = setting(0.25, "share of every stratum (MORE: of every relation) to draw", top=True)
+    seed: int = setting(0, "random seed of the draw", top=True)
+    missing_images: str = setting("stop", "images that are not there: stop, drop the samples, or blank", top=True,
                                   choices=("stop", "drop", "blank"))
-    candidates: int = setting(1, "responses to ask for a sample; one of those that pass the filters is kept")
-    repredict: bool = setting(False, "keep a candidate only if the expert finds the gold answer in its reasoning again "
+    candidates: int = setting(1, "responses to ask for a sample; one of those that pass the filters is kept", top=True, least=1)
+    repredict: bool = filters(False, "keep a candidate only if the expert finds the gold answer in its reasoning again "
                                      "(one more request a candidate)")
-    score: bool = setting(False, "have the expert score each candidate by the task's rules, and keep the best "
+    score: bool = filters(False, "have the expert score each candidate by the task's rules, and keep the best "
                                  "(one more request a candidate)")
-    score_threshold: float = setting(0.7, "drop candidates with a score below it")
-    template: str = setting("", "openai, local: file with the prompt in your own words; {question}, {answer}, "
-                                "{text} and the sample's other fields are filled in")
-    expert_options: str = setting('{"max_tokens": 2048}', "openai: JSON object that goes into every request; "
-                                                              "local: its max_tokens, temperature, top_p, top_k, seed")
-    responses: str = setting("", "openai, local: JSONL with all answers so far, none of which is asked for again "
-                                 "(default: beside the output)")
-    concurrency: int = setting(8, "openai: requests at a time")
-    attempts: int = setting(6, "openai: how often a sample is tried, with longer and longer pauses")
-    timeout: float = setting(120.0, "openai: seconds to wait for a reply")
+    score_threshold: float = filters(0.7, "drop candidates with a score below it", least=0, most=1)
+    template: str = experts("", "openai, local: file with the prompt in your own words; {question}, {answer}, "
+                                "{text} and the sample's other fields are filled in", path="file")
+    expert_options: str = experts('{"max_tokens": 2048}', "openai: JSON object that goes into every request; "
+                                                          "local: its max_tokens, temperature, top_p, top_k, seed")
+    responses: str = experts("", "openai, local: JSONL with all answers so far, none of which is asked for again; empty: "
+                                 "beside the output")
+    concurrency: int = experts(8, "openai: requests at a time", above=0)
+    attempts: int = experts(6, "openai: how often a sample is tried, with longer and longer pauses", above=0)
+    timeout: float = experts(120.0, "openai: seconds to wait for a reply", above=0)
 
-    def check(self, task: Task) -> None:
-        if self.candidates < 1:
-            raise ValueError(f"--candidates is {self.candidates}; at least 1 expected")
-        if not 0 <= self.score_threshold <= 1:
-            raise ValueError(f"--score_threshold is {self.score_threshold}; a number between 0 and 1 expected")
+    def check(self) -> None:
+        task = resolve_task(self.task)
         for name in ("repredict", "score"):
             if getattr(self, name) and not hasattr(task.data, f"{name}_prompt"):
                 raise ValueError(f"--{name}: task {self.task} has no {name}_prompt, which this filter asks with")
@@ -118,8 +119,6 @@ def responses_path(settings: Settings) -> Path:
 def endpoint_expert(model: str, settings: Settings) -> Ask:
     """Responses asked for over HTTP, but for those that are in the .responses.jsonl beside the output."""
     options = expert_options(settings)
-    if settings.concurrency < 1 or settings.attempts < 1 or settings.timeout <= 0:
-        raise ValueError("--concurrency, --attempts and --timeout must be above 0")
     endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout,
                                          attempts=settings.attempts)
     return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), responses_path(settings),
@@ -226,9 +225,8 @@ def print_report(report: dict) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    settings = parse(Settings, words)
+    settings = read_settings(Settings, words)
     task = resolve_task(settings.task)
-    settings.check(task)
     expert = find_expert(settings)
     samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
     drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)

@@ -10,6 +10,36 @@ the target: the label-only baseline.
 import random
 from dataclasses import dataclass
 
+from grpo.runtime.settings import TrainingSettings, inputs, read_settings, refuse_early, run_program, setting, validation
+
+
+@dataclass
+class Settings(TrainingSettings):
+    """Stage 1: supervised fine-tuning. The defaults are MORE-R1's."""
+
+    responses: str = setting("", "JSONL of {id, response}, as sft.annotate writes it; empty: the gold answer alone",
+                             top=True, path="file", resume="free")
+    samples: str = inputs("", "JSON list of sample ids to train on (sft.annotate writes the drawn ones); empty for all",
+                          path="file", resume="free")
+    epochs: int = setting(20, "passes over the responses", top=True, above=0)
+    batch_size: int = setting(128, "responses per update, over all ranks and accumulation steps", top=True, least=1)
+    learning_rate: float = setting(1e-4, "peak of AdamW's learning rate", top=True, above=0)
+    max_tokens: int = setting(2096, "prompt and response together; longer ones are dropped and counted, never cut", top=True, least=1)
+    validate_every: int = validation(1, "epochs between validations", least=1)
+    patience: int = validation(0, "stop after so many validations in a row without a new best; 0 for no limit", least=0)
+    minutes: float = setting(0.0, "stop after the epoch in which this many minutes are over (a control of equal time); 0 for no "
+                                  "limit", group="optimizer", least=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.samples and self.responses:
+            raise ValueError("--samples with --responses: the responses name their samples; give one of the two")
+        if self.patience and not self.valid_split:
+            raise ValueError(f"--patience is {self.patience}; expected 0 (no limit), or more with a --valid_split")
+
+
+refuse_early(Settings, __name__)
+
 import torch
 
 from grpo.group import Group, make_packs, pad_rows
@@ -19,34 +49,6 @@ from grpo.runtime.liveness import heartbeat
 from grpo.runtime.log import Stopwatch, progress, say
 from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optimizer, optimizer_step, packed_pass
 from grpo.runtime.run import Run, read_ids, read_lines
-from grpo.runtime.settings import TrainingSettings, parse, run_program, setting
-
-
-@dataclass
-class Settings(TrainingSettings):
-    """Stage 1: supervised fine-tuning. The defaults are MORE-R1's."""
-
-    responses: str = setting("", "JSONL of {id, response}, as sft.annotate writes it; empty: the gold answer alone")
-    samples: str = setting("", "JSON list of sample ids to train on (sft.annotate writes the drawn ones); empty for all")
-    epochs: int = setting(20, "passes over the responses")
-    batch_size: int = setting(128, "responses per update, over all processes and accumulation steps")
-    learning_rate: float = setting(1e-4, "peak of AdamW's learning rate")
-    max_tokens: int = setting(2096, "prompt and response together; longer ones are dropped and counted, never cut")
-    validate_every: int = setting(1, "epochs between validations")
-    patience: int = setting(0, "stop after so many validations in a row without a new best; 0 for no limit")
-    minutes: float = setting(0.0, "stop after the epoch in which this many minutes are over (a control of equal time); 0 for no limit")
-
-    def check(self) -> None:
-        super().check()
-        for name in ("batch_size", "max_tokens", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; at least 1 expected")
-        if self.samples and self.responses:
-            raise ValueError("--samples with --responses: the responses name their samples; give one of the two")
-        if not self.minutes >= 0:
-            raise ValueError(f"--minutes is {self.minutes}; it must be 0 (no limit) or more")
-        if self.patience < 0 or self.patience and not self.valid_split:
-            raise ValueError(f"--patience is {self.patience}; expected 0 (no limit), or more with a --valid_split")
 
 
 def training_pairs(run: Run) -> list[tuple]:
@@ -152,7 +154,7 @@ def report_dropped(epoch: int, trained: int, given: int, limit: int) -> None:
 
 
 def main() -> None:
-    settings = parse(Settings)
+    settings = read_settings(Settings)
     run = Run(settings, reasoning=bool(settings.responses))
     train(run, training_pairs(run))
     run.close()

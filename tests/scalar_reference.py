@@ -49,10 +49,11 @@ def kl(p, q, kind):
 def loss(
     completions, old, reference, A, *,
     clip_low, clip_high, beta, kl_kind, level, aggregate, surrogate, kl_weighted, length, frozen=None,
+    tau_positive=1.0, tau_negative=1.05, k_positive=2.0, lambda_positive=3.0, k_negative=3.0, lambda_negative=2.0,
 ):
     """The loss of lists of log-probabilities, one list a completion.
 
-    `frozen` are the log-probabilities at which CISPO's weight stands still while differences are taken.
+    `frozen` are the log-probabilities at which CISPO's and VESPO's weights stand still while differences are taken.
     """
     frozen = completions if frozen is None else frozen
     sequences = []
@@ -60,7 +61,14 @@ def loss(
         terms = []
         for t, p in enumerate(tokens):
             r = ratio(tokens, old[i], t, level)
-            if surrogate == "cispo":
+            if surrogate == "sapo":
+                tau = tau_positive if A[i] > 0 else tau_negative
+                gain = 4 / tau / (1 + math.exp(-tau * (r - 1))) * A[i]
+            elif surrogate == "vespo":
+                w = math.exp(math.fsum(frozen[i])) / math.exp(math.fsum(old[i]))
+                k, lam = (k_positive, lambda_positive) if A[i] >= 0 else (k_negative, lambda_negative)
+                gain = w**k * math.exp(lam) * math.exp(-lam * w) * A[i] * p
+            elif surrogate == "cispo":
                 gain = clip(ratio(frozen[i], old[i], t, level), clip_low, clip_high) * A[i] * p
             else:
                 gain = min(r * A[i], clip(r, clip_low, clip_high) * A[i])

@@ -14,6 +14,7 @@ import rewards.more
 import sft.train
 from grpo.runtime.checkpoints import Checkpoints, differences, read_state, refusal, rows_of
 from grpo.runtime.fsdp import shard
+from grpo.runtime.settings import resume_rules
 from processes import run_processes
 from programs import COMMON, lines, tensors
 
@@ -267,10 +268,11 @@ def test_resume_never_begins_anew(halfway, capsys):
 
 def test_a_setting_that_an_older_version_did_not_have_is_no_difference():
     ran = {"settings": {"seed": 1}, "model_hash": "a", "data_hash": "b", "file_hashes": {}}
-    assert differences(ran, {**ran, "settings": {"seed": 1, "new": 2}}) == {}
-    assert differences(ran, {**ran, "settings": {"seed": 2}}) == {"seed": (1, 2)}
-    assert differences(ran, {**ran, "file_hashes": {"responses": "c"}}) == {"responses": (None, "c")}
-    assert refusal({"task": ("more", "jmere")}, "place", "changed") and not refusal({"seed": (1, 2)}, "place", "changed")
+    assert differences(ran, {**ran, "settings": {"seed": 1, "new": 2}}, {}) == {}
+    assert differences(ran, {**ran, "settings": {"seed": 2}}, {}) == {"seed": (1, 2)}
+    assert differences(ran, {**ran, "file_hashes": {"responses": "c"}}, {}) == {"responses": (None, "c")}
+    rules = resume_rules(grpo.train.Settings())
+    assert refusal({"task": ("more", "jmere")}, "place", "changed", rules) and not refusal({"seed": (1, 2)}, "place", "changed", rules)
 
 
 # ── other numbers of processes ───────────────────────────────────────────────────────────────────────────────────

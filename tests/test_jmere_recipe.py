@@ -58,7 +58,7 @@ def test_every_stage_gives_its_programs_settings_that_they_know(tmp_path):
     assert not by_output["out/test/sft"].reasoning and not by_output["out/test/zero_shot_greedy"].reasoning
     assert by_output["out/only_rl"].model == "a/model"
     assert by_output["out/without_partial"].reward_weights == "partial=0,format=0"
-    assert [by_output[f"out/groups_{size}"].group_size for size in (2, 4, 16)] == [2, 4, 16]
+    assert [by_output[f"out/groups_{size}"].objective.group_size for size in (2, 4, 16)] == [2, 4, 16]
     for name, filters in (("score", (True, False)), ("repredict", (False, True)), ("both", (False, False))):
         data = by_output[f"out/mp_cot_without_{name}.jsonl"]
         assert (data.repredict, data.score, data.responses) == (*filters, "out/mp_cot.responses.jsonl")

@@ -20,7 +20,9 @@ from grpo.objective import (
     kl_estimate,
     mean_statistics,
     ppo_surrogate,
+    sapo_surrogate,
     truncation_mask,
+    vespo_surrogate,
 )
 
 NAN = float("nan")
@@ -313,6 +315,26 @@ def test_cispo_bounds_a_tokens_weight_and_keeps_its_gradient(r, A, weight):
     assert math.isclose(-gradient_of(loss, logp).item(), weight * A, rel_tol=1e-12)
 
 
+def test_sapo_starts_with_the_policy_gradient_and_fades_without_an_edge():
+    r = column(0.0, 1.0, 1.5, 30.0).requires_grad_()
+    for A, tau in ((2.0, 1.0), (-2.0, 1.05)):
+        gain = sapo_surrogate(r, torch.full_like(r, A))
+        slope, = torch.autograd.grad(gain.sum(), r)
+        assert torch.allclose(gain[1], r.new_tensor(2 / tau * A)) and torch.allclose(slope[1], r.new_tensor(A))
+        assert 0 < slope[2] / A < 1 and 0 < slope[3] / A < 1e-11 and 0 < slope[0] / A < 1
+
+
+def test_vespo_weighs_a_completion_by_the_ratio_of_the_whole():
+    logp = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[-1.1, -1.7, 0.0], [-1.0, -1.0, -1.0]], dtype=torch.float64)  # w = exp(−0.2), and 1
+    A = column(1.0, -2.0)
+    slope, = torch.autograd.grad(vespo_surrogate(logp, old, A).sum(), logp)
+    w = math.exp(-0.2)
+    assert torch.allclose(slope[0], slope.new_tensor(w**2 * math.exp(3 * (1 - w)))) and torch.allclose(slope[1], A[1])
+    far, = torch.autograd.grad(vespo_surrogate(logp + 40.0, old, A).sum(), logp)
+    assert (far == 0).all()  # and not NaN: exp of what exp has overflown
+
+
 def test_without_a_clip_the_surrogate_is_the_bare_product():
     r, A = column(0.01, 1.0, 100.0), column(-1.0, 1.0, 2.0)
     assert torch.equal(ppo_surrogate(r, A, None, None), r * A)
@@ -434,7 +456,7 @@ def test_only_the_policy_is_trained():
         (dict(kl="k4"), "kl is 'k4'; it takes one of 'k1', 'k2', 'k3'"),
         (dict(level="word"), "level is 'word'; it takes one of 'token', 'sequence'"),
         (dict(aggregate="mean"), "aggregate is 'mean'; it takes one of 'sequence', 'token', 'constant'"),
-        (dict(surrogate="trpo"), "surrogate is 'trpo'; it takes one of 'ppo', 'cispo'"),
+        (dict(surrogate="trpo"), "surrogate is 'trpo'; it takes one of 'ppo', 'cispo', 'sapo', 'vespo'"),
         (dict(aggregate="constant"), "length is None; aggregate=\"constant\" takes a positive number"),
         (dict(denominator=0), "denominator is 0; it takes a positive count"),
         (dict(denominator=NAN), "denominator is nan; it takes a positive count"),

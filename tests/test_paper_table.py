@@ -79,7 +79,7 @@ def test_the_recipes_hold_the_papers_settings():
         assert recipe["valid_split"] == "val"
     assert (warm_up["learning_rate"], warm_up["batch_size"], stage_2["learning_rate"]) == (2e-5, 8, 2e-6)
     preset = parse(grpo.train.Settings, ["--config", str(RECIPE / "grpo.json"), "--model", "m",
-                                         "--data", "d", "--output", "o"]).preset()
+                                         "--data", "d", "--output", "o"]).objective
     assert (preset.updates, preset.clip_low, preset.clip_high) == (1, None, None)
     assert (preset.beta, preset.aggregate) == (0.01, "sequence")
     assert (test["temperature"], test["max_completion_tokens"], test["split"]) == (0.8, 2048, "test")

@@ -15,7 +15,7 @@ from grpo.plan.__main__ import Settings, advice, changed, main, moves, plan, sug
 from grpo.plan.costs import Costs, read_shape, shape_of
 from grpo.runtime.fsdp import shard, unsharded
 from grpo.runtime.optim import set_gradient_checkpointing
-from grpo.runtime.settings import LORA_TARGETS, parse
+from grpo.runtime.settings import LORA_TARGETS, as_dict, parse
 from grpo.train import Settings as TrainSettings
 from processes import run_processes
 from tiny import IMAGE, tiny_policy, tiny_prompt
@@ -252,9 +252,9 @@ def test_the_program_says_what_fits_and_writes_the_numbers(tmp_path, monkeypatch
 def test_every_setting_of_the_plan_that_is_no_machines_is_one_of_the_training(seven):
     """What is suggested can be typed."""
     ours = {f.name for f in fields(Settings)}
-    assert {name for name, _ in moves(settings("m"), 1)} - {"gpus"} <= {f.name for f in fields(TrainSettings)}
+    assert {name for name, _ in moves(settings("m"), 1)} - {"gpus"} <= set(as_dict(TrainSettings()))
     shared = {"shard_size", "load_in_turns", "rollout_weights", "tokens_per_pass", "rollout_rows", "lora_targets", "updates"}
-    assert shared <= ours & {f.name for f in fields(TrainSettings)}
+    assert shared <= ours & set(as_dict(TrainSettings()))
 
 
 def test_loading_in_turns_needs_host_memory_for_one_copy(tmp_path, monkeypatch, capsys):
@@ -297,9 +297,9 @@ def test_a_config_that_is_none_is_refused_by_its_name(tmp_path, content, expecte
 
 
 def test_every_setting_has_a_help_text_and_the_trainers_names_keep_their_types():
-    theirs = {f.name: f for f in fields(TrainSettings)}
+    theirs = as_dict(TrainSettings())
     for f in fields(Settings):
         assert f.metadata.get("help"), f.name
-        if f.name in theirs and theirs[f.name].default is not None and f.name != "model":
-            assert f.default == theirs[f.name].default, f.name
+        if f.name in theirs and f.name != "model":
+            assert f.default == theirs[f.name] and type(f.default) is type(theirs[f.name]), f.name
     assert parse(Settings, ["--model", "m", "--gpus", "2", "4"]).gpus == [2, 4]

@@ -26,6 +26,10 @@ PAPERS = {
     "dapo": ("group", dict(clip_high=0.28, aggregate="token")),
     "gspo": ("group", dict(level="sequence", clip_low=3e-4, clip_high=4e-4)),
     "cispo": ("group", dict(surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token")),
+    "bnpo": ("group", dict(aggregate="token")),
+    "luspo": ("group", dict(level="sequence", aggregate="constant", length=1, clip_low=3e-4, clip_high=4e-4)),
+    "sapo": ("group", dict(surrogate="sapo", **UNCLIPPED)),
+    "vespo": ("group", dict(surrogate="vespo", aggregate="token", **UNCLIPPED)),
     "rloo": ("leave-one-out", dict(aggregate="constant", length=1, **UNCLIPPED)),
     "reinforce++": ("centred-batch", dict(kl_kind="k2", beta=0.001)),
 }
@@ -36,6 +40,7 @@ LOOPS = {
     "dapo": dict(updates=2, zero_variance_groups="resampled", overlong_share=0.2),
     "gspo": dict(updates=2),
     "cispo": dict(updates=2),
+    **{name: dict(updates=2) for name in ("bnpo", "luspo", "sapo", "vespo")},
     "rloo": dict(kl_in_reward=True, beta=0.05),
 }
 

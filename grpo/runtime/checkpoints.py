@@ -266,19 +266,13 @@ def part_fault(path: Path, expected: dict) -> str:
     return "" if sha256(path) == expected["sha256"] else f"the contents of {path.name} are not what was written"
 
 
-# Settings that change where and how fast, not what; those of which other values would make another run; and files,
-# which may lie elsewhere as long as their contents are the same.
-FREE = {"output", "rollout_rows", "cache_gigabytes", "keep_features", "offload_reference",
-        "offload_optimizer", "tokens_per_pass", "gradient_checkpointing", "tensorboard", "checkpoint_every", "checkpoints_kept",
-        "resume", "max_bad_updates", "hang_minutes", "shard_size", "load_in_turns", "rollout_weights", "rollout_log_every", "rollout_log_groups",
-        "rollout_log_megabytes", "model", "data", "responses", "samples", "predictions"}
-NEVER = {"task", "split", "lora_rank", "lora_alpha", "lora_targets", "train_vision", "model_hash"}
+def differences(before: dict, now: dict, rules: dict[str, str]) -> dict[str, tuple]:
+    """Name → (before, now) of everything in two runs' provenance that decides what is learned; see provenance.what_ran.
 
-
-def differences(before: dict, now: dict) -> dict[str, tuple]:
-    """Name → (before, now) of everything in two runs' provenance that decides what is learned; see provenance.what_ran."""
+    `rules` says of a setting's name whether it is "free" to differ (settings.resume_rules).
+    """
     def deciding(ran: dict) -> dict:
-        settings = {name: value for name, value in ran["settings"].items() if name not in FREE}
+        settings = {name: value for name, value in ran["settings"].items() if rules.get(name) != "free"}
         files = {name: ran["file_hashes"].get(name) for name in FILES}  # None: not given, which is a difference too
         return settings | {name: ran[name] for name in ("model_hash", "data_hash")} | files
 
@@ -286,11 +280,12 @@ def differences(before: dict, now: dict) -> dict[str, tuple]:
     return {name: (before[name], now[name]) for name in before if name in now and before[name] != now[name]}
 
 
-def refusal(changed: dict[str, tuple], place: Path, resume: str) -> str:
-    """Why a run must not go on from `place`, "" if it may."""
-    if not changed or resume == "changed" and not set(changed) & NEVER:
+def refusal(changed: dict[str, tuple], place: Path, resume: str, rules: dict[str, str]) -> str:
+    """Why a run must not go on from `place`, "" if it may. Another model, or a setting that "never" may differ, is
+    another run."""
+    forbidden = {name: pair for name, pair in changed.items() if name == "model_hash" or rules.get(name) == "never"}
+    if not changed or resume == "changed" and not forbidden:
         return ""
-    forbidden = {name: pair for name, pair in changed.items() if name in NEVER}
     shown = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in (forbidden or changed).items())
     if forbidden:
         return f"{place} is of another run: {shown}; choose another --output, or --resume never to begin anew in this one"

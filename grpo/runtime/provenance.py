@@ -1,6 +1,5 @@
 """What ran: settings, versions, the commit, and a cheap hash of data and model, so that a result can be traced."""
 
-import dataclasses
 import hashlib
 import os
 import subprocess
@@ -12,6 +11,7 @@ import torch
 import transformers
 
 from grpo.engine.files import model_file
+from grpo.runtime.settings import as_dict
 
 PIECE = 2**20  # bytes hashed at either end of a file
 CONTENTS = 256  # files of which contents are hashed, the largest first
@@ -23,7 +23,7 @@ def what_ran(settings) -> dict:
     """The content of settings.json for one run of a program."""
     python = sys.version.split()[0]
     return {
-        "settings": dataclasses.asdict(settings),
+        "settings": as_dict(settings),
         "versions": {"python": python, "torch": torch.__version__, "transformers": transformers.__version__},
         "commit": commit(),
         "data_hash": fingerprint(Path(settings.data)),

@@ -25,7 +25,7 @@ from grpo.runtime.memory import move_state
 from grpo.runtime.metrics import MetricsLog
 from grpo.runtime.optim import set_gradient_checkpointing
 from grpo.runtime.provenance import what_ran
-from grpo.runtime.settings import TrainingSettings
+from grpo.runtime.settings import TrainingSettings, resume_rules
 
 STOPPED = 128 + signal.SIGTERM  # exit status, as a shell says it
 
@@ -91,7 +91,6 @@ class Run:
     def __init__(self, settings: TrainingSettings, reasoning: bool = True):
         settings.check()
         self.device = start(settings.hang_minutes)
-        settings.check()
         self.told_to_stop = False
         signal.signal(signal.SIGTERM, self.stop)
         self.settings, self.output = settings, Path(settings.output)
@@ -137,8 +136,9 @@ class Run:
         saved = self.checkpoints.newest()
         if saved is None:
             return {}
-        changed = differences(saved["ran"], self.ran)
-        if fault := refusal(changed, self.checkpoints.good, self.settings.resume):
+        rules = resume_rules(self.settings)
+        changed = differences(saved["ran"], self.ran, rules)
+        if fault := refusal(changed, self.checkpoints.good, self.settings.resume, rules):
             raise ValueError(fault)
         say(f"{self.checkpoints.good}: going on after step {saved['step']}"
             + "".join(f"; {name} {old!r} → {new!r}" for name, (old, new) in changed.items()))

@@ -1,160 +1,379 @@
-"""One dataclass a program: its fields are the command line, their help texts the manual.
+"""One dataclass a program: its fields are the command line, their help texts the manual. No torch here.
 
 Unknown or ill-typed settings are refused in one line with the nearest right name. `--config FILE` reads settings
-from a JSON object first; the command line overrides it.
+from a JSON object first; the command line overrides it. Besides its help text, a field may say of itself:
+
+    group     the title under which --help lists it; top=True: among those that are set first
+    choices   what it may be; a number's `least`, `most`, or what it must be `above`
+    path      "file", "folder" or "model" that must be there, "output" for a folder to write
+    resume    where a run goes on: "free" may differ, "never" must not, anything else takes --resume changed
+    family    a function, name → dataclass of further settings, with that `name` and a `source`, beside the program's own
+    positional  given without its name
 """
 
-import dataclasses
+import argparse
 import difflib
 import json
 import math
 import os
+import re
 import sys
 import time
-from dataclasses import dataclass, field
+import typing
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import Callable, Iterator, Mapping, NamedTuple, TypeVar
 
-from transformers import HfArgumentParser
+from data.task import resolve_task
+from grpo.variants import check_choice, setting
 
 T = TypeVar("T")
 LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # attention and MLP: every matrix of a layer
+FIRST = "set first"
+KINDS = {bool: ("True|False", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "a text")}
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+RENAMED = {"journal_every": "rollout_log_every", "journal_groups": "rollout_log_groups", "flat_groups": "zero_variance_groups",
+           "journal_megabytes": "rollout_log_megabytes", "picture_tokens": "image_tokens"}
+ELSEWHERE = {  # ours: what other trainers call it
+    "model": "model_name_or_path pretrained", "data": "dataset dataset_name data_path train_files", "output": "output_dir save_path",
+    "learning_rate": "lr actor_lr", "epochs": "num_train_epochs num_epochs total_epochs", "max_rollouts": "max_steps total_steps",
+    "prompts_per_rollout": "batch batch_size train_batch_size rollout_batch_size per_device_train_batch_size",
+    "batch_size": "batch train_batch_size per_device_train_batch_size", "group_size": "num_generations n rollout_n G",
+    "tokens_per_pass": "gradient_accumulation_steps micro_batch_size mini_batch_size", "updates": "num_iterations ppo_epochs mu",
+    "max_completion_tokens": "max_completion_length max_new_tokens max_response_length", "warmup": "warmup_ratio warmup_steps",
+    "max_prompt_tokens": "max_prompt_length", "max_tokens": "max_length max_seq_length", "schedule": "lr_scheduler_type",
+    "beta": "kl_coef kl_beta kl_loss_coef", "clip_low": "epsilon clip_ratio_low cliprange", "clip_high": "epsilon_high clip_ratio_high",
+    "objective": "loss_type adv_estimator", "level": "importance_sampling_level", "scale": "scale_rewards",
+    "truncated": "mask_truncated_completions", "checkpoint_every": "save_steps save_freq", "checkpoints_kept": "save_total_limit",
+    "validate_every": "eval_steps test_freq", "resume": "resume_from_checkpoint", "dtype": "bf16 fp16 torch_dtype",
+    "lora_rank": "lora_r", "lora_targets": "lora_target_modules target_modules", "reward_weights": "reward_weight",
+    "max_grad_norm": "grad_clip max_norm", "rollout_rows": "max_num_seqs"}
 
 
-def setting(default, help: str, **more):
-    """A dataclass field with a help text."""
-    return field(default=default, metadata={"help": help, **more})
-
-
-def required(help: str):
+def required(help: str, **more):
     """A field that the command line must give (dataclasses want a default once one field has one)."""
-    return field(default="", metadata={"help": help + " (required)", "required": True})
+    return setting("", help, required=True, **{"top": True, **more})
+
+
+speed = partial(setting, group="memory and speed", resume="free")
+inputs = partial(setting, group="data and model")
+trained = partial(setting, group="what trains")
+optimizer = partial(setting, group="optimizer")
+validation = partial(setting, group="validation")
+saving = partial(setting, group="checkpoints and logs", resume="free")
+ranks = partial(setting, group="ranks", resume="free")
 
 
 @dataclass
 class CommonSettings:
     """What every program that runs a model on a task asks for."""
 
-    model: str = required("checkpoint folder or hub name: Qwen2.5-VL, Qwen3-VL or LLaVA-1.5 weights")
-    data: str = required("folder of the task's dataset")
-    output: str = required("folder for everything this run writes")
-    task: str = setting("more", "a task here (more, jmere), a module of yours with both halves, or data_module,rewards_module")
-    missing_images: str = setting("stop", "images that are not there: stop, drop the samples, or blank (a grey one)",
-                                  choices=("stop", "drop", "blank"))
-    max_pixels: int = setting(1280 * 28 * 28, "largest area of an image in pixels; 28 × 28 become one token "
-                                                "(Qwen3-VL: 32 × 32; LLaVA-1.5 has one size and does not ask)")
-    max_completion_tokens: int = setting(1024, "longest completion, end token included")
-    rollout_rows: int = setting(64, "completions written at once on each process: memory, not result")
-    dtype: str = setting("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it",
-                         choices=("auto", "float32", "bfloat16"))
-    seed: int = setting(0, "of every draw: data order, curriculum, sampling noise")
+    model: str = required("checkpoint folder or hub name: Qwen2.5-VL, Qwen3-VL or LLaVA-1.5 weights", path="model", resume="free")
+    data: str = required("folder of the task's dataset", path="folder", resume="free")
+    output: str = required("folder for everything this run writes", path="output", resume="free")
+    task: str = setting("more", "a task here (more, jmere), a module of yours with both halves, or data_module,rewards_module",
+                        top=True, resume="never")
+    missing_images: str = inputs("stop", "images that are not there: stop, drop the samples, or blank (a grey one)",
+                                 choices=("stop", "drop", "blank"))
+    max_pixels: int = inputs(1280 * 28 * 28, "largest area of an image in pixels; 28 × 28 become one token "
+                                             "(Qwen3-VL: 32 × 32; LLaVA-1.5 has one size and does not ask)")
+    max_completion_tokens: int = setting(1024, "longest completion, end token included", top=True, above=0)
+    rollout_rows: int = speed(64, "completions written at once on each rank; changes memory use only", above=0)
+    dtype: str = inputs("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it",
+                        choices=("auto", "float32", "bfloat16"))
+    seed: int = inputs(0, "random seed: data order, curriculum, sampling noise")
+
+    def check(self) -> None:
+        """Refuse what cannot be run."""
+        check_ranges(self)
 
 
 @dataclass
 class TrainingSettings(CommonSettings):
     """What both trainers ask for besides."""
 
-    split: str = setting("train", "split to train on")
-    valid_split: str = setting("valid", "split for validation; empty for none, then the last weights are kept")
-    valid_samples: int = setting(0, "validate on this many, drawn by the seed; 0 for all")
-    valid_metric: str = setting("f1", "which of the task's metrics decides the best checkpoint")
-    cache_gigabytes: float = setting(4.0, "memory for encoded images that are kept between epochs, on each process")
-    keep_features: bool = setting(False, "keep a frozen vision encoder's features between epochs in the pixels' place, so "
-                                  "that it sees no image twice; two runs then agree to rounding, not to the bit")
-    offload_reference: bool = setting(False, "keep the reference's weights in host memory between its layers' turns")
-    offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory between its steps")
-    train_vision: bool = setting(False, "train the vision encoder and its projector too; the papers keep them frozen")
-    lora_rank: int = setting(0, "train an adapter of this rank on the language model instead of its weights; 0 for "
-                                "none. <output>/model has it merged, <output>/adapter holds it alone, as peft loads it")
-    lora_alpha: float = setting(64.0, "the adapter's output is scaled by α / rank (JMERE-R1: rank 128, α 64)")
-    lora_targets: str = setting(LORA_TARGETS, "names of the adapted matrices, separated by commas")
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input in the update pass alone; above 0 GRPO's ratios "
-                                       "past the first pass and its KL hold the dropout's noise too")
-    tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward: memory, not result")
-    gradient_checkpointing: bool = setting(False, "recompute activations layer by layer: less memory, more time")
-    warmup: float = setting(0.05, "share of the updates in which the learning rate rises")
-    schedule: str = setting("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
-    weight_decay: float = setting(0.1, "AdamW's, on matrices only")
-    adam_beta1: float = setting(0.9, "AdamW β₁")
-    adam_beta2: float = setting(0.95, "AdamW β₂")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    max_bad_updates: int = setting(3, "an update whose loss or gradient is not finite is skipped; stop after so many in a row")
-    checkpoint_every: int = setting(20, "updates of SFT, rollouts of GRPO, between checkpoints of the whole training state in "
-                                        "<output>/checkpoints; 0: only at the end and on SIGTERM")
-    checkpoints_kept: int = setting(2, "the newest so many stay; the best weights are in <output>/model besides")
-    resume: str = setting("auto", "what to do with checkpoints in --output. auto: go on from the newest whole one, refuse if "
-                                  "settings or data differ; changed: go on with the new settings; never: begin anew",
-                          choices=("auto", "changed", "never"))
-    hang_minutes: float = setting(30.0, "end, and say which process is missing, when none has made progress for so long")
-    shard_size: int = setting(0, "spread the weights over so many processes and keep a copy in each further so many (hybrid "
-                                 "sharding, for slow links between machines); 0: over all")
-    load_in_turns: bool = setting(False, "the processes of a machine load one after the other: host memory for one set of "
-                                         "float32 weights instead of one each, for as many times the time")
-    rollout_weights: str = setting("auto", "of sharded weights in a rollout. whole: gathered once on every process; layers: a layer "
-                                           "at a time, every token; auto: whole where it fits", choices=("auto", "whole", "layers"))
-    tensorboard: str = setting("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
-                               choices=("auto", "on", "off"))
+    split: str = inputs("train", "split to train on", resume="never")
+    valid_split: str = validation("valid", "split for validation; empty for none, then the last weights are kept")
+    valid_samples: int = validation(0, "validate on this many, drawn by the seed; 0 for all", least=0)
+    valid_metric: str = validation("f1", "which of the task's metrics decides the best checkpoint")
+    cache_gigabytes: float = speed(4.0, "memory for encoded images that are kept between epochs, on each rank")
+    keep_features: bool = speed(False, "keep a frozen vision encoder's features between epochs in the pixels' place, so "
+                                       "that it sees no image twice; two runs then agree to rounding, not to the bit")
+    offload_reference: bool = speed(False, "keep the reference's weights in host memory between its layers' turns")
+    offload_optimizer: bool = speed(False, "keep the optimizer's state in host memory between its steps")
+    train_vision: bool = trained(False, "train the vision encoder and its projector too; the papers keep them frozen", resume="never")
+    lora_rank: int = trained(0, "train an adapter of this rank on the language model instead of its weights; 0 for none. "
+                                "<output>/model has it merged, <output>/adapter holds it alone, as peft loads it",
+                             top=True, resume="never", least=0)
+    lora_alpha: float = trained(64.0, "the adapter's output is scaled by α / rank (JMERE-R1: rank 128, α 64)", resume="never", above=0)
+    lora_targets: str = trained(LORA_TARGETS, "names of the adapted matrices, separated by commas", resume="never")
+    lora_dropout: float = trained(0.0, "dropout on the adapter's input in the update pass alone, below 1; above 0 GRPO's "
+                                       "ratios past the first pass and its KL hold the dropout's noise too", least=0)
+    tokens_per_pass: int = speed(16384, "packed tokens of one forward and backward; changes memory use only", above=0)
+    gradient_checkpointing: bool = speed(False, "recompute activations layer by layer: less memory, more time", top=True)
+    warmup: float = optimizer(0.05, "share of the updates in which the learning rate rises", least=0, most=1)
+    schedule: str = optimizer("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
+    weight_decay: float = optimizer(0.1, "AdamW's, on matrices only")
+    adam_beta1: float = optimizer(0.9, "AdamW β₁")
+    adam_beta2: float = optimizer(0.95, "AdamW β₂")
+    max_grad_norm: float = optimizer(1.0, "gradients are scaled down to this norm", above=0)
+    max_bad_updates: int = optimizer(3, "an update whose loss or gradient is not finite is skipped; stop after so many in a row",
+                                     resume="free", above=0)
+    checkpoint_every: int = saving(20, "updates of SFT, rollouts of GRPO, between checkpoints of the whole training state in "
+                                       "<output>/checkpoints; 0: only at the end and on SIGTERM", least=0)
+    checkpoints_kept: int = saving(2, "the newest so many stay; the best weights are in <output>/model besides", above=0)
+    resume: str = saving("auto", "what to do with checkpoints in --output. auto: go on from the newest whole one, refuse if "
+                                 "settings or data differ; changed: go on with the new settings; never: begin anew",
+                         choices=("auto", "changed", "never"))
+    hang_minutes: float = ranks(30.0, "end, and say which rank is missing, when none has made progress for so long", above=0)
+    shard_size: int = ranks(0, "shard the weights over so many ranks and keep a copy in each further so many (hybrid "
+                               "sharding, for slow links between machines); 0: over all", least=0)
+    load_in_turns: bool = ranks(False, "the ranks of a machine load one after the other: host memory for one set of "
+                                       "float32 weights instead of one each, for as many times the time")
+    rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once on every rank; layers: a layer "
+                                         "at a time, every token; auto: whole where it fits", choices=("auto", "whole", "layers"))
+    tensorboard: str = saving("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
+                              choices=("auto", "on", "off"))
 
     def check(self) -> None:
         """Refuse what no training can be done with."""
-        positive = ("learning_rate", "epochs", "tokens_per_pass", "max_grad_norm", "rollout_rows", "max_completion_tokens",
-                    "max_bad_updates", "checkpoints_kept", "hang_minutes")
-        for name in positive:
-            if not getattr(self, name) > 0:  # so said, it refuses what is no number too
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("valid_samples", "checkpoint_every", "shard_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.lora_rank < 0 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_rank is {self.lora_rank}, --lora_alpha {self.lora_alpha}, --lora_dropout "
-                             f"{self.lora_dropout}; expected a rank from 0, an α above 0, a dropout from 0 to below 1")
+        super().check()
+        if not self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout is {self.lora_dropout}; it must be below 1")
         if self.lora_rank and self.train_vision:
             raise ValueError("--train_vision with --lora_rank: an adapter leaves all else frozen; give one of the two")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"--warmup is {self.warmup}; it is a share between 0 and 1")
 
 
-class Parser(HfArgumentParser):
+# ── command line → settings ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Option(NamedTuple):
+    """One setting: its field's name, type and metadata, its value, and the title under which --help lists it."""
+
+    name: str
+    type: type
+    about: Mapping
+    value: object
+    title: str
+
+
+def options(settings, title: str = "settings") -> Iterator[Option]:
+    """Every setting: the program's own before those that it inherits, a family's members behind the family's name."""
+    types, classes = typing.get_type_hints(type(settings)), enumerate(type(settings).__mro__)
+    depth = {name: i for i, one in classes for name in getattr(one, "__dataclass_fields__", ())}
+    for f in sorted(fields(settings), key=lambda f: depth[f.name]):
+        value = getattr(settings, f.name)
+        if "family" in f.metadata:
+            yield Option(f.name, str, f.metadata, value.name, FIRST)
+            yield from options(value, f"{f.name} {value.name}: {value.source}".rstrip(": "))
+        elif "help" in f.metadata:
+            yield Option(f.name, types[f.name], f.metadata, value, FIRST if f.metadata.get("top") else f.metadata.get("group", title))
+
+
+def as_dict(settings) -> dict:
+    """Name → value of every setting: what settings.json holds."""
+    return {option.name: option.value for option in options(settings)}
+
+
+def resume_rules(settings) -> dict[str, str]:
+    """Name → "free" or "never" of the settings that may, or must not, differ where a run goes on."""
+    return {option.name: option.about["resume"] for option in options(settings) if "resume" in option.about}
+
+
+def parse(kind: type[T], words: list[str] | None = None) -> T:
+    """Command line → settings. Raises ValueError, in one line, for whatever does not fit."""
+    words, settings = list(sys.argv[1:] if words is None else words), kind()
+    families = [f for f in fields(kind) if "family" in f.metadata]
+    chooser = Parser(add_help=False, allow_abbrev=False)  # of what decides which settings there are
+    for name in ("config", *(f.name for f in families)):
+        chooser.add_argument(f"--{name}")
+    chosen = chooser.parse_known_args(words)[0]
+    recipe = read_recipe(chosen.config) if chosen.config else {}
+    for f in families:
+        name = getattr(chosen, f.name)
+        if (name := recipe.get(f.name) if name is None else name) is not None:
+            settings = replace(settings, **{f.name: f.metadata["family"](str(name))})
+    known = {option.name: option for option in options(settings)}
+    found, rest = make_parser(kind, settings).parse_known_args(words)
+    if rest:
+        raise ValueError(no_setting(rest[0], known))
+    given = {name: recipe_value(chosen.config, name, value, known) for name, value in recipe.items()} | vars(found)
+    if missing := [f"--{name}" for name, option in known.items() if option.about.get("required") and name not in given]:
+        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+    return with_values(settings, given)
+
+
+def with_values(settings: T, given: dict) -> T:
+    """`settings` with the given values, a family's members in their own dataclass."""
+    values = {}
+    for f in fields(settings):
+        if "family" in f.metadata:
+            values[f.name] = with_values(getattr(settings, f.name), given)
+        elif "help" in f.metadata and f.name in given:
+            values[f.name] = given[f.name]
+    return replace(settings, **values)
+
+
+class Parser(argparse.ArgumentParser):
     """argparse that raises its message instead of printing the usage of fifty settings over it."""
 
     def error(self, message: str):
         raise ValueError(message)
 
 
-def nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def make_parser(kind: type, settings) -> Parser:
+    """The command line of `settings`, whose values are the defaults."""
+    known = list(options(settings))
+    if twice := [name for name, count in Counter(option.name for option in known).items() if count > 1]:
+        raise ValueError(f"there are two settings {twice[0]}: a module's own cannot have the name of one of the program's")
+    started = getattr(sys.modules["__main__"], "__spec__", None)
+    program = started.name if started else kind.__module__
+    asked = [f"--{one.name} {metavar(one)}" for one in known if one.about.get("required")]
+    positional = [f"{metavar(one)} …" for one in known if one.about.get("positional")]
+    usage = " ".join(["python -m", program.removesuffix(".__main__"), *positional, *asked, "[--setting value …]"])
+    parser = Parser(usage=usage, description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys([FIRST, *(one.title for one in known)])}
+    for one in sorted(known, key=lambda one: not one.about.get("required")):
+        add_option(groups[one.title], one, flags=bool(positional))
+    groups[FIRST].add_argument("--config", metavar="FILE", help="JSON object of settings; the command line overrides it")
+    groups[FIRST].add_argument("--help", "-h", action="help", help="say this")
+    return parser
 
 
-def read_config(path: str, known: list[str]) -> list[str]:
-    """A recipe file's settings as command-line words."""
+def add_option(group, option: Option, flags: bool) -> None:
+    """One setting to argparse. flags: a bool takes no value, which beside positional words could be one of them."""
+    kind, _, many = plain_type(option.type)
+    about, name = option.about, option.name if option.about.get("positional") else f"--{option.name}"
+    default = " ".join(map(str, option.value)) if many else "none" if option.value is None else str(option.value)
+    end = " (required)" if about.get("required") else f" (default {default})" if default else ""
+    text = (about["help"] + end).replace("%", "%%")
+    if flags and kind is bool:
+        group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
+        return
+    more = {"nargs": "+"} if many else {"nargs": "?", "const": True} if kind is bool else {}
+    group.add_argument(name, type=partial(from_word, option.type), choices=about.get("choices"), metavar=metavar(option), help=text, **more)
+
+
+def metavar(option: Option) -> str | None:
+    """What stands for the value in --help; None: its choices."""
+    if "choices" in option.about:
+        return None
+    return option.about.get("metavar") or option.about.get("path", "").upper() or KINDS[plain_type(option.type)[0]][0]
+
+
+def plain_type(kind) -> tuple[type, bool, bool]:
+    """(type of one value, whether it may be none, whether there are several): of int | None, list[int], int."""
+    inside = typing.get_args(kind)
+    plain = next((one for one in inside if one is not type(None)), kind)
+    return plain, type(None) in inside, typing.get_origin(kind) is list
+
+
+def from_word(kind, word: str):
+    """A word of the command line as a value of that type."""
+    kind, optional, _ = plain_type(kind)
+    if optional and word.lower() == "none":
+        return None
     try:
-        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return TRUTH[word.lower()] if kind is bool else kind(word)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"found {word!r}; {KINDS[kind][1]} expected") from None
+
+
+# ── a file of settings ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_recipe(path: str) -> dict:
+    """A JSON object of settings; a byte order mark, as some editors write it, is read over."""
+    try:
+        recipe = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"--config {path}: {error}; expected a JSON object of settings") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: found a {type(recipe).__name__}; expected a JSON object of settings")
-    for name in recipe:
-        if name not in known:
-            raise ValueError(f"--config {path}: no setting {name!r}{nearest(name, known)}")
-    return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+    return recipe
 
 
-def parse(kind: type[T], words: list[str] | None = None) -> T:
-    """Command line → settings. Raises ValueError, in one line, for whatever does not fit."""
-    words = list(sys.argv[1:] if words is None else words)
-    known = [f.name for f in dataclasses.fields(kind)]
-    parser = Parser(kind, allow_abbrev=False, description=kind.__doc__)
-    if "--config" in words:
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise ValueError("--config: expected a file name")
-        words = read_config(words[at + 1], known) + words[:at] + words[at + 2 :]
-    settings, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    if rest:
-        name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
-        raise ValueError(f"no setting {rest[0]}{nearest(name, known)}")
+def recipe_value(path: str, name: str, value, known: dict[str, Option]):
+    """A recipe's value, if it is of its setting's type."""
+    if name not in known:
+        raise ValueError(f"--config {path}: {no_setting(name, known)}")
+    kind, optional, many = plain_type(known[name].type)
+    takes = {float: (int, float)}.get(kind, kind)
+    fits = lambda one: isinstance(one, takes) and isinstance(one, bool) == (kind is bool)
+    if not (all(map(fits, value)) if many and isinstance(value, list) else fits(value) or optional and value is None):
+        expected = ("a list, each of it " if many else "") + KINDS[kind][1] + (" or null" if optional else "")
+        raise ValueError(f"--config {path}: {name} is {json.dumps(value)}; {expected} expected")
+    if "choices" in known[name].about:
+        check_choice(f"--config {path}: {name}", value, known[name].about["choices"])
+    return float(value) if kind is float and value is not None else value
+
+
+def no_setting(word: str, known) -> str:
+    """What to say of a name that is none: its new name, ours for another trainer's, or the nearest."""
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    if RENAMED.get(name) in known:
+        return f"setting {name} has a new name: {RENAMED[name]}"
+    close = [ours for ours, theirs in ELSEWHERE.items() if ours in known and name in theirs.split()]
+    close = close or difflib.get_close_matches(name.removeprefix("no_"), list(known), n=1, cutoff=0.5)
+    return f"no setting {word}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+# ── what is refused before anything runs ─────────────────────────────────────────────────────────────────────────
+
+
+def read_settings(kind: type[T], words: list[str] | None = None) -> T:
+    """`parse`, and a refusal of what cannot run: bad values, files and folders that are not there, an unknown task."""
+    settings = parse(kind, words)
+    check_ranges(settings)
+    getattr(settings, "check", lambda: None)()
+    check_paths(settings)
     return settings
+
+
+def refuse_early(kind: type, module: str) -> None:
+    """Stands above a program's heavy imports: --help and what read_settings refuses then need not wait for them."""
+    if module == "__main__":
+        run_program(lambda: read_settings(kind), ends=False)
+
+
+def check_ranges(settings) -> None:
+    """ValueError for a number outside its field's `least`, `most` and `above`, and for one that is none."""
+    for name, _, about, value, _ in options(settings):
+        if value is None or isinstance(value, bool):
+            continue
+        if "least" in about and not value >= about["least"]:
+            raise ValueError(f"--{name} is {value}; it must be {about['least']} or more")
+        if "above" in about and not value > about["above"]:
+            raise ValueError(f"--{name} is {value}; it must be above {about['above']}")
+        if "most" in about and not value <= about["most"]:
+            raise ValueError(f"--{name} is {value}; it must be {about['most']} or less")
+
+
+def check_paths(settings) -> None:
+    """ValueError for what is not there; a fork's task may make of --data what it likes."""
+    task = getattr(settings, "task", "")
+    own = not set(task) & {".", ","}
+    for name, _, about, value, _ in options(settings):
+        kind, path = about.get("path"), Path(str(value))
+        if kind == "output" and any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
+            raise ValueError(f"--{name} {value}: a file; a folder expected")
+        if not value or kind is None or name == "data" and not own:
+            continue
+        if kind == "file" and not path.is_file() or kind == "folder" and not path.is_dir():
+            raise ValueError(f"--{name} {value}: no such {kind}")
+        if kind == "model" and not path.exists() and not maybe_on_hub(value):
+            raise ValueError(f"--{name} {value}: no such folder, nor a model of the hub")
+    if task and own:
+        resolve_task(task)
+
+
+def maybe_on_hub(model: str) -> bool:
+    """Whether it can be a hub's owner/name: no path, and no folder here has the owner's name."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)) and not ("/" in model and Path(model).parent.is_dir())
 
 
 def parse_options(text: str, name: str) -> dict[str, float]:
@@ -187,11 +406,11 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def run_program(main: Callable[[], None]) -> None:
-    """Run a program; what the user can mend ends in one line and exit status 2."""
+def run_program(main: Callable[[], object], ends: bool = True) -> None:
+    """Run a program; what the user can mend ends in one line and exit status 2. ends=False: more follows if all is well."""
     try:
         main()
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if ends and "TORCHELASTIC_RUN_ID" in os.environ:
             leave(0)
     except SystemExit as end:
         if "TORCHELASTIC_RUN_ID" in os.environ:
