@@ -4,14 +4,23 @@
 """
 
 import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.runtime.files import write_json
 from grpo.runtime.log import table
-from grpo.runtime.settings import run_program
+from grpo.runtime.settings import read_settings, run_program, setting
 
 HEADLINE = ("accuracy", "precision", "recall", "f1")
+
+
+@dataclass
+class Settings:
+    """Metrics of several evaluations side by side."""
+
+    evaluations: list[str] = setting([], "a name for each, and the folder that grpo.evaluate wrote", positional=True,
+                                     metavar="NAME=FOLDER", top=True)
+    output: str = setting("", "JSON file for the same numbers; empty for none", top=True)
 
 
 def read_metrics(folder: str, metrics: tuple[str, ...] = HEADLINE) -> dict[str, float]:
@@ -27,22 +36,17 @@ def read_metrics(folder: str, metrics: tuple[str, ...] = HEADLINE) -> dict[str, 
 
 
 def main() -> None:
-    words, output = sys.argv[1:], None
-    if "--output" in words:
-        at = words.index("--output")
-        if at + 1 == len(words):
-            raise ValueError("--output: expected a file name")
-        output = Path(words[at + 1])
-        words = words[:at] + words[at + 2 :]
-    if not words or any("=" not in word for word in words):
-        raise ValueError(f"found {' '.join(words) or 'nothing'}; expected name=folder [name=folder …] [--output FILE]")
+    settings = read_settings(Settings)
+    words = settings.evaluations
+    if any("=" not in word for word in words):
+        raise ValueError(f"found {' '.join(words)}; expected name=folder [name=folder …] [--output FILE]")
     results = {name: read_metrics(folder) for name, _, folder in (word.partition("=") for word in words)}
     print(table([["%", *HEADLINE], *([name, *(f"{100 * row[m]:.2f}" for m in HEADLINE)] for name, row in results.items())]))
     for word in words:
         print(f"{word.partition('=')[0]}: {word.partition('=')[2]}/predictions.jsonl")
-    if output:
-        write_json(output, results)
-        print(f"wrote {output}")
+    if settings.output:
+        write_json(Path(settings.output), results)
+        print(f"wrote {settings.output}")
 
 
 if __name__ == "__main__":

@@ -23,20 +23,19 @@ class Settings:
     """Answer one sample."""
 
     model: str = required("checkpoint folder or hub name of the weights", path="model")
-    task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's own, else more", top=True)
+    task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's, else more", top=True)
     image: str = setting("", "the image's file", top=True, path="file")
     text: str = setting("", "the text that goes with it", top=True)
-    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the image (--box=… where it begins with a minus)",
-                       top=True)
+    box: str = setting("", "MORE: the object, cx,cy,w,h in fractions of the image (--box=… before a minus)", top=True)
     entity: str = setting("", "MORE: the entity, as it stands in the text", top=True)
     exif_orientation: bool = setting(True, "turn a photo as its EXIF orientation says, as a phone means it to be seen; "
                                            "off: as it is stored, which is what the boxes of a dataset refer to")
-    data: str = setting("", "dataset folder with the candidate labels; empty: the one that the model was trained on", path="folder")
+    data: str = setting("", "dataset with the candidate labels; empty: the model's, as it was trained", path="folder")
     reasoning: bool = setting(True, "ask for <think>…</think>; off for a model that was trained on bare answers")
     temperature: float = setting(0.0, "0 is greedy", least=0)
     seed: int = setting(0, "random seed of the sampling")
     max_completion_tokens: int = setting(1024, "longest completion, end token included", least=1)
-    max_pixels: int = setting(0, "largest area of an image in pixels; 0: as the model was trained, else 1,280 tokens", least=0)
+    max_pixels: int = setting(0, "largest area of an image in pixels; 0: as in training, else 1,280 tokens", least=0)
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on a GPU that has it",
                          choices=("auto", "float32", "bfloat16"))
 

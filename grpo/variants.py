@@ -51,21 +51,23 @@ class Preset:
     source: str = ""  # paper and equation
 
     # rewards to advantages: `combine_rewards`, `group_advantages`
-    combine: str = setting("sum", "reward parts are summed as they are, or each normalised before", choices=COMBINATIONS)
-    scale: str = setting("group", "what advantages are divided by: a standard deviation, (G − 1)/G, or nothing", choices=SCALES)
-    ddof: int = setting(1, "the standard deviation divides by n − ddof", choices=(0, 1))
-    eps: float = setting(1e-4, "added to the standard deviation", least=0)
+    combine: str = setting("sum", "reward parts are summed, or each normalised before", choices=COMBINATIONS)
+    scale: str = setting("group", "what advantages are divided by: a std, (G − 1)/G, or nothing", choices=SCALES)
+    ddof: int = setting(1, "the std divides by n − ddof", choices=(0, 1))
+    eps: float = setting(1e-4, "added to the std", least=0)
     kl_in_reward: bool = setting(False, "the KL lowers the reward (`kl_penalised_rewards`) and is not in the loss")
-    overlong_share: float = setting(0.0, "last share of the completion limit in which length is punished; 0: none", least=0, most=1)
+    overlong_share: float = setting(0.0, "last share of the completion limit in which length costs", least=0, most=1)
 
     # advantages to the loss: `grpo_loss`
-    surrogate: str = setting("ppo", "what an update gains from a ratio: clipped gain (ppo), clipped weight (cispo), or a soft gate (sapo, vespo)", choices=SURROGATES, loss=True)
+    surrogate: str = setting("ppo", "what a ratio earns: clipped gain (ppo), clipped weight (cispo), a soft gate (sapo, "
+                                    "vespo)", choices=SURROGATES, loss=True)
     clip_low: float | None = setting(0.2, "ε below 1; none: that side is not clipped", least=0, loss=True)
     clip_high: float | None = setting(0.2, "ε above 1; none: that side is not clipped", least=0, loss=True)
     level: str = setting("token", "one ratio a token, or one a completion", choices=LEVELS, loss=True)
-    aggregate: str = setting("sequence", "mean of sequence means, of all tokens, or a sum over a constant", choices=AGGREGATES, loss=True)
+    aggregate: str = setting("sequence", "a mean of sequence means, of all tokens, or a sum over a constant",
+                             choices=AGGREGATES, loss=True)
     length: int | None = setting(None, "tokens of aggregate=constant; none: the completion limit", least=0)
-    beta: float = setting(0.0, "β, weight of the KL to the reference; 0: there is no reference", least=0, loss=True, top=True)
+    beta: float = setting(0.0, "β, weight of the KL to the reference; 0: no reference", least=0, loss=True, top=True)
     kl: str = setting("k3", "estimator of the KL", choices=KL_KINDS, loss=True)
     kl_weighted: bool = setting(False, "weight the KL by the ratio, as TRL does unless told otherwise", loss=True)
 
@@ -73,7 +75,7 @@ class Preset:
     group_size: int = setting(8, "G, completions a prompt", least=2, top=True)
     updates: int = setting(1, "μ, updates a rollout", least=1)
     temperature: float = setting(1.0, "of the rollouts and of the scored distribution", above=0)
-    truncated: str = setting("kept", "completions cut by the limit: their tokens are trained, or masked", choices=TRUNCATED)
+    truncated: str = setting("kept", "tokens of completions cut by the limit are trained, or masked", choices=TRUNCATED)
     zero_variance_groups: str = setting("kept", "groups of equal rewards: kept, their KL still trains; dropped; or "
                                                 "drawn again", choices=ZERO_VARIANCE_GROUPS)
 

@@ -59,7 +59,7 @@ class Settings:
     seed: int = setting(0, "random seed of the draw", top=True)
     missing_images: str = setting("stop", "images that are not there: stop, drop the samples, or blank", top=True,
                                   choices=("stop", "drop", "blank"))
-    candidates: int = setting(1, "responses to ask for a sample; one of those that pass the filters is kept", top=True, least=1)
+    candidates: int = setting(1, "responses a sample; one of those that pass the filters is kept", top=True, least=1)
     repredict: bool = filters(False, "keep a candidate only if the expert finds the gold answer in its reasoning again "
                                      "(one more request a candidate)")
     score: bool = filters(False, "have the expert score each candidate by the task's rules, and keep the best "
@@ -69,8 +69,8 @@ class Settings:
                                 "{text} and the sample's other fields are filled in", path="file")
     expert_options: str = experts('{"max_tokens": 2048}', "openai: JSON object that goes into every request; "
                                                           "local: its max_tokens, temperature, top_p, top_k, seed")
-    responses: str = experts("", "openai, local: JSONL with all answers so far, none of which is asked for again; empty: "
-                                 "beside the output")
+    responses: str = experts("", "openai, local: JSONL with all answers so far, none of which is asked for again; "
+                                 "empty: beside the output")
     concurrency: int = experts(8, "openai: requests at a time", above=0)
     attempts: int = experts(6, "openai: how often a sample is tried, with longer and longer pauses", above=0)
     timeout: float = experts(120.0, "openai: seconds to wait for a reply", above=0)

@@ -64,7 +64,7 @@ def test_the_shape_on_the_meta_device_is_the_real_modules(tmp_path):
     policy = tiny_policy()
     policy.config.save_pretrained(tmp_path)
     shape = read_shape(str(tmp_path))
-    assert shape == shape_of(policy) == read_shape(str(tmp_path / "config.json"))
+    assert shape == shape_of(policy.model) == read_shape(str(tmp_path / "config.json"))
     assert shape.total == sum(p.numel() for p in policy.model.parameters())
     assert shape.layer == sum(p.numel() for p in policy.trunk_layers[1].parameters())
     add_adapter(policy, 5, 64.0, "q_proj,down_proj")
@@ -79,7 +79,7 @@ def test_the_caches_have_the_bytes_that_a_rollout_allocates(prompts, rows):
     made = [tiny_prompt(seed, ((1, 4, 4),), (PROMPT - 6) // 2) for seed in range(prompts)]
     caches = Rollout(policy, made, G, Sampling(COMPLETION, (194,), rows=rows), lambda working: working).caches
     held = sum(tensor.nbytes for cache in caches for tensor in vars(cache).values())
-    assert Costs(shape_of(policy), small(prompts_per_rollout=prompts, rollout_rows=rows), 1).cache_bytes() == held
+    assert Costs(shape_of(policy.model), small(prompts_per_rollout=prompts, rollout_rows=rows), 1).cache_bytes() == held
 
 
 @pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}, {"lora_rank": 4},
@@ -101,7 +101,7 @@ def test_the_activations_are_what_autograd_keeps(changes):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         policy.score(pack)
-    costs = Costs(shape_of(policy), s, 1)
+    costs = Costs(shape_of(policy.model), s, 1)
     bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     if s.gradient_checkpointing:
         bytes_kept += costs.shared_bytes()  # arguments of the checkpointed layers, which the hooks do not see
@@ -112,7 +112,7 @@ def test_the_activations_are_what_autograd_keeps(changes):
 
 def compare_shards():
     policy = tiny_policy()
-    costs = Costs(shape_of(policy), small(dtype="bfloat16"), 2)
+    costs = Costs(shape_of(policy.model), small(dtype="bfloat16"), 2)
     shard(policy, torch.bfloat16, torch.device("cpu"))
     local = sum(parameter.to_local().nbytes for parameter in policy.parameters())
     assert local == costs.weights()
@@ -272,7 +272,7 @@ def test_loading_in_turns_needs_host_memory_for_one_copy(tmp_path, monkeypatch, 
     (["--efficiency", "nan"], "--efficiency is nan"),
     (["--prompt_tokens", "500"], "--image_tokens is 1000; it must be below --prompt_tokens 500"),
     (["--shard_size", "3", "--gpus", "8"], "--shard_size is 3; 8 GPUs are no multiple of it"),
-    (["--group_size", "1"], "--group_size is 1; it must be 2 or more"),
+    (["--group_size", "1"], "--group_size is 1; it must be at least 2"),
     (["--spare", "80"], "--spare is 80.0; it must be below --gpu_memory 80.0"),
     (["--lora_targets", "q_porj", "--lora_rank", "8"], "--lora_targets: no matrix 'q_porj'"),
 ])

@@ -18,6 +18,7 @@ from grpo.report.__main__ import main, write
 from grpo.report.page import as_json
 from grpo.report.read import find_runs, read_lines, read_run, short_names, spread
 from grpo.report.serve import server
+from grpo.runtime.settings import run_program
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = ["</script><script>window.broken = 1</script>", "<img src=x onerror='window.broken = 2'>", "<!--<script>", "</title>", "{{DATA}}"]
@@ -107,7 +108,7 @@ def test_another_programs_record_does_not_break_the_page(tmp_path):
                                             (["{empty}", "--outptu", "x"], "--outptu")])
 def test_bad_words_end_in_one_line(tmp_path, capsys, words, expected):
     with pytest.raises(SystemExit) as end:
-        main([word.replace("{empty}", str(tmp_path)) for word in words])
+        run_program(lambda: main([word.replace("{empty}", str(tmp_path)) for word in words]))
     errors = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
 

@@ -54,7 +54,7 @@ def test_every_setting_of_a_program_has_a_help_text():
 
 
 @pytest.mark.parametrize("changes,expected", [
-    ({"group_size": 1}, "--group_size is 1; it must be 2 or more"),
+    ({"group_size": 1}, "--group_size is 1; it must be at least 2"),
     ({"prompts_per_rollout": 0}, "--prompts_per_rollout is 0"),
     ({"updates": 0}, "--updates is 0"),
     ({"learning_rate": 0.0}, "--learning_rate is 0"),
@@ -63,9 +63,9 @@ def test_every_setting_of_a_program_has_a_help_text():
     ({"tokens_per_pass": 0}, "--tokens_per_pass is 0"),
     ({"max_grad_norm": 0.0}, "--max_grad_norm is 0"),
     ({"rollout_rows": 0}, "--rollout_rows is 0"),
-    ({"warmup": 1.1}, "--warmup is 1.1; it must be 1 or less"),
-    ({"warmup": -0.1}, "--warmup is -0.1; it must be 0 or more"),
-    ({"max_rollouts": -1}, "--max_rollouts is -1; it must be 0 or more"), ({"max_prompt_tokens": 0}, "--max_prompt_tokens is 0"),
+    ({"warmup": 1.1}, "--warmup is 1.1; it must be at most 1"),
+    ({"warmup": -0.1}, "--warmup is -0.1; it must be at least 0"),
+    ({"max_rollouts": -1}, "--max_rollouts is -1; it must be at least 0"), ({"max_prompt_tokens": 0}, "--max_prompt_tokens is 0"),
     ({"learning_rate": float("nan")}, "--learning_rate is nan"),
     ({"objective": "more-r2"}, "did you mean 'more-r1'"),
 ])

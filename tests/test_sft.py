@@ -73,5 +73,5 @@ def test_settings_that_make_no_sense_are_refused(words, expected):
 @pytest.mark.parametrize("words", [["--patience", "-1"], ["--patience", "2", "--valid_split", ""]])
 def test_patience_without_a_validation_makes_no_sense(words):
     settings = parse(sft.train.Settings, ["--model", "m", "--data", "d", "--output", "o", *words])
-    with pytest.raises(ValueError, match="--patience is (-1; it must be 0 or more|.*with a --valid_split)"):
+    with pytest.raises(ValueError, match="--patience is (-1; it must be at least 0|.*with a --valid_split)"):
         settings.check()

@@ -5,8 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 
 def model_file(model: str, name: str) -> Path:
     """Path of one small file of a checkpoint, local or from the hub; ValueError with the expected name if absent."""
@@ -15,6 +13,8 @@ def model_file(model: str, name: str) -> Path:
         if not path.is_file():
             raise ValueError(f"{path}: missing; a checkpoint needs config.json, tokenizer and {name}")
         return path
+    from transformers.utils import cached_file  # here, for it brings transformers along
+
     try:
         return Path(cached_file(model, name))
     except OSError as error:

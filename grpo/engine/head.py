@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = (1024, 1024)  # tokens, vocabulary rows: 4 MB of float32
+from grpo.engine.sizes import GPU_TILE, KEPT, TILE
+
 FEW_ROWS = 32
-GPU_TILE = (2048, 32_768)  # there a tile has to be large enough to keep the device busy
-KEPT = 1 << 30  # bytes of logits that may wait for the backward: 1,700 tokens of a 152k vocabulary
 
 
 @torch.no_grad()

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from grpo.engine.files import replace_folder
 from grpo.engine.policy import Policy
-
-LANGUAGE_MODEL = "model.language_model"  # its place in the network, and so in every name
+from grpo.engine.sizes import LANGUAGE_MODEL, target_names
 
 
 class LoraLinear(nn.Linear):
@@ -70,10 +69,6 @@ def add_adapter(policy: Policy, rank: int, alpha: float, targets: str, dropout: 
         if end in wanted:
             setattr(layers.get_submodule(parent), end, LoraLinear(module, rank, alpha, dropout, random))
     return policy
-
-
-def target_names(targets: str) -> list[str]:
-    return [name.strip() for name in targets.split(",") if name.strip()]
 
 
 def adapted(model: nn.Module) -> dict[str, LoraLinear]:

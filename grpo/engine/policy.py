@@ -15,9 +15,8 @@ from grpo.engine.attention import Packed
 from grpo.engine.backbones import backbone
 from grpo.engine.head import completion_logp
 from grpo.engine.lean import make_lean
+from grpo.engine.sizes import PATCHES_AT_ONCE
 from grpo.group import Group, Prompt, within
-
-PATCHES_AT_ONCE = 65_536  # through the vision encoder: about a dozen images of the default limit
 
 
 @dataclass

@@ -17,10 +17,10 @@ from torch import Tensor
 from grpo.engine.attention import Decode, KeysValues, Packed
 from grpo.engine.head import token_logits
 from grpo.engine.policy import Policy
+from grpo.engine.sizes import PREFILL_TOKENS
 from grpo.group import Group, Prompt, within
 
 Turn = Callable[[bool], bool]  # this process has work → any process has; see `sample`
-PREFILL_TOKENS = 32_768  # of one packed pass over prompts: memory, not result
 
 
 @dataclass(frozen=True)

@@ -3,75 +3,75 @@
     python -m grpo.plan --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 1 2 4 8
 
 What does not fit is followed by the settings that make it fit, each tried in the same arithmetic. No weights are
-downloaded and no GPU is asked: costs.py counts the bytes, pace.py the seconds.
+downloaded and no GPU is asked: costs.py counts the bytes, step_time.py the seconds.
 """
 
 import itertools
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from grpo.plan.costs import COMPONENTS, PHASES, Costs, Shape, read_shape, total
 from grpo.plan.step_time import seconds
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
-from grpo.runtime.settings import LORA_TARGETS, parse, required, run_program, setting
+from grpo.runtime.settings import options, read_settings, required, run_program, setting
+from grpo.settings import Settings as TrainSettings
 
 GIB = 2**30
 MOST_SUGGESTIONS = 4
 MOST_CHANGES = 4  # settings of one suggestion
 
 
+machine, rate = partial(setting, group="machine"), partial(setting, group="rates", above=0)
+TRAINED = {option.name: option for option in options(TrainSettings())}
+
+
+def as_trained(name: str, **more):
+    """A setting of grpo.train: its default, bounds and help text; `more` replaces any of these."""
+    option = TRAINED[name]
+    return setting(option.value, **{**option.about, **more})
+
+
 @dataclass
 class Settings:
     """Plan Stage 2. Settings that grpo.train has too mean the same here; the defaults are its own."""
 
-    model: str = required("checkpoint folder, its config.json, or hub name; no weights are read")
-    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64],
-                            metadata={"help": "numbers of GPUs to plan for"})
-    device: str = setting("gpu", "what a process computes on; cpu: --gpus counts processes", choices=("gpu", "cpu"))
-    gpu_memory: float = setting(80.0, "GiB of one GPU")
-    spare: float = setting(4.0, "GiB of them left for the CUDA context, communication buffers and the allocator's gaps")
-    tflops: float = setting(989.0, "peak of one GPU's matrix products, 10¹² operations a second (H100 SXM, "
-                                   "dense bfloat16)")
-    efficiency: float = setting(0.4, "assumed share of that peak which training and prefill reach")
-    bandwidth: float = setting(3350.0, "of one GPU's memory, GB/s (H100 SXM)")
-    memory_efficiency: float = setting(0.7, "assumed share of that bandwidth which decoding reaches")
-    link: float = setting(450.0, "between GPUs of one machine, GB/s received by each (NVLink of an H100)")
-    network: float = setting(50.0, "between GPUs of different machines, GB/s received by each (400 Gb/s)")
-    host_link: float = setting(50.0, "between a GPU and its host's memory, GB/s (PCIe 5)")
-    gpus_per_machine: int = setting(8, "GPUs that --link joins")
-    prompt_tokens: int = setting(1500, "of a prompt, its images included: the longest counts")
-    image_tokens: int = setting(1000, "of them from images")
-    max_completion_tokens: int = setting(1024, "of every completion: planned is the worst case, all at the limit")
-    group_size: int = setting(8, "G, completions a prompt")
-    prompts_per_rollout: int = setting(16, "over all processes; raised here to a multiple of the GPUs where it is none")
-    updates: int = setting(2, "μ, updates a rollout")
-    beta: float = setting(0.001, "weight of the KL to the reference; 0: there is no reference")
-    rollout_rows: int = setting(64, "completions written at once on each process")
-    tokens_per_pass: int = setting(16384, "packed tokens of one forward and backward")
-    dtype: str = setting("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU, float32 on a CPU",
-                         choices=("auto", "float32", "bfloat16"))
-    gradient_checkpointing: bool = setting(False, "recompute activations layer by layer")
-    lora_rank: int = setting(0, "train an adapter of this rank instead of the weights; 0 for none")
-    lora_targets: str = setting(LORA_TARGETS, "names of the adapted matrices, separated by commas")
-    offload_reference: bool = setting(False, "keep the reference's weights in host memory between its layers' turns")
-    offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory between its steps")
-    shard_size: int = setting(0, "weights are sharded over so many processes and replicated beyond; 0 for all")
-    rollout_weights: str = setting("auto", "in a rollout every process holds all weights, or gathers them layer by "
-                                   "layer; auto: whole where that fits", choices=("whole", "layers", "auto"))
-    load_in_turns: bool = setting(False, "the processes of a machine load one after the other: host memory for one set of "
-                                         "whole weights instead of one each")
-    json: str = setting("", "file for all the numbers; empty for none")
+    model: str = required("checkpoint folder, its config.json, or hub name; no weights are read", path="model")
+    gpus: list[int] = setting([1, 2, 4, 8, 16, 32, 64], "numbers of GPUs to plan for", top=True)
+    device: str = machine("gpu", "what a rank computes on; cpu: --gpus counts ranks", choices=("gpu", "cpu"))
+    gpu_memory: float = machine(80.0, "GiB of one GPU", top=True, above=0)
+    spare: float = machine(4.0, "GiB of them for CUDA context, communication and the allocator's gaps", least=0)
+    gpus_per_machine: int = machine(8, "GPUs that --link joins", least=1)
+    tflops: float = rate(989.0, "peak of one GPU's matrix products, 10¹² operations/s (H100 SXM, dense bfloat16)")
+    efficiency: float = rate(0.4, "assumed share of that peak which training and prefill reach")
+    bandwidth: float = rate(3350.0, "of one GPU's memory, GB/s (H100 SXM)")
+    memory_efficiency: float = rate(0.7, "assumed share of that bandwidth which decoding reaches")
+    link: float = rate(450.0, "between GPUs of one machine, GB/s received by each (NVLink of an H100)")
+    network: float = rate(50.0, "between GPUs of different machines, GB/s received by each (400 Gb/s)")
+    host_link: float = rate(50.0, "between a GPU and its host's memory, GB/s (PCIe 5)")
+    prompt_tokens: int = setting(1500, "of a prompt, its images included: the longest counts", top=True, least=1)
+    image_tokens: int = setting(1000, "of them from images", top=True, least=0)
+    max_completion_tokens: int = as_trained("max_completion_tokens", help="of every completion: all at the limit")
+    group_size: int = as_trained("group_size")
+    prompts_per_rollout: int = as_trained("prompts_per_rollout", help="over all ranks; made a multiple of the GPUs")
+    updates: int = as_trained("updates", group="settings of grpo.train")
+    beta: float = as_trained("beta")
+    rollout_rows: int = as_trained("rollout_rows")
+    tokens_per_pass: int = as_trained("tokens_per_pass")
+    dtype: str = as_trained("dtype", help="what is computed in. auto: bfloat16 on a GPU, float32 on a CPU")
+    gradient_checkpointing: bool = as_trained("gradient_checkpointing")
+    lora_rank: int = as_trained("lora_rank", help="train an adapter of this rank instead of the weights; 0 for none")
+    lora_targets: str = as_trained("lora_targets")
+    offload_reference: bool = as_trained("offload_reference")
+    offload_optimizer: bool = as_trained("offload_optimizer")
+    shard_size: int = as_trained("shard_size")
+    rollout_weights: str = as_trained("rollout_weights")
+    load_in_turns: bool = as_trained("load_in_turns")
+    json: str = setting("", "file for all the numbers; empty for none", group="output")
 
     def check(self) -> None:
         """Refuse what cannot be planned."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            least = LEAST.get(f.name)
-            if isinstance(value, (int, float)) and least is not None and not value >= least:
-                raise ValueError(f"--{f.name} is {value}; it must be {least} or more")
-            if isinstance(value, float) and f.name not in MAY_BE_ZERO and not value > 0:
-                raise ValueError(f"--{f.name} is {value}; it must be above 0")
         if min(self.gpus, default=0) < 1:
             raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
         if self.image_tokens >= self.prompt_tokens:
@@ -82,11 +82,6 @@ class Settings:
         for gpus in self.gpus:
             if self.shard_size and max(gpus, self.shard_size) % min(gpus, self.shard_size):
                 raise ValueError(f"--shard_size is {self.shard_size}; {gpus} GPUs are no multiple of it")
-
-
-LEAST = dict(prompt_tokens=1, image_tokens=0, max_completion_tokens=1, group_size=2, prompts_per_rollout=1, updates=1,
-             rollout_rows=1, tokens_per_pass=1, lora_rank=0, shard_size=0, gpus_per_machine=1, beta=0, spare=0)
-MAY_BE_ZERO = ("beta", "spare")
 
 
 @dataclass
@@ -232,8 +227,7 @@ def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
 
 
 def main() -> None:
-    s = parse(Settings)
-    s.check()
+    s = read_settings(Settings)
     shape = read_shape(s.model)
     plans = [plan(shape, s, gpus) for gpus in sorted(set(s.gpus))]
     say(report(shape, s, plans))

@@ -13,15 +13,9 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from grpo.engine.backbones import backbone
+from grpo.engine.backbones import check_model_type
 from grpo.engine.files import read_json
-from grpo.engine.head import GPU_TILE, KEPT, TILE
-from grpo.engine.lora import LANGUAGE_MODEL, target_names
-from grpo.engine.policy import PATCHES_AT_ONCE, Policy
-from grpo.engine.rollout import PREFILL_TOKENS
+from grpo.engine.sizes import GPU_TILE, KEPT, LANGUAGE_MODEL, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, target_names
 
 PHASES = ("loading", "vision", "prefill", "decode", "reference", "passes", "step")
 COMPONENTS = ("weights", "gathered", "gradients", "optimizer", "reference", "caches", "activations", "head")
@@ -72,26 +66,29 @@ def read_shape(model: str) -> Shape:
         content = read_json(model, "config.json")
     if not isinstance(content, dict):
         raise ValueError(f"{model}: found a {type(content).__name__}; expected a checkpoint's config.json")
-    network_class = backbone(content.get("model_type"), model).Network
+    check_model_type(content.get("model_type"), model)
+    import torch  # here, so that --help and refusals need none; the engine is not needed at all
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
     with torch.device("meta"):
-        return shape_of(Policy(network_class(network_class.config_class.from_dict(content))))
+        config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+        return shape_of(AutoModelForImageTextToText.from_config(config))
 
 
-def shape_of(policy: Policy) -> Shape:
-    """Counted on the network itself, which may lie on the meta device."""
-    text, vision = policy.config.text_config, policy.config.vision_config
+def shape_of(network) -> Shape:
+    """Counted on transformers' network itself, which may lie on the meta device."""
+    text, vision = network.config.text_config, network.config.vision_config
     count = lambda module: sum(parameter.numel() for parameter in module.parameters())
+    language, head = network.get_submodule(LANGUAGE_MODEL), network.lm_head.weight
+    tied = network.get_input_embeddings().weight is head
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     linear = [(name.split(".")[-1], module.in_features + module.out_features)
-              for name, module in policy.model.get_submodule(LANGUAGE_MODEL).named_modules()
-              if isinstance(module, nn.Linear)]
-    embedding, head = policy.model.get_input_embeddings().weight, policy.model.lm_head.weight
+              for name, module in language.named_modules() if hasattr(module, "in_features")]
     return Shape(
-        total=count(policy), vision=count(policy.visual),
-        layer=count(policy.trunk_layers[0]), layers=len(policy.trunk_layers),
-        table=head.numel(), tied=embedding is head, vocabulary=len(head), hidden=text.hidden_size,
-        intermediate=text.intermediate_size, heads=text.num_attention_heads,
-        queries=size * text.num_attention_heads, keys=size * text.num_key_value_heads,
+        total=count(network), vision=count(network) - count(language) - (0 if tied else head.numel()),
+        layer=count(language.layers[0]), layers=len(language.layers), table=head.numel(), tied=tied,
+        vocabulary=len(head), hidden=text.hidden_size, intermediate=text.intermediate_size,
+        heads=text.num_attention_heads, queries=size * text.num_attention_heads, keys=size * text.num_key_value_heads,
         vision_hidden=vision.hidden_size, vision_intermediate=vision.intermediate_size,
         patches=getattr(vision, "spatial_merge_size", 1) ** 2,
         patch_values=3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2, matrices=tuple(linear))

@@ -5,32 +5,25 @@
     python -m grpo.report runs/stage-2 --live              serves the page on 127.0.0.1 and keeps it up to date
 """
 
-import argparse
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.report.images import Images
 from grpo.report.page import render, report_data
 from grpo.report.read import find_runs, read_run, short_names
 from grpo.report.serve import server
+from grpo.runtime.settings import read_settings, run_program, setting
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
+@dataclass
+class Settings:
+    """One self-contained HTML page about one or several runs."""
 
-
-def parse(words: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m grpo.report", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run or an evaluation, or a folder of such")
-    parser.add_argument("--output", type=Path, help="file to write (default: report.html in the first RUN)")
-    parser.add_argument("--live", action="store_true",
-                        help="serve the page on 127.0.0.1 and refresh it as the runs go on")
-    parser.add_argument("--port", type=int, default=8770,
-                        help="for --live; 0 takes any free port (default: %(default)s)")
-    return parser.parse_args(words)
+    runs: list[str] = setting([], "folders of runs or evaluations", positional=True, metavar="RUN", top=True)
+    output: str = setting("", "file to write; empty: report.html in the first RUN", top=True)
+    live: bool = setting(False, "serve the page on 127.0.0.1 and refresh it as the runs go on", top=True)
+    port: int = setting(8770, "for --live; 0 takes any free port", top=True, least=0, most=65535)
 
 
 def write(words: list[str], output: Path | None) -> Path:
@@ -55,17 +48,12 @@ def serve(words: list[str], port: int) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    try:
-        given = parse(words)
-        if given.live:
-            serve(given.runs, given.port)
-        else:
-            path = write(given.runs, given.output)
-            print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB): open it in a browser")
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    settings = read_settings(Settings, words)
+    if settings.live:
+        return serve(settings.runs, settings.port)
+    path = write(settings.runs, Path(settings.output) if settings.output else None)
+    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB): open it in a browser")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

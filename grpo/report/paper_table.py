@@ -7,12 +7,21 @@ The recipe names the metrics and, for each row, the folder under --runs where gr
 `<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.runtime.files import write_json
-from grpo.runtime.settings import run_program
+from grpo.runtime.settings import read_settings, required, run_program, setting
+
+
+@dataclass
+class Settings:
+    """What was tested beside the figures of the paper, as Markdown and JSON."""
+
+    recipe: str = setting("", "the paper's rows: docs/recipes/*/paper.json", positional=True, path="file", top=True)
+    runs: str = required("folder of the evaluations' folders")
+    output: str = required("where to write, without .md and .json")
 
 
 def read_object(path: Path) -> dict:
@@ -61,21 +70,18 @@ def markdown(paper: dict, rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m grpo.report.paper_table", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("recipe", type=Path, help="the paper's rows: docs/recipes/*/paper.json")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the evaluations' folders")
-    parser.add_argument("--output", type=Path, required=True, help="where to write, without .md and .json")
-    settings = parser.parse_args()
-    paper = read_object(settings.recipe)
+    settings = read_settings(Settings)
+    recipe, output = Path(settings.recipe), Path(settings.output)
+    paper = read_object(recipe)
     missing = [name for name in ("source", "metrics", "rows") if name not in paper]
     if missing:
-        raise ValueError(f"{settings.recipe}: no {missing[0]}; source, metrics and rows expected")
-    rows = rows_of(paper, settings.runs)
+        raise ValueError(f"{recipe}: no {missing[0]}; source, metrics and rows expected")
+    rows = rows_of(paper, Path(settings.runs))
     text = markdown(paper, rows)
-    write_json(settings.output.with_name(settings.output.name + ".json"), rows)
-    settings.output.with_name(settings.output.name + ".md").write_text(text, encoding="utf-8")
+    write_json(output.with_name(output.name + ".json"), rows)
+    output.with_name(output.name + ".md").write_text(text, encoding="utf-8")
     print(text)
-    print(f"wrote {settings.output}.md and {settings.output}.json")
+    print(f"wrote {output}.md and {output}.json")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from a JSON object first; the command line overrides it. Besides its help text, 
     choices   what it may be; a number's `least`, `most`, or what it must be `above`
     path      "file", "folder" or "model" that must be there, "output" for a folder to write
     resume    where a run goes on: "free" may differ, "never" must not, anything else takes --resume changed
-    family    a function, name → dataclass of further settings, with that `name` and a `source`, beside the program's own
+    family    a function, name → dataclass of further settings beside the program's own, with a `name` and a `source`
     positional  given without its name
 """
 
@@ -23,6 +23,7 @@ import typing
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, TypeVar
 
@@ -32,50 +33,47 @@ from grpo.variants import check_choice, setting
 T = TypeVar("T")
 LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # attention and MLP: every matrix of a layer
 FIRST = "set first"
-KINDS = {bool: ("True|False", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "a text")}
+KINDS = {bool: ("True|False", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
+         str: ("TEXT", "a text")}
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-RENAMED = {"journal_every": "rollout_log_every", "journal_groups": "rollout_log_groups", "flat_groups": "zero_variance_groups",
-           "journal_megabytes": "rollout_log_megabytes", "picture_tokens": "image_tokens"}
+BOUNDS = {"least": (ge, "at least"), "above": (gt, "above"), "most": (le, "at most")}
+RENAMED = {
+    "journal_every": "rollout_log_every", "journal_groups": "rollout_log_groups", "picture_tokens": "image_tokens",
+    "journal_megabytes": "rollout_log_megabytes", "flat_groups": "zero_variance_groups"}
 ELSEWHERE = {  # ours: what other trainers call it
-    "model": "model_name_or_path pretrained", "data": "dataset dataset_name data_path train_files", "output": "output_dir save_path",
-    "learning_rate": "lr actor_lr", "epochs": "num_train_epochs num_epochs total_epochs", "max_rollouts": "max_steps total_steps",
+    "model": "model_name_or_path", "data": "dataset dataset_name data_path", "output": "output_dir save_path",
+    "learning_rate": "lr actor_lr", "epochs": "num_train_epochs num_epochs", "max_rollouts": "max_steps total_steps",
     "prompts_per_rollout": "batch batch_size train_batch_size rollout_batch_size per_device_train_batch_size",
-    "batch_size": "batch train_batch_size per_device_train_batch_size", "group_size": "num_generations n rollout_n G",
-    "tokens_per_pass": "gradient_accumulation_steps micro_batch_size mini_batch_size", "updates": "num_iterations ppo_epochs mu",
-    "max_completion_tokens": "max_completion_length max_new_tokens max_response_length", "warmup": "warmup_ratio warmup_steps",
-    "max_prompt_tokens": "max_prompt_length", "max_tokens": "max_length max_seq_length", "schedule": "lr_scheduler_type",
-    "beta": "kl_coef kl_beta kl_loss_coef", "clip_low": "epsilon clip_ratio_low cliprange", "clip_high": "epsilon_high clip_ratio_high",
+    "batch_size": "batch train_batch_size per_device_train_batch_size", "group_size": "num_generations n rollout_n",
+    "tokens_per_pass": "gradient_accumulation_steps micro_batch_size", "updates": "num_iterations ppo_epochs mu",
+    "max_completion_tokens": "max_completion_length max_new_tokens max_response_length", "warmup": "warmup_ratio",
+    "max_prompt_tokens": "max_prompt_length", "max_tokens": "max_length", "schedule": "lr_scheduler_type",
+    "beta": "kl_coef kl_beta kl_loss_coef", "clip_low": "epsilon cliprange", "clip_high": "epsilon_high",
     "objective": "loss_type adv_estimator", "level": "importance_sampling_level", "scale": "scale_rewards",
-    "truncated": "mask_truncated_completions", "checkpoint_every": "save_steps save_freq", "checkpoints_kept": "save_total_limit",
-    "validate_every": "eval_steps test_freq", "resume": "resume_from_checkpoint", "dtype": "bf16 fp16 torch_dtype",
-    "lora_rank": "lora_r", "lora_targets": "lora_target_modules target_modules", "reward_weights": "reward_weight",
-    "max_grad_norm": "grad_clip max_norm", "rollout_rows": "max_num_seqs"}
+    "truncated": "mask_truncated_completions", "checkpoint_every": "save_steps", "validate_every": "eval_steps",
+    "dtype": "bf16 fp16 torch_dtype", "lora_rank": "lora_r", "lora_targets": "lora_target_modules target_modules"}
 
 
 def required(help: str, **more):
     """A field that the command line must give (dataclasses want a default once one field has one)."""
-    return setting("", help, required=True, **{"top": True, **more})
+    return setting("", help, required=True, top=True, **more)
 
 
-speed = partial(setting, group="memory and speed", resume="free")
-inputs = partial(setting, group="data and model")
-trained = partial(setting, group="what trains")
-optimizer = partial(setting, group="optimizer")
-validation = partial(setting, group="validation")
-saving = partial(setting, group="checkpoints and logs", resume="free")
-ranks = partial(setting, group="ranks", resume="free")
+inputs, validation, trained, optimizer = (
+    partial(setting, group=group) for group in ("data and model", "validation", "what trains", "optimizer"))
+speed, saving, ranks = (
+    partial(setting, group=group, resume="free") for group in ("memory and speed", "checkpoints and logs", "ranks"))
 
 
 @dataclass
 class CommonSettings:
     """What every program that runs a model on a task asks for."""
 
-    model: str = required("checkpoint folder or hub name: Qwen2.5-VL, Qwen3-VL or LLaVA-1.5 weights", path="model", resume="free")
+    model: str = required("checkpoint folder or hub name: Qwen2.5-VL, Qwen3-VL, LLaVA-1.5", path="model", resume="free")
     data: str = required("folder of the task's dataset", path="folder", resume="free")
     output: str = required("folder for everything this run writes", path="output", resume="free")
-    task: str = setting("more", "a task here (more, jmere), a module of yours with both halves, or data_module,rewards_module",
-                        top=True, resume="never")
+    task: str = setting("more", "a task here (more, jmere), a module of yours with both halves, or "
+                                "data_module,rewards_module", top=True, resume="never")
     missing_images: str = inputs("stop", "images that are not there: stop, drop the samples, or blank (a grey one)",
                                  choices=("stop", "drop", "blank"))
     max_pixels: int = inputs(1280 * 28 * 28, "largest area of an image in pixels; 28 × 28 become one token "
@@ -88,7 +86,7 @@ class CommonSettings:
 
     def check(self) -> None:
         """Refuse what cannot be run."""
-        check_ranges(self)
+        check_values(self)
 
 
 @dataclass
@@ -100,41 +98,43 @@ class TrainingSettings(CommonSettings):
     valid_samples: int = validation(0, "validate on this many, drawn by the seed; 0 for all", least=0)
     valid_metric: str = validation("f1", "which of the task's metrics decides the best checkpoint")
     cache_gigabytes: float = speed(4.0, "memory for encoded images that are kept between epochs, on each rank")
-    keep_features: bool = speed(False, "keep a frozen vision encoder's features between epochs in the pixels' place, so "
-                                       "that it sees no image twice; two runs then agree to rounding, not to the bit")
+    keep_features: bool = speed(False, "keep a frozen vision encoder's features between epochs, not the pixels: it "
+                                       "sees no image twice; two runs then agree to rounding, not to the bit")
     offload_reference: bool = speed(False, "keep the reference's weights in host memory between its layers' turns")
     offload_optimizer: bool = speed(False, "keep the optimizer's state in host memory between its steps")
-    train_vision: bool = trained(False, "train the vision encoder and its projector too; the papers keep them frozen", resume="never")
-    lora_rank: int = trained(0, "train an adapter of this rank on the language model instead of its weights; 0 for none. "
-                                "<output>/model has it merged, <output>/adapter holds it alone, as peft loads it",
+    train_vision: bool = trained(False, "train the vision encoder and its projector too; the papers keep them frozen",
+                                 resume="never")
+    lora_rank: int = trained(0, "train an adapter of this rank on the language model instead of its weights; 0 for "
+                                "none. <output>/model has it merged, <output>/adapter holds it alone, as peft loads it",
                              top=True, resume="never", least=0)
-    lora_alpha: float = trained(64.0, "the adapter's output is scaled by α / rank (JMERE-R1: rank 128, α 64)", resume="never", above=0)
+    lora_alpha: float = trained(64.0, "the adapter's output is scaled by α / rank", resume="never", above=0)
     lora_targets: str = trained(LORA_TARGETS, "names of the adapted matrices, separated by commas", resume="never")
-    lora_dropout: float = trained(0.0, "dropout on the adapter's input in the update pass alone, below 1; above 0 GRPO's "
-                                       "ratios past the first pass and its KL hold the dropout's noise too", least=0)
+    lora_dropout: float = trained(0.0, "dropout on the adapter's input in the update pass alone, below 1; above 0 "
+                                       "GRPO's ratios past the first pass and its KL hold its noise too", least=0)
     tokens_per_pass: int = speed(16384, "packed tokens of one forward and backward; changes memory use only", above=0)
-    gradient_checkpointing: bool = speed(False, "recompute activations layer by layer: less memory, more time", top=True)
+    gradient_checkpointing: bool = speed(False, "recompute activations by layer: less memory, more time", top=True)
     warmup: float = optimizer(0.05, "share of the updates in which the learning rate rises", least=0, most=1)
     schedule: str = optimizer("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     weight_decay: float = optimizer(0.1, "AdamW's, on matrices only")
     adam_beta1: float = optimizer(0.9, "AdamW β₁")
     adam_beta2: float = optimizer(0.95, "AdamW β₂")
     max_grad_norm: float = optimizer(1.0, "gradients are scaled down to this norm", above=0)
-    max_bad_updates: int = optimizer(3, "an update whose loss or gradient is not finite is skipped; stop after so many in a row",
-                                     resume="free", above=0)
-    checkpoint_every: int = saving(20, "updates of SFT, rollouts of GRPO, between checkpoints of the whole training state in "
-                                       "<output>/checkpoints; 0: only at the end and on SIGTERM", least=0)
-    checkpoints_kept: int = saving(2, "the newest so many stay; the best weights are in <output>/model besides", above=0)
-    resume: str = saving("auto", "what to do with checkpoints in --output. auto: go on from the newest whole one, refuse if "
-                                 "settings or data differ; changed: go on with the new settings; never: begin anew",
+    max_bad_updates: int = saving(3, "an update whose loss or gradient is not finite is skipped; stop after so many "
+                                     "in a row", above=0)
+    checkpoint_every: int = saving(20, "updates of SFT, rollouts of GRPO, between checkpoints of the whole training "
+                                       "state in <output>/checkpoints; 0: only at the end and on SIGTERM", least=0)
+    checkpoints_kept: int = saving(2, "so many stay, the newest; the best weights are in <output>/model", above=0)
+    resume: str = saving("auto", "checkpoints in --output. auto: go on from the newest whole one, refuse if settings "
+                                 "or data differ; changed: go on with the new settings; never: begin anew",
                          choices=("auto", "changed", "never"))
-    hang_minutes: float = ranks(30.0, "end, and say which rank is missing, when none has made progress for so long", above=0)
+    hang_minutes: float = ranks(30.0, "end, and name the missing rank, after so long without progress", above=0)
     shard_size: int = ranks(0, "shard the weights over so many ranks and keep a copy in each further so many (hybrid "
                                "sharding, for slow links between machines); 0: over all", least=0)
     load_in_turns: bool = ranks(False, "the ranks of a machine load one after the other: host memory for one set of "
                                        "float32 weights instead of one each, for as many times the time")
-    rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once on every rank; layers: a layer "
-                                         "at a time, every token; auto: whole where it fits", choices=("auto", "whole", "layers"))
+    rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once on every rank; layers: "
+                                         "a layer at a time, every token; auto: whole where it fits",
+                                 choices=("auto", "whole", "layers"))
     tensorboard: str = saving("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
                               choices=("auto", "on", "off"))
 
@@ -159,18 +159,28 @@ class Option(NamedTuple):
     value: object
     title: str
 
+    @property
+    def flag(self) -> str:
+        return self.about.get("metavar", self.name) if self.about.get("positional") else f"--{self.name}"
+
+    @property
+    def metavar(self) -> str | None:
+        """What stands for the value in --help; None: its choices."""
+        usual = self.about.get("path", "").upper() or KINDS[plain_type(self.type)[0]][0]
+        return None if "choices" in self.about else self.about.get("metavar", usual)
+
 
 def options(settings, title: str = "settings") -> Iterator[Option]:
     """Every setting: the program's own before those that it inherits, a family's members behind the family's name."""
     types, classes = typing.get_type_hints(type(settings)), enumerate(type(settings).__mro__)
     depth = {name: i for i, one in classes for name in getattr(one, "__dataclass_fields__", ())}
     for f in sorted(fields(settings), key=lambda f: depth[f.name]):
-        value = getattr(settings, f.name)
-        if "family" in f.metadata:
-            yield Option(f.name, str, f.metadata, value.name, FIRST)
+        value, about = getattr(settings, f.name), f.metadata
+        if "family" in about:
+            yield Option(f.name, str, about, value.name, FIRST)
             yield from options(value, f"{f.name} {value.name}: {value.source}".rstrip(": "))
-        elif "help" in f.metadata:
-            yield Option(f.name, types[f.name], f.metadata, value, FIRST if f.metadata.get("top") else f.metadata.get("group", title))
+        elif "help" in about:
+            yield Option(f.name, types[f.name], about, value, FIRST if about.get("top") else about.get("group", title))
 
 
 def as_dict(settings) -> dict:
@@ -191,7 +201,7 @@ def parse(kind: type[T], words: list[str] | None = None) -> T:
     for name in ("config", *(f.name for f in families)):
         chooser.add_argument(f"--{name}")
     chosen = chooser.parse_known_args(words)[0]
-    recipe = read_recipe(chosen.config) if chosen.config else {}
+    recipe = read_recipe(chosen.config) if chosen.config is not None else {}
     for f in families:
         name = getattr(chosen, f.name)
         if (name := recipe.get(f.name) if name is None else name) is not None:
@@ -226,43 +236,38 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(kind: type, settings) -> Parser:
     """The command line of `settings`, whose values are the defaults."""
-    known = list(options(settings))
-    if twice := [name for name, count in Counter(option.name for option in known).items() if count > 1]:
-        raise ValueError(f"there are two settings {twice[0]}: a module's own cannot have the name of one of the program's")
+    known = sorted(options(settings), key=lambda one: not one.about.get("required"))
+    for name, count in Counter(one.name for one in known).items():
+        if count > 1:
+            raise ValueError(f"there are two settings {name}: a module's own cannot have a name of the program's")
     started = getattr(sys.modules["__main__"], "__spec__", None)
-    program = started.name if started else kind.__module__
-    asked = [f"--{one.name} {metavar(one)}" for one in known if one.about.get("required")]
-    positional = [f"{metavar(one)} …" for one in known if one.about.get("positional")]
-    usage = " ".join(["python -m", program.removesuffix(".__main__"), *positional, *asked, "[--setting value …]"])
-    parser = Parser(usage=usage, description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys([FIRST, *(one.title for one in known)])}
-    for one in sorted(known, key=lambda one: not one.about.get("required")):
+    program = (started.name if started else kind.__module__).removesuffix(".__main__")
+    positional = [one.metavar for one in known if one.about.get("positional")]
+    words = positional + [f"{one.flag} {one.metavar}" for one in known if one.about.get("required")]
+    parser = Parser(
+        usage=f"python -m {program} {' '.join(words)} [--setting value …]", description=kind.__doc__, add_help=False,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
+    groups = {title: parser.add_argument_group(title) for title in (FIRST, *(one.title for one in known))}
+    for one in known:
         add_option(groups[one.title], one, flags=bool(positional))
-    groups[FIRST].add_argument("--config", metavar="FILE", help="JSON object of settings; the command line overrides it")
+    groups[FIRST].add_argument("--config", metavar="FILE", help="JSON object of settings, before the command line's")
     groups[FIRST].add_argument("--help", "-h", action="help", help="say this")
     return parser
 
 
-def add_option(group, option: Option, flags: bool) -> None:
+def add_option(group, one: Option, flags: bool) -> None:
     """One setting to argparse. flags: a bool takes no value, which beside positional words could be one of them."""
-    kind, _, many = plain_type(option.type)
-    about, name = option.about, option.name if option.about.get("positional") else f"--{option.name}"
-    default = " ".join(map(str, option.value)) if many else "none" if option.value is None else str(option.value)
-    end = " (required)" if about.get("required") else f" (default {default})" if default else ""
-    text = (about["help"] + end).replace("%", "%%")
+    (kind, _, many), name = plain_type(one.type), one.name if one.about.get("positional") else one.flag
+    default = " ".join(map(str, one.value)) if many else "none" if one.value is None else str(one.value)
+    end = " (required)" if one.about.get("required") else f" (default {default})" if default else ""
+    help = (one.about["help"] + end).replace("%", "%%")
     if flags and kind is bool:
-        group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
-        return
-    more = {"nargs": "+"} if many else {"nargs": "?", "const": True} if kind is bool else {}
-    group.add_argument(name, type=partial(from_word, option.type), choices=about.get("choices"), metavar=metavar(option), help=text, **more)
-
-
-def metavar(option: Option) -> str | None:
-    """What stands for the value in --help; None: its choices."""
-    if "choices" in option.about:
-        return None
-    return option.about.get("metavar") or option.about.get("path", "").upper() or KINDS[plain_type(option.type)[0]][0]
+        group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=help)
+    else:
+        more = {"nargs": "+"} if many else {"nargs": "?", "const": True} if kind is bool else {}
+        group.add_argument(name, type=partial(from_word, one.type), choices=one.about.get("choices"),
+                           metavar=one.metavar, help=help, **more)
 
 
 def plain_type(kind) -> tuple[type, bool, bool]:
@@ -302,14 +307,11 @@ def recipe_value(path: str, name: str, value, known: dict[str, Option]):
     if name not in known:
         raise ValueError(f"--config {path}: {no_setting(name, known)}")
     kind, optional, many = plain_type(known[name].type)
-    takes = {float: (int, float)}.get(kind, kind)
-    fits = lambda one: isinstance(one, takes) and isinstance(one, bool) == (kind is bool)
-    if not (all(map(fits, value)) if many and isinstance(value, list) else fits(value) or optional and value is None):
+    each = value if many and isinstance(value, list) else [value]
+    if not all(type(one) is kind or kind is float and type(one) is int or optional and one is None for one in each):
         expected = ("a list, each of it " if many else "") + KINDS[kind][1] + (" or null" if optional else "")
         raise ValueError(f"--config {path}: {name} is {json.dumps(value)}; {expected} expected")
-    if "choices" in known[name].about:
-        check_choice(f"--config {path}: {name}", value, known[name].about["choices"])
-    return float(value) if kind is float and value is not None else value
+    return float(value) if kind is float and type(value) is int else value
 
 
 def no_setting(word: str, known) -> str:
@@ -328,7 +330,7 @@ def no_setting(word: str, known) -> str:
 def read_settings(kind: type[T], words: list[str] | None = None) -> T:
     """`parse`, and a refusal of what cannot run: bad values, files and folders that are not there, an unknown task."""
     settings = parse(kind, words)
-    check_ranges(settings)
+    check_values(settings)
     getattr(settings, "check", lambda: None)()
     check_paths(settings)
     return settings
@@ -340,33 +342,30 @@ def refuse_early(kind: type, module: str) -> None:
         run_program(lambda: read_settings(kind), ends=False)
 
 
-def check_ranges(settings) -> None:
-    """ValueError for a number outside its field's `least`, `most` and `above`, and for one that is none."""
-    for name, _, about, value, _ in options(settings):
-        if value is None or isinstance(value, bool):
-            continue
-        if "least" in about and not value >= about["least"]:
-            raise ValueError(f"--{name} is {value}; it must be {about['least']} or more")
-        if "above" in about and not value > about["above"]:
-            raise ValueError(f"--{name} is {value}; it must be above {about['above']}")
-        if "most" in about and not value <= about["most"]:
-            raise ValueError(f"--{name} is {value}; it must be {about['most']} or less")
+def check_values(settings) -> None:
+    """ValueError for a number outside its field's bounds, for one that is none, and for what is not of its choices."""
+    for one in options(settings):
+        if "choices" in one.about:
+            check_choice(one.flag, one.value, one.about["choices"])
+        for bound, (holds, words) in BOUNDS.items():
+            if bound in one.about and one.value is not None and not holds(one.value, one.about[bound]):
+                raise ValueError(f"{one.flag} is {one.value}; it must be {words} {one.about[bound]}")
 
 
 def check_paths(settings) -> None:
     """ValueError for what is not there; a fork's task may make of --data what it likes."""
     task = getattr(settings, "task", "")
     own = not set(task) & {".", ","}
-    for name, _, about, value, _ in options(settings):
-        kind, path = about.get("path"), Path(str(value))
+    for one in options(settings):
+        kind, path = one.about.get("path"), Path(str(one.value))
         if kind == "output" and any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
-            raise ValueError(f"--{name} {value}: a file; a folder expected")
-        if not value or kind is None or name == "data" and not own:
+            raise ValueError(f"{one.flag} {path}: a file; a folder expected")
+        if not one.value or one.name == "data" and not own:
             continue
         if kind == "file" and not path.is_file() or kind == "folder" and not path.is_dir():
-            raise ValueError(f"--{name} {value}: no such {kind}")
-        if kind == "model" and not path.exists() and not maybe_on_hub(value):
-            raise ValueError(f"--{name} {value}: no such folder, nor a model of the hub")
+            raise ValueError(f"{one.flag} {path}: no such {kind}")
+        if kind == "model" and not path.exists() and not maybe_on_hub(one.value):
+            raise ValueError(f"{one.flag} {path}: no such folder, nor a model of the hub")
     if task and own:
         resolve_task(task)
 
@@ -395,7 +394,8 @@ def lost_company(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is no more; that one's end has its own cause."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
-    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "have not come in"))
+    said = ("Connection closed by peer", "Connection reset by peer", "have not come in")
+    return any(words in str(error) for words in said)
 
 
 def leave(status: int) -> None:
@@ -407,7 +407,7 @@ def leave(status: int) -> None:
 
 
 def run_program(main: Callable[[], object], ends: bool = True) -> None:
-    """Run a program; what the user can mend ends in one line and exit status 2. ends=False: more follows if all is well."""
+    """Run a program; what the user can mend ends in one line and exit status 2. ends=False: it goes on after `main`."""
     try:
         main()
         if ends and "TORCHELASTIC_RUN_ID" in os.environ:

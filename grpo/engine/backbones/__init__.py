@@ -18,8 +18,13 @@ from types import ModuleType
 MODEL_TYPES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
-def backbone(model_type: str | None, model: str = "the model") -> ModuleType:
-    """The backbone's module. ValueError, naming `model`, if there is none for this type."""
+def check_model_type(model_type: str | None, model: str = "the model") -> None:
+    """ValueError, naming `model`, if there is no backbone for this type."""
     if model_type not in MODEL_TYPES:
         raise ValueError(f"{model}: config.json has model_type {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
+
+
+def backbone(model_type: str | None, model: str = "the model") -> ModuleType:
+    """The backbone's module. ValueError, naming `model`, if there is none for this type."""
+    check_model_type(model_type, model)
     return importlib.import_module(f"grpo.engine.backbones.{model_type}")
