@@ -8,15 +8,15 @@ It is the real one: from the same checkpoint, settings and seed its weights are 
 
 from dataclasses import dataclass
 
-from grpo.runtime.settings import parse, required, run_program, setting
+from grpo.runtime.settings import read_settings, refuse_early, required, run_program, setting
 
 
 @dataclass
 class Settings:
     """GRPO in one file. The defaults are MORE-R1's."""
 
-    model: str = required("checkpoint folder or hub name of the policy to start from, which is the reference too")
-    data: str = required("folder of the task's dataset")
+    model: str = required("checkpoint folder or hub name of the policy to start from, which is the reference too", path="model")
+    data: str = required("folder of the task's dataset", path="folder")
     output: str = setting("", "folder for the trained model; empty: it is not kept")
     task: str = setting("more", "a task here (more, jmere) or a module of yours")
     rollouts: int = setting(20, "rollouts in all, of a shuffled training split")
@@ -33,7 +33,7 @@ class Settings:
     seed: int = setting(0, "random seed of data order and sampling")
 
 
-SETTINGS = parse(Settings) if __name__ == "__main__" else None  # before torch is imported: --help answers at once
+refuse_early(Settings, __name__)  # before torch is imported: --help answers at once
 
 import torch  # noqa: E402
 
@@ -127,4 +127,4 @@ def batches(samples: list, task, s: Settings):
 
 
 if __name__ == "__main__":
-    run_program(lambda: train(SETTINGS))
+    run_program(lambda: train(read_settings(Settings)))

@@ -251,7 +251,7 @@ def make_parser(kind: type, settings) -> Parser:
     groups = {title: parser.add_argument_group(title) for title in (FIRST, *(one.title for one in known))}
     for one in known:
         add_option(groups[one.title], one, flags=bool(positional))
-    groups[FIRST].add_argument("--config", metavar="FILE", help="JSON object of settings, before the command line's")
+    groups[FIRST].add_argument("--config", metavar="FILE", help="JSON file of settings; the command line overrides it")
     groups[FIRST].add_argument("--help", "-h", action="help", help="say this")
     return parser
 
