@@ -103,7 +103,7 @@ def main() -> None:
     encoder = Encoder(settings.model, settings.max_pixels)
     sampling = settings.sampling(encoder)
     device, watch = start(), Stopwatch()
-    policy = load_policy(settings.model).requires_grad_(False)
+    policy = load_policy(settings.model, vocabulary=encoder.vocabulary).requires_grad_(False)
     shard(policy, compute_dtype(settings.dtype, device), device)
     several = answer(policy, Prompts(encoder, task, settings.reasoning), samples, sampling, group_size=settings.samples)
     if rank() == 0:

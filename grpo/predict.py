@@ -90,7 +90,7 @@ def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
     encoder = Encoder(settings.model, settings.max_pixels)
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature,
                         seed=f"{settings.seed}/predict")
-    policy = load_policy(settings.model, compute_dtype(settings.dtype, device)).requires_grad_(False).to(device)
+    policy = load_policy(settings.model, compute_dtype(settings.dtype, device), encoder.vocabulary).requires_grad_(False).to(device)
     group, = sample(policy, [encoder.encode(images, text, one, one.id)], 1, sampling)
     return encoder.decode(group.completions[0]), group.finished[0]
 

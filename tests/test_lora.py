@@ -160,14 +160,14 @@ def test_dropout_falls_in_the_update_pass_and_nowhere_else():
 def in_peft(policy, tmp_path, **more):
     """Our adapter, written to a folder and loaded by peft on the stock model."""
     peft = pytest.importorskip("peft", reason="parity with peft: pip install -e '.[peft]'")
-    export_adapter(policy.model, policy.model.state_dict(), LORA_TARGETS, "some/checkpoint", tmp_path / "adapter")
+    export_adapter(policy, policy.model.state_dict(), LORA_TARGETS, "some/checkpoint", tmp_path / "adapter")
     return peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", **more)
 
 
 def test_the_adapters_folder_is_whole_and_holds_every_matrix_under_pefts_names(tmp_path):
     policy = lora_policy()
     for _ in range(2):  # the second takes the first one's place
-        export_adapter(policy.model, policy.model.state_dict(), LORA_TARGETS, "some/checkpoint", tmp_path / "adapter")
+        export_adapter(policy, policy.model.state_dict(), LORA_TARGETS, "some/checkpoint", tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6.0, "some/checkpoint")
@@ -277,9 +277,9 @@ def make(folder, tmp_path, *words):
 def test_stage_2_needs_no_second_copy_and_begins_with_ratio_one_and_kl_zero(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path, "--updates", 1)
     assert trainer.reference is trainer.run.policy
-    line = trainer.step(samples[:2], 0, [1e-2])
+    line = trainer.step(samples[:8], 0, [1e-2])
     assert line["ratio_mean"] == 1 and line["kl"] == 0
-    again = trainer.step(samples[:2], 1, [1e-2])
+    again = trainer.step(samples[:8], 1, [1e-2])
     assert again["ratio_mean"] == 1 and again["kl"] > 0
 
 

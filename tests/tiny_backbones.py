@@ -1,4 +1,4 @@
-"""Tiny random LLaVA and Qwen3-VL, as networks and as folders, behind the prompts of tiny.py."""
+"""Tiny random networks of every other backbone than tiny.py's, some as folders too, behind the prompts of tiny.py."""
 
 import json
 
@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from data.toy.model import write_tokenizer
+from data.toy.model import token_ids, write_settings, write_tokenizer
+from grpo.engine.backbones import backbone
 from grpo.engine.policy import Policy
 from grpo.group import Group, Prompt
 from tiny import IMAGE, VIDEO, VOCABULARY, tiny_prompt
@@ -34,8 +35,19 @@ def qwen3_config(**more) -> Qwen3VLConfig:
         image_token_id=IMAGE, video_token_id=VIDEO, **more)
 
 
+TEXT_ONLY = ["llama", "qwen2", "qwen3"]
+
+
+def text_network(name: str, **more):
+    """Llama's head is tied, as SmolLM2's and the small Qwens'."""
+    network = backbone(name).Network
+    return network(network.config_class(**{**TEXT, "tie_word_embeddings": name == "llama", **more})).eval()
+
+
 def tiny_network(name: str, seed: int = 0):
     torch.manual_seed(seed)
+    if name in TEXT_ONLY:
+        return text_network(name)
     if name == "llava":
         return LlavaForConditionalGeneration(llava_config()).eval()
     return Qwen3VLForConditionalGeneration(qwen3_config()).eval()
@@ -43,6 +55,8 @@ def tiny_network(name: str, seed: int = 0):
 
 def prompt_of(name: str, seed: int, images: int = 2, length: int = 6) -> Prompt:
     """As tiny.tiny_prompt; LLaVA's images are 4 × 4 patches of one token each, and its positions one axis."""
+    if name in TEXT_ONLY:
+        return tiny_prompt(seed, (), 3 * length)
     if name != "llava":
         return tiny_prompt(seed, ((1, 4, 4), (1, 6, 10))[:images], length)
     random = torch.Generator().manual_seed(seed)
@@ -70,14 +84,14 @@ def plain_logp(name: str, network, group: Group, temperature: float = 1.0) -> li
     for completion in group.completions:
         ids = torch.cat([group.prompt.tokens, completion])[None]
         given = {} if group.prompt.pixels is None else {"pixel_values": group.prompt.pixels}
-        if name != "llava":
+        if name not in ("llava", *TEXT_ONLY):
             given["mm_token_type_ids"] = (ids == IMAGE).int()
             if given.get("pixel_values") is not None:
                 given["image_grid_thw"] = group.prompt.grids
         out = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)
         logits = out.logits[0, len(group.prompt) - 1 : -1].float() / temperature
-        impossible = [IMAGE] if name == "llava" else [IMAGE, VIDEO]
-        logits = logits.index_fill(-1, torch.tensor(impossible), float("-inf"))
+        impossible = {"llava": [IMAGE], "qwen3_vl": [IMAGE, VIDEO]}.get(name, [])
+        logits = logits.index_fill(-1, torch.tensor(impossible, dtype=torch.long), float("-inf"))
         rows.append(logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0])
     return rows
 
@@ -136,3 +150,39 @@ def hub_name(name: str) -> str:
     if name.startswith("vision_tower.") and "vision_model" not in name:
         name = name.replace("vision_tower.", "vision_tower.vision_model.")
     return name
+
+
+# ── folders as on the hub of a text-only model and of Qwen3-VL ───────────────────────────────────────────────────
+
+
+def write_text_model(folder, texts, name="llama", vocabulary=400, **more):
+    """Random weights, a tokenizer and a template whose turns are strings, as SmolLM2's and Qwen2.5's are."""
+    folder.mkdir(parents=True)
+    write_tokenizer(folder, texts, vocabulary)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    ids = token_ids(folder)
+    torch.manual_seed(0)
+    network = text_network(name, **{"vocab_size": ids[""] + 16, "bos_token_id": ids["<|im_start|>"],
+                                    "eos_token_id": ids["<|im_end|>"], **more})
+    network.save_pretrained(folder)
+    return folder
+
+
+def write_qwen3_vl(folder, texts):
+    folder.mkdir(parents=True)
+    write_tokenizer(folder, texts, 400)
+    write_settings(folder, 64 * 64, 96 * 96)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "processor_class": "Qwen3VLProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    ids = token_ids(folder)
+    config = qwen3_config().to_dict()
+    config |= {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+               "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
+    config["vision_config"] |= {"patch_size": 16, "num_position_embeddings": 36}
+    config["text_config"] |= {"vocab_size": ids[""] + 16, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"]}
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(config)).save_pretrained(folder)
+    return folder

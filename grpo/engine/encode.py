@@ -19,6 +19,8 @@ from grpo.engine.backbones import backbone
 from grpo.engine.files import model_file, read_json
 from grpo.group import Prompt
 
+DATE = "26 Jul 2024"  # Llama 3's template would write today's into every prompt: no run could be repeated tomorrow
+
 
 class Encoder:
     """Tokenizer, image processor and chat template of a checkpoint.
@@ -27,11 +29,13 @@ class Encoder:
     """
 
     def __init__(self, model: str, max_pixels: int | None = None):
-        self.backbone = backbone(read_json(model, "config.json").get("model_type"), model)
+        self.model_type = read_json(model, "config.json").get("model_type")
+        self.backbone = backbone(self.model_type, model)
         self.tokenizer = load_tokenizer(model)
-        self.image_processor = self.backbone.load_image_processor(model, max_pixels)
+        self.sees = self.backbone.IMAGE_TOKEN is not None
+        self.image_processor = self.backbone.load_image_processor(model, max_pixels) if self.sees else None
         self.image_token = self.token_id(self.backbone.IMAGE_TOKEN)
-        if self.image_token is None:
+        if self.sees and self.image_token is None:
             raise ValueError(f"{model}: the tokenizer has no {self.backbone.IMAGE_TOKEN} token, which its config.json's "
                              f"model_type promises")
         if not self.tokenizer.chat_template:
@@ -39,20 +43,23 @@ class Encoder:
                              f"tokenizer_config.json")
         ends = (self.tokenizer.eos_token_id, *map(self.token_id, self.backbone.END_TOKENS))
         self.end_tokens = tuple(dict.fromkeys(end for end in ends if end is not None))
-        # a checkpoint may have forgotten to say that its image token is special
-        image_token = AddedToken(self.backbone.IMAGE_TOKEN, special=True, normalized=False)
-        self.tokenizer.add_tokens([image_token], special_tokens=True)
+        self.vocabulary = vocabulary_size(self.tokenizer)
+        if self.sees:  # a checkpoint may have forgotten to say that its image token is special
+            image_token = AddedToken(self.backbone.IMAGE_TOKEN, special=True, normalized=False)
+            self.tokenizer.add_tokens([image_token], special_tokens=True)
         self.special = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
         self.special_pattern = re.compile(f"({'|'.join(longest_first)})")
         self.prefilled = prefilled_thinking(self.render([], ""))
 
-    def token_id(self, token: str) -> int | None:
+    def token_id(self, token: str | None) -> int | None:
         """None for what is no token of its own, where the tokenizer would answer with the unknown one's id."""
         return self.tokenizer.get_vocab().get(token)
 
     def encode(self, images: list[Image.Image], text: str, sample: object = None, id: str = "") -> Prompt:
         """One user turn, images first. ValueError, naming the sample, for what cannot be tokenised or preprocessed."""
+        if images and not self.sees:
+            raise ValueError(f"{id or 'prompt'}: has {len(images)} images; a model of type {self.model_type} reads text alone")
         if not is_unicode(text):
             raise ValueError(f"{id or 'prompt'}: its text holds half of a surrogate pair, which is no character")
         stand_ins = self.stand_ins(text)
@@ -69,9 +76,10 @@ class Encoder:
         return Prompt(tokens, positions, pixels, grids, None, sample, id)
 
     def render(self, images: list, text: str) -> str:
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+        # templates of text-only models expect a string
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}] if self.sees else text
         return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, date_string=DATE)
 
     def stand_ins(self, text: str) -> dict[str, str]:
         """{special token in the text: a private character that the text does not have}.
@@ -137,6 +145,11 @@ def prefilled_thinking(rendered: str) -> str:
     """The <think> that a rendered prompt ends in, with the white space behind it; empty where it ends otherwise."""
     _, tag, rest = rendered.rpartition("<think>")
     return "" if rest.strip() else tag + rest
+
+
+def vocabulary_size(tokenizer) -> int:
+    """Ids from here on stand for nothing: embedding and head often have more rows, to a round number."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def load_tokenizer(model: str):

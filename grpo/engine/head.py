@@ -56,8 +56,8 @@ class Head:
     `kept` holds the logits of the first tiles, `room` is the number of logits that may still join them.
     """
 
-    def __init__(self, weight: Tensor, temperature: float, banned: tuple[int, ...], tile: tuple[int, int], room: int = 0):
-        self.weight, self.temperature, self.banned, self.tile = weight, temperature, banned, tile
+    def __init__(self, weight: Tensor, temperature: float, banned: tuple[int, ...], rows: int, tile: tuple[int, int], room: int = 0):
+        self.weight, self.temperature, self.banned, self.rows, self.tile = weight, temperature, banned, rows, tile
         self.kept, self.room = deque(), room
 
     def chunks(self, tokens: int) -> Iterator[slice]:
@@ -65,8 +65,8 @@ class Head:
 
     def vocabulary(self) -> Iterator[tuple[slice, list[int]]]:
         """Rows of the weight, and which of them are banned, counted from the first of them."""
-        for start in range(0, len(self.weight), self.tile[1]):
-            end = start + self.tile[1]
+        for start in range(0, self.rows, self.tile[1]):
+            end = min(start + self.tile[1], self.rows)
             yield slice(start, end), [token - start for token in self.banned if start <= token < end]
 
     def logits(self, hidden: Tensor, rows: slice, banned: list[int]) -> Tensor:
@@ -75,7 +75,7 @@ class Head:
     def reduce(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The targets' logits, log Σ exp and entropy, (T,) each, by a running softmax over the vocabulary's tiles."""
         top = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32)
-        mass, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        mass, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.full_like(top, float("-inf"))
         for rows, banned in self.vocabulary():
             logits = self.logits(hidden, rows, banned)
             place = targets - rows.start
@@ -101,12 +101,12 @@ class CompletionLogp(torch.autograd.Function):
     """log softmax(token_logits)[target] and the entropy, tile by tile."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, banned, tile, room):
-        head = Head(weight, temperature, banned, tile, room)
+    def forward(ctx, hidden, weight, targets, temperature, banned, rows, tile, room):
+        head = Head(weight, temperature, banned, rows, tile, room)
         parts = [head.reduce(hidden[chunk], targets[chunk]) for chunk in head.chunks(len(hidden))]
         chosen, log_norm, entropy = (torch.cat(part) for part in zip(*parts))
         ctx.save_for_backward(hidden, weight, targets, log_norm)
-        ctx.head, ctx.kept = (temperature, banned, tile), head.kept
+        ctx.head, ctx.kept = (temperature, banned, rows, tile), head.kept
         ctx.mark_non_differentiable(entropy)
         return chosen - log_norm, entropy
 
@@ -134,7 +134,7 @@ class CompletionLogp(torch.autograd.Function):
                 if grad_weight is not None:
                     accumulate(grad_weight[rows], grad.T, scaled[chunk], sign=-1)
         return (None if grad_hidden is None else grad_hidden.mul_(-scale).to(weight.dtype),
-                None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None)
+                None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None, None)
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> None:
@@ -147,14 +147,15 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> None:
 
 def completion_logp(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: tuple[int, ...],
-    tile: tuple[int, int] | None = None,
+    tile: tuple[int, int] | None = None, vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (nats, float32, without gradient) of each target token.
 
-    hidden (T, hidden size), weight (V, hidden size), targets (T,), banned token ids → (T,), (T,).
+    hidden (T, hidden size), weight (V, hidden size), targets (T,), banned token ids → (T,), (T,). Ids from `vocabulary`
+    on are impossible as well: the head's rows beyond the tokenizer's, never multiplied with.
     Peak memory is one tile (tokens, vocabulary rows), whatever T and V are, and at most KEPT bytes until the backward.
     """
     tile = tile or (GPU_TILE if hidden.is_cuda else TILE)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     room = KEPT // 4 if learns else 0
-    return CompletionLogp.apply(hidden, weight, targets, temperature, banned, tile, room)
+    return CompletionLogp.apply(hidden, weight, targets, temperature, banned, vocabulary or len(weight), tile, room)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from grpo.engine.files import replace_folder
 from grpo.engine.policy import Policy
-from grpo.engine.sizes import LANGUAGE_MODEL, target_names
+from grpo.engine.sizes import target_names
 
 
 class LoraLinear(nn.Linear):
@@ -59,7 +59,7 @@ def add_adapter(policy: Policy, rank: int, alpha: float, targets: str, dropout: 
     policy.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # of dropout: nothing else draws from torch's own generator
-    layers = policy.model.get_submodule(LANGUAGE_MODEL)
+    layers = policy.language_model
     linear = {name: module for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     known, wanted = sorted({name.split(".")[-1] for name in linear}), target_names(targets)
     if unknown := [target for target in wanted or [targets] if target not in known]:
@@ -98,16 +98,16 @@ def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def export_adapter(model: nn.Module, weights: dict[str, Tensor], targets: str, source: str, place: Path) -> None:
+def export_adapter(policy: Policy, weights: dict[str, Tensor], targets: str, source: str, place: Path) -> None:
     """Write the adapter of whole `weights` for PEFT: `PeftModel.from_pretrained(model of source, place)`."""
-    layers = adapted(model)
+    layers = adapted(policy.model)
     layer = next(iter(layers.values()))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": source, "inference_mode": True,
         "r": len(layer.lora_A), "lora_alpha": layer.scale * len(layer.lora_A), "lora_dropout": layer.dropout,
         "bias": "none",
         # a pattern and not a list, which PEFT would look for in the vision encoder too
-        "target_modules": re.escape(LANGUAGE_MODEL) + rf"\..*\.({'|'.join(target_names(targets))})",
+        "target_modules": re.escape(policy.backbone.LANGUAGE_MODEL) + rf"\..*\.({'|'.join(target_names(targets))})",
     }
     tensors = {f"base_model.model.{name}.{part}.weight": weights[f"{name}.{part}"].contiguous()
                for name in layers for part in ("lora_A", "lora_B")}

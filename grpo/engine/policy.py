@@ -39,13 +39,14 @@ class Policy(nn.Module):
         self.model = model
         self.config = model.config
         self.backbone = backbone(self.config.model_type)
-        text = self.config.text_config
+        self.text_config = text = self.config.get_text_config()
         kinds = sorted(set(getattr(text, "layer_types", None) or ["full_attention"]))
         if kinds != ["full_attention"]:
             raise ValueError(f"the model's layers are {kinds}; only full_attention is supported")
         text._attn_implementation = "layout"
         make_lean(model)
         self.banned = self.backbone.banned(self.config)
+        self.vocabulary = len(model.lm_head.weight)  # ids from here on are impossible too, see `load_policy`
         self.rollout_weights, self.compute_dtype = "auto", torch.float32  # set by sharding.shard
 
     @property
@@ -54,8 +55,12 @@ class Policy(nn.Module):
         return self.backbone.visual(self.model)
 
     @property
+    def language_model(self) -> nn.Module:
+        return self.model.get_submodule(self.backbone.LANGUAGE_MODEL)
+
+    @property
     def trunk_layers(self) -> nn.ModuleList:
-        return self.model.model.language_model.layers
+        return self.language_model.layers
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +149,7 @@ class Policy(nn.Module):
             torch.cat(targets).to(self.device),
             temperature,
             self.banned,
+            vocabulary=self.vocabulary,
         )
         if not self.vision_is_frozen:
             # Gradients are reduced over processes: each must have one for every weight, also a process whose samples

@@ -153,7 +153,7 @@ def head_size(text) -> int:
 
 def cache_bytes(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling, item: int) -> int:
     """What the caches of a rollout take, `item` bytes a number: prompts padded to the longest, rows to the limit."""
-    text, (groups, rows) = policy.config.text_config, slots(prompts, group_size, sampling)
+    text, (groups, rows) = policy.text_config, slots(prompts, group_size, sampling)
     tokens = groups * max(map(len, prompts), default=0) + rows * sampling.max_tokens
     return 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * item
 
@@ -175,7 +175,7 @@ class Rollout:
         self.spared = 0  # tokens that ended rows will not write, of the limit's
 
     def _allocate(self, groups: int, rows: int) -> list[KeysValues]:
-        text, weight = self.policy.config.text_config, self.policy.model.lm_head.weight
+        text, weight = self.policy.text_config, self.policy.model.lm_head.weight
         heads = text.num_key_value_heads
         size = head_size(text)
         longest = max(map(len, self.prompts))
@@ -230,7 +230,7 @@ class Rollout:
 
     def write(self) -> int:
         """Draw every live row's next token; rows that end leave. Returns the number of tokens written."""
-        weight, sampling = self.policy.model.lm_head.weight, self.sampling
+        weight, sampling = self.policy.model.lm_head.weight[: self.policy.vocabulary], self.sampling
         logits = token_logits(self.hidden, weight, sampling.temperature or 1.0, self.policy.banned)
         uniform = torch.tensor([row.noise[len(row.tokens)] for row in self.rows], dtype=torch.float64)
         tokens, logps = draw(logits, uniform.to(logits.device), sampling)

@@ -1,11 +1,10 @@
-"""Sizes and names that the planner counts with too. No torch here."""
+"""Sizes that the planner counts with too. No torch here."""
 
 TILE = (1024, 1024)  # logits at once: tokens, vocabulary rows; 4 MB of float32
 GPU_TILE = (2048, 32_768)  # there a tile has to be large enough to keep the device busy
 KEPT = 1 << 30  # bytes of logits that may wait for the backward: 1,700 tokens of a 152k vocabulary
 PATCHES_AT_ONCE = 65_536  # through the vision encoder: about a dozen images of the default limit
 PREFILL_TOKENS = 32_768  # of one packed pass over prompts; changes memory use only
-LANGUAGE_MODEL = "model.language_model"  # its place in the network, and so in every name
 
 
 def target_names(targets: str) -> list[str]:

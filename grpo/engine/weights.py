@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from grpo.engine.backbones import backbone
+from grpo.engine.encode import load_tokenizer, vocabulary_size
 from grpo.engine.files import model_file, read_json, replace_folder
 from grpo.engine.policy import Policy
 
@@ -35,8 +36,12 @@ def without_bars():
             logging.enable_progress_bar()
 
 
-def load_policy(model: str, dtype: torch.dtype = torch.float32) -> Policy:
-    """Folder or hub name → policy with weights of `dtype` (masters are float32 whatever the file holds)."""
+def load_policy(model: str, dtype: torch.dtype = torch.float32, vocabulary: int | None = None) -> Policy:
+    """Folder or hub name → policy with weights of `dtype` (masters are float32 whatever the file holds).
+
+    Ids from `vocabulary` on, the checkpoint's tokenizer's unless an encoder has counted it, can be neither sampled nor
+    scored: they decode to nothing, and a head's rows for them were never trained.
+    """
     network_class = backbone(read_json(model, "config.json").get("model_type"), model).Network
     try:
         with without_bars():
@@ -45,7 +50,9 @@ def load_policy(model: str, dtype: torch.dtype = torch.float32) -> Policy:
         raise ValueError(f"{model}: the weights cannot be loaded: {str(error).splitlines()[0]}") from None
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
         raise ValueError(f"{model}: {len(missing)} tensors are missing from the weights, {missing[0]} first")
-    return Policy(network)
+    policy = Policy(network)
+    policy.vocabulary = min(policy.vocabulary, vocabulary or vocabulary_size(load_tokenizer(model)))
+    return policy
 
 
 def export(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str, place: Path) -> None:

@@ -229,6 +229,8 @@ def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
 def main() -> None:
     s = read_settings(Settings)
     shape = read_shape(s.model)
+    if not shape.vision:
+        s.image_tokens = 0  # of a model that reads text alone
     plans = [plan(shape, s, gpus) for gpus in sorted(set(s.gpus))]
     say(report(shape, s, plans))
     if s.json:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from grpo.engine.backbones import check_model_type
+from grpo.engine.backbones import backbone, check_model_type
 from grpo.engine.files import read_json
-from grpo.engine.sizes import GPU_TILE, KEPT, LANGUAGE_MODEL, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, target_names
+from grpo.engine.sizes import GPU_TILE, KEPT, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, target_names
 
 PHASES = ("loading", "vision", "prefill", "decode", "reference", "passes", "step")
 COMPONENTS = ("weights", "gathered", "gradients", "optimizer", "reference", "caches", "activations", "head")
@@ -67,19 +67,18 @@ def read_shape(model: str) -> Shape:
     if not isinstance(content, dict):
         raise ValueError(f"{model}: found a {type(content).__name__}; expected a checkpoint's config.json")
     check_model_type(content.get("model_type"), model)
-    import torch  # here, so that --help and refusals need none; the engine is not needed at all
-    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+    import torch  # here, so that --help and refusals need none; of the engine only the backbone is needed
 
+    network_class = backbone(content["model_type"]).Network
     with torch.device("meta"):
-        config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
-        return shape_of(AutoModelForImageTextToText.from_config(config))
+        return shape_of(network_class(network_class.config_class.from_dict(content)))
 
 
 def shape_of(network) -> Shape:
     """Counted on transformers' network itself, which may lie on the meta device."""
-    text, vision = network.config.text_config, network.config.vision_config
+    text, vision = network.config.get_text_config(), getattr(network.config, "vision_config", None)  # None: it reads text alone
     count = lambda module: sum(parameter.numel() for parameter in module.parameters())
-    language, head = network.get_submodule(LANGUAGE_MODEL), network.lm_head.weight
+    language, head = network.get_submodule(backbone(network.config.model_type).LANGUAGE_MODEL), network.lm_head.weight
     tied = network.get_input_embeddings().weight is head
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     linear = [(name.split(".")[-1], module.in_features + module.out_features)
@@ -89,9 +88,10 @@ def shape_of(network) -> Shape:
         layer=count(language.layers[0]), layers=len(language.layers), table=head.numel(), tied=tied,
         vocabulary=len(head), hidden=text.hidden_size, intermediate=text.intermediate_size,
         heads=text.num_attention_heads, queries=size * text.num_attention_heads, keys=size * text.num_key_value_heads,
-        vision_hidden=vision.hidden_size, vision_intermediate=vision.intermediate_size,
+        vision_hidden=getattr(vision, "hidden_size", 0), vision_intermediate=getattr(vision, "intermediate_size", 0),
         patches=getattr(vision, "spatial_merge_size", 1) ** 2,
-        patch_values=3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2, matrices=tuple(linear))
+        patch_values=3 * getattr(vision, "temporal_patch_size", 1) * getattr(vision, "patch_size", 0) ** 2,
+        matrices=tuple(linear))
 
 
 class Costs:

@@ -138,12 +138,17 @@ def describe(group: Group, run: Run) -> dict:
     is_box = isinstance(box, (tuple, list)) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
     words = {name: getattr(sample, name, None) for name in ("text", "entity")}
     return {
-        "id": group.prompt.id, "prompt": re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", prompt),
+        "id": group.prompt.id, "prompt": shortened(prompt, run.encoder.backbone.IMAGE_TOKEN),
         "target": run.task.data.target(sample),
         "images": [str(Path(image).absolute()) for image in images if isinstance(image, (str, Path))],
         "box": list(box) if is_box else None,
         **{name: word if isinstance(word, str) else None for name, word in words.items()},
     }
+
+
+def shortened(prompt: str, image_token: str | None) -> str:
+    """Each image once and not as often as it has features; a model that reads text alone has none."""
+    return re.sub(f"({re.escape(image_token)})+", image_token, prompt) if image_token else prompt
 
 
 def numbers(values: Tensor, digits: int) -> list[float | None]:

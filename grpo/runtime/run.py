@@ -114,7 +114,9 @@ class Run:
         self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
 
     def load_policy(self) -> Policy:
-        settings, policy = self.settings, load_policy(self.settings.model)
+        settings, policy = self.settings, load_policy(self.settings.model, vocabulary=self.encoder.vocabulary)
+        if settings.train_vision and not self.encoder.sees:
+            raise ValueError(f"--train_vision: {settings.model} reads text alone, it has no vision encoder")
         if not settings.train_vision:
             policy.freeze_vision()
         if settings.lora_rank:
@@ -215,8 +217,8 @@ class Run:
         """What the run began with: the policy itself, whose adapter is off for it, or a frozen copy, sharded alike."""
         if self.settings.lora_rank:
             return self.policy
-        return one_rank_at_a_time(lambda: self.shard(load_policy(model).requires_grad_(False), self.settings.offload_reference),
-                        self.settings.load_in_turns)
+        return one_rank_at_a_time(lambda: self.shard(load_policy(model, vocabulary=self.encoder.vocabulary).requires_grad_(False),
+                                                     self.settings.offload_reference), self.settings.load_in_turns)
 
     def validate(self, step: int) -> dict:
         """Greedy metrics on the validation samples; a new best is exported to <output>/model."""
@@ -245,7 +247,7 @@ class Run:
         model, settings, weights = self.policy.model, self.settings, gather_weights(self.policy)
         if rank() == 0:
             if settings.lora_rank:
-                export_adapter(model, weights, settings.lora_targets, settings.model, self.output / "adapter")
+                export_adapter(self.policy, weights, settings.lora_targets, settings.model, self.output / "adapter")
                 weights = merged(model, weights)
             export(model, weights, settings.model, self.output / "model")
 

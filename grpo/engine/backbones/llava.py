@@ -10,6 +10,7 @@ from grpo.engine.files import read_json
 
 IMAGE_TOKEN = "<image>"
 END_TOKENS = ()
+LANGUAGE_MODEL = "model.language_model"
 
 
 def load_image_processor(model: str, max_pixels: int | None) -> LlavaImageProcessorPil:

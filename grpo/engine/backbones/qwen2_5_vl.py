@@ -11,6 +11,7 @@ from grpo.engine.rope import rope_positions
 
 IMAGE_TOKEN = "<|image_pad|>"
 END_TOKENS = ("<|endoftext|>",)  # a turn ends with <|im_end|>; this one ends a text altogether
+LANGUAGE_MODEL = "model.language_model"
 PATCH = 14
 MERGE = 2  # patches a side that become one token
 

@@ -11,6 +11,7 @@ from transformers import Qwen3VLForConditionalGeneration as Network
 from grpo.engine.backbones.qwen2_5_vl import (  # noqa: F401  (the same in both)
     END_TOKENS,
     IMAGE_TOKEN,
+    LANGUAGE_MODEL,
     banned,
     image_token_counts,
     load_image_processor,

@@ -1,0 +1,15 @@
+"""Qwen3: as Llama, with a norm on the queries and keys of each head."""
+
+from transformers import Qwen3ForCausalLM as Network  # noqa: F401
+
+from grpo.engine.backbones.llama import (  # noqa: F401  (the same in both)
+    IMAGE_TOKEN,
+    LANGUAGE_MODEL,
+    banned,
+    positions,
+    trunk,
+    visual,
+    width,
+)
+
+END_TOKENS = ("<|endoftext|>",)  # a turn ends with <|im_end|>; this one ends a text altogether
