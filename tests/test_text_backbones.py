@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from tiny import update
 from tiny_backbones import TEXT_ONLY, groups_of, plain_logp, policy_of, prompt_of, text_network, tiny_network, write_text_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +22,7 @@ from grpo.group import Group
 from grpo.plan.__main__ import Settings as PlanSettings, plan
 from grpo.plan.costs import read_shape
 from grpo.runtime.fsdp import gather_weights, shard
-from grpo.runtime.optim import set_gradient_checkpointing, update
+from grpo.runtime.optim import set_gradient_checkpointing
 from grpo.runtime.settings import LORA_TARGETS
 from processes import run_processes
 
@@ -93,7 +94,7 @@ def test_an_adapter_fits_its_reference_is_exact_and_peft_finds_its_names(name, t
     assert len(adapted(policy)) == 3 * 7  # three layers
     set_gradient_checkpointing(policy, True)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.0)
-    update(policy, optimizer, [groups], lambda _, scores: -scores.logp.sum(), 1.0, 1e9, rate=1e-3)
+    update(policy, optimizer, [groups], lambda scores: -scores.logp.sum(), 1.0, 1e9, rate=1e-3)
     assert not torch.equal(policy.score(groups).logp, before)
     with torch.no_grad(), adapter_off(policy):
         assert torch.equal(policy.score(groups).logp, before)
@@ -178,7 +179,7 @@ def one_update(groups):
     if torch.distributed.is_initialized():
         shard(policy, torch.float32, torch.device("cpu"))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    norm = update(policy, optimizer, [groups], lambda _, scores: -scores.logp.sum() / 32, 1.0, 1e9, rate=1e-2)
+    norm = update(policy, optimizer, [groups], lambda scores: -scores.logp.sum() / 32, 1.0, 1e9, rate=1e-2)
     return norm, gather_weights(policy)
 
 
