@@ -226,7 +226,8 @@ def test_many_processes_record_the_same_groups_as_one(folder, tmp_path):
 ])
 def test_a_sample_of_ones_own_task_is_shown_by_what_it_has(sample, expected):
     group = Group(Prompt(torch.tensor([65, 66]), torch.zeros(3, 2), sample=sample, id="mine/0"), [])
-    run = SimpleNamespace(encoder=SimpleNamespace(tokenizer=Bytes()), task=SimpleNamespace(data=SimpleNamespace(target=lambda _: "yes")))
+    encoder = SimpleNamespace(tokenizer=Bytes(), backbone=SimpleNamespace(IMAGE_TOKEN="<|image_pad|>"))
+    run = SimpleNamespace(encoder=encoder, task=SimpleNamespace(data=SimpleNamespace(target=lambda _: "yes")))
     shown = describe(group, run)
     assert (shown["images"], shown["box"], shown["text"]) == expected and (shown["prompt"], shown["target"]) == ("AB", "yes")
 
