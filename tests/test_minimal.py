@@ -9,7 +9,7 @@ import grpo.minimal
 import grpo.train
 import rewards.more
 from grpo.runtime.settings import parse
-from programs import COMMON, lines
+from programs import lines
 
 
 def tensors(model):
