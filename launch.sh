@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The pipelines as a person types them.
+# The pipelines as a person types them. Each command takes --help.
 #
 #   ./launch.sh setup                     make .venv and install pinned dependencies; every other command does it too
 #   ./launch.sh demo [--task more|jmere] [--seed N] [--output DIR]
@@ -7,9 +7,10 @@
 #   ./launch.sh more-r1 --model MODEL --data DIR [--output DIR] [--expert KIND:NAME] [--stage NAME[,NAME…]] …
 #                                         MORE-R1 with the paper's settings, see docs/recipes/more-r1.sh; a stage that
 #                                         is done is skipped
-#   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME] …
+#   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME[,NAME…]] …
 #                                         JMERE-R1 with the paper's settings, see docs/recipes/jmere-r1.sh; likewise
-#   ./launch.sh test [pytest arguments]   the tests
+#   ./launch.sh test [pytest arguments]   the tests but those that are heavy; -m heavy: these alone; -h lists pytest's own
+#                                         arguments. Without the name of a file two processes share them
 #
 # PYTHON=/path/to/python ./launch.sh …    use that interpreter as it is and install nothing
 # PROCESSES=N ./launch.sh …               number of processes (default: one a GPU, two without any)
@@ -65,66 +66,92 @@ once() { # result, command: not again where <result>.done holds this very comman
 
 title() { printf '\n\033[1m── %s\033[0m\n' "$*"; }
 
-. "$here/docs/recipes/more-r1.sh"
+usage() { # of the command: its recipe's first comment, or its lines above
+    local recipe=$here/docs/recipes/$command.sh
+    if [ -e "$recipe" ]; then
+        sed -n '/^$/q; s/^# \{0,1\}//p' "$recipe"
+    else
+        awk -v name="./launch.sh $command " '/^#   [.]/ { on = index($0, name) } /^#$/ { on = 0 } on { print substr($0, 5) }' "$here/launch.sh"
+    fi
+}
 
-# What the demo sets apart from the papers' settings: it is a thousandth of their size and learns from nothing.
-stage_1="--train_vision True --batch_size 32 --learning_rate 2e-3"
+nearest() { # word, what there is: that which begins with it, or else has most letters in common with it
+    local word=$1 best="" most=-99 name i rest shared
+    for name in "${@:2}"; do
+        rest=$name shared=$((-${#name}))
+        for ((i = 0; i < ${#word}; i++)); do
+            [[ $rest != *"${word:i:1}"* ]] || { shared=$((shared + 2)); rest=${rest/"${word:i:1}"/}; }
+        done
+        [[ $name != "$word"* ]] || shared=99
+        [ "$shared" -le "$most" ] || { most=$shared; best=$name; }
+    done
+    echo "$best"
+}
 
-demo() {
-    local seed=0 output="" task=more
+# What a recipe is written in.
+# docs/recipes/NAME.sh begins with its usage and sets `all`, its stages; `main`, those that run when none is asked for;
+# and `run_stage NAME`, which runs one, most often as a line of the functions below. NAME/*.json hold the settings.
+
+options() { # the options that there are, the words: --name VALUE becomes the variable $name, what is behind -- `more`
+    local known=$1
+    shift
     while [ $# -gt 0 ]; do
-        [ $# -gt 1 ] || fail "demo: no option $1, or no value behind it; it takes --task, --seed and --output"
-        case $1 in
-            --task) task=$2 ;; --seed) seed=$2 ;; --output) output=$2 ;;
-            *) fail "demo: no option $1; it takes --task, --seed and --output" ;;
-        esac
+        [ "$1" != -- ] || { more=("${@:2}"); break; }
+        [[ " $known " = *" $1 "* ]] || fail "$command: no option $1; did you mean $(nearest "$1" $known)? (./launch.sh $command --help)"
+        [ $# -gt 1 ] || fail "$command: $1: no value behind it"
+        printf -v "${1#--}" %s "$2"
         shift 2
     done
-    [[ $seed =~ ^[0-9]+$ ]] || fail "--seed $seed: expected a whole number"
-    [ "$task" = more ] || [ "$task" = jmere ] || fail "--task $task: expected more or jmere"
-    [ -n "$output" ] || { output=runs/demo; [ "$task" = more ] || output=runs/demo-jmere; }
-    mkdir -p "$output"
-    # another seed in the same folder begins anew
-    [ "$(cat "$output/seed" 2>/dev/null)" = "$seed" ] ||
-        rm -rf "$output"/*.done "$output"/test/*.done "$output"/stage_?/checkpoints
-    echo "$seed" >"$output/seed"
-    local world=$output/world settings="--task $task --seed $seed --max_completion_tokens 96"
-    "demo_$task"
 }
 
-results() { # the folders of three evaluations: before, after stage 1, after stage 2
+pipeline() { # the command line of a recipe's
+    model="" data="" output=runs/$command expert=openai:gpt-4o template="" missing_images=stop seed=0 stage=$main more=()
+    recipe=$here/docs/recipes/$command
+    options "--model --data --output --expert --template --missing_images --recipe --seed --stage" "$@"
+    [ "$stage" != everything ] || stage=$all
+    run_stages ${stage//,/ }
+}
+
+run_stages() {
+    local name
+    for name; do # all of it before anything is run and paid for
+        [[ " $all " = *" $name "* ]] ||
+            fail "$command: no stage $name; did you mean $(nearest "$name" $all)? (./launch.sh $command --help)"
+        [ -n "$data" ] || [ "$name" = table ] || fail "$command: --data DIR expected, the dataset's folder"
+        [ -n "$model" ] || [[ " check data table " = *" $name "* ]] ||
+            fail "$command: --model expected, a checkpoint folder or hub name"
+    done
+    mkdir -p "$output/test"
+    for name; do run_stage "$name"; done
+}
+
+needs() { # what a stage starts from, the stage that makes it
+    [ -e "$1" ] || fail "$command: $1 is not there yet; --stage $2 makes it"
+}
+
+reasoning() { # name of the data, settings: the expert's, filtered
+    once "$output/$1" one sft.annotate --config "$recipe/data.json" --data "$data" --expert "$expert" --seed "$seed" \
+        --missing_images "$missing_images" --output "$output/$1.jsonl" ${template:+--template "$template"} "${@:2}"
+}
+
+run() { # folder of the result, program, the recipe's file, settings
+    once "$output/$1" many "$2" --config "$recipe/$3.json" --data "$data" --seed "$seed" --missing_images "$missing_images" \
+        --output "$output/$1" "${@:4}" "${more[@]}"
+}
+
+train() { # name, program, the recipe's file, that of its test, settings: trained and tested
+    run "$1" "$2" "$3" "${@:5}"
+    evaluate "$1" "$4" "$output/$1/model"
+}
+
+evaluate() { # name of what is tested, the recipe's file, model
+    run "test/$1" grpo.evaluate "$2" --model "$3"
+    [ -z "${greedily_too:-}" ] || run "test/$1_greedy" grpo.evaluate "$2" --model "$3" --temperature 0
+}
+
+table() {
     title "result"
-    one grpo.compare zero_shot="$1" sft="$2" grpo="$3" --output "$output/results.json"
-    one grpo.report "$output/stage_1" "$output/stage_2" "$@" --output "$output/report.html"
-}
-
-demo_more() { # the variables of these two are demo's
-    title "the embedded example: a small MORE-like world, a scripted expert, a tiny random Qwen2.5-VL"
-    once "$world" one data.toy --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
-    more_r1 --model "$world/model" --data "$world/MORE" --expert "file:$world/expert.jsonl" --output "$output" \
-        --seed "$seed" --recipe "$here/docs/recipes/more-demo" --stage data,zero_shot,stage_1,split,stage_2
-    results "$output/test/zero_shot" "$output/test/stage_1" "$output/test/stage_2"
-}
-
-demo_jmere() {
-    local data=$world/JMERE
-    title "the embedded example: small JMERE-like posts, a scripted expert, a tiny random Qwen2.5-VL"
-    once "$world" one data.toy --task jmere --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
-    title "reasoning data for half of the posts: three candidates each, the re-prediction filter, the score filter"
-    once "$output/mp_cot" one sft.annotate --task jmere --data "$data" --split train --fraction 0.5 --seed "$seed" \
-        --candidates 3 --repredict True --score True --expert "file:$world/expert.jsonl" --output "$output/mp_cot.jsonl"
-    title "zero-shot"
-    once "$output/zero_shot" many grpo.evaluate $settings --model "$world/model" --data "$data" \
-        --output "$output/zero_shot" --reasoning False --max_completion_tokens 16
-    title "stage 1: SFT on the reasoning (the whole tiny model: its vision encoder knows nothing yet)"
-    once "$output/stage_1" many sft.train $settings $stage_1 --epochs 7 --validate_every 7 --valid_split val \
-        --model "$world/model" --data "$data" --responses "$output/mp_cot.jsonl" --output "$output/stage_1"
-    once "$output/sft" many grpo.evaluate $settings --model "$output/stage_1/model" --data "$data" --output "$output/sft"
-    title "stage 2: GRPO, one update a rollout, no clip"
-    once "$output/stage_2" many grpo.train $settings --objective jmere-r1 --learning_rate 2e-4 --max_rollouts 100 \
-        --validate_every 20 --valid_split val --rollout_log_every 5 --model "$output/stage_1/model" --data "$data" --output "$output/stage_2"
-    once "$output/grpo" many grpo.evaluate $settings --model "$output/stage_2/model" --data "$data" --output "$output/grpo"
-    results "$output/zero_shot" "$output/sft" "$output/grpo"
+    one grpo.report.paper_table "$recipe/paper.json" --runs "$output/test" --output "$output/table"
 }
 
 processes_and_threads() {
@@ -133,12 +160,19 @@ processes_and_threads() {
     threads=$(( $(nproc) / processes )); [ "$threads" -ge 1 ] || threads=1
 }
 
+side_by_side() { # pytest's arguments: how its two processes share the tests, where neither a file nor a look inside is asked for
+    [[ " $*" != *" tests/"* && " $* " != *" -s "* && " $*" != *" --pdb"* ]] && "$python" -c 'import xdist' 2>/dev/null &&
+        echo "-n 2 --dist worksteal"
+}
+
+commands="setup demo more-r1 jmere-r1 test"
 command=${1:-}; [ $# -gt 0 ] && shift
+[[ " $commands " != *" $command "* || " $* " != *" --help "* ]] || { usage; exit; }
 case $command in
     setup) setup; echo "ready: $python" ;;
-    demo) setup; processes_and_threads; demo "$@" ;;
-    more-r1) setup; processes_and_threads; more_r1 "$@" ;;
-    jmere-r1) setup; processes_and_threads; . "$here/docs/recipes/jmere-r1.sh"; jmere_r1 "$@" ;;
-    test) setup; cd "$here"; OMP_NUM_THREADS=$(nproc) "$python" -m pytest "$@" ;;
-    *) sed -n '2,16p' "$here/launch.sh" | cut -c3-; exit 2 ;;
+    demo) setup; processes_and_threads; . "$here/docs/recipes/demo.sh"; demo "$@" ;;
+    more-r1 | jmere-r1) setup; processes_and_threads; . "$here/docs/recipes/$command.sh"; pipeline "$@" ;;
+    test) setup; cd "$here"; "$python" -m pytest $(side_by_side "$@") "$@" ;;
+    "" | -h | --help | help) sed -n '2,19p' "$here/launch.sh" | cut -c3-; [ -n "$command" ] || exit 2 ;;
+    *) fail "no command $command; did you mean ./launch.sh $(nearest "$command" $commands)?" ;;
 esac

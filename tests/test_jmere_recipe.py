@@ -17,13 +17,13 @@ PROGRAMS = {"sft.annotate": annotate, "sft.train": sft.train, "grpo.train": grpo
 GIVEN = ["--model", "a/model", "--data", "a folder/JMERE", "--output", "out"]
 
 
-def launch(folder, *words):
-    """Exit status, output, and [(program, its words)] of one ./launch.sh jmere-r1."""
+def launch(folder, *words, command="jmere-r1"):
+    """Exit status, output, and [(program, its words)] of one ./launch.sh."""
     log, stand_in = folder / "log", folder / "python"
     stand_in.write_text(f'#!/bin/sh\nprintf "%s\\037" "$@" >>"{log}"\necho >>"{log}"\n')
     stand_in.chmod(0o755)
     log.write_text("")
-    done = subprocess.run([ROOT / "launch.sh", "jmere-r1", *words], capture_output=True, text=True, timeout=60, cwd=folder,
+    done = subprocess.run([ROOT / "launch.sh", command, *words], capture_output=True, text=True, timeout=60, cwd=folder,
                           env={**os.environ, "PYTHON": str(stand_in), "PROCESSES": "1"})
     calls = [line.split("\037")[:-1] for line in log.read_text().splitlines()]
     after = [call[len(call) - call[::-1].index("-m"):] for call in calls]  # behind the last -m: torchrun's is the first
@@ -70,6 +70,18 @@ def test_every_stage_gives_its_programs_settings_that_they_know(tmp_path):
     assert read <= {"a/model", *(f"{output}/model" for output in by_output)}
 
 
+def test_the_demo_is_the_same_pipeline_in_small(tmp_path):
+    status, text, calls = launch(tmp_path, "--task", "jmere", "--seed", "3", command="demo")
+    assert status == 0, text
+    assert [name for name, _ in calls] == ["data.toy", "sft.annotate", "grpo.evaluate", "sft.train", "grpo.evaluate", "grpo.train",
+                                           "grpo.evaluate", "grpo.compare", "grpo.report"]
+    (_, data), (_, untrained), (_, sft_), (_, first), (_, stage_2), (_, second) = settings_of(calls)
+    assert data.repredict and data.score and sft_.responses == data.output and sft_.train_vision
+    assert not untrained.reasoning and first.reasoning and first.temperature == second.temperature == 0
+    assert stage_2.objective.name == "jmere-r1" and second.model == "runs/demo-jmere/grpo/model"
+    assert {settings.data for _, settings in settings_of(calls)} == {"runs/demo-jmere/world/JMERE"}
+
+
 def test_what_is_done_is_not_done_again(tmp_path):
     status, text, first = launch(tmp_path, *GIVEN)
     assert status == 0, text
@@ -80,10 +92,10 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--stage", "grop", "--model", "m", "--data", "d"], "error: jmere-r1: no stage grop"),
+    (["--stage", "grop", "--model", "m", "--data", "d"], "error: jmere-r1: no stage grop; did you mean grpo?"),
     (["--model", "m"], "error: jmere-r1: --data DIR expected"), (["--data", "d"], "error: jmere-r1: --model expected"),
-    (["--modle", "m"], "error: jmere-r1: no option --modle"),
-    (["--model"], "error: jmere-r1: --model: no such option")])
+    (["--modle", "m"], "error: jmere-r1: no option --modle; did you mean --model?"),
+    (["--model"], "error: jmere-r1: --model: no value behind it")])
 def test_what_the_user_mistypes_is_one_line_and_status_2(tmp_path, words, message):
     status, text, calls = launch(tmp_path, *words)
     assert status == 2 and message in text and not calls

@@ -139,14 +139,28 @@ def test_each_stage_alone_starts_from_what_is_there(launch):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--stage", "zero_shot", "--modle", "M"), "no option --modle"),
+    (("--stage", "zero_shot", "--modle", "M"), "no option --modle; did you mean --model?"),
     (("--stage", "zero_shot", "--data", "D"), "--model expected"), (("--model", "M"), "--data DIR expected"),
     (("--data", "D"), "--model expected"), ((*MODEL, "--stage", "check,data,stage-3"), "no stage stage-3"),
-    ((*MODEL, "--stage", "stage-3"), "no stage stage-3"), (("--model",), "no value behind it"),
+    ((*MODEL, "--stage", "stage-3"), "no stage stage-3; did you mean stage_"), (("--model",), "no value behind it"),
 ])
 def test_a_line_that_does_not_fit_is_refused_before_anything_runs(launch, words, message):
     status, said, calls = launch(*words)
     assert status == 2 and message in said and not calls
+
+
+@pytest.mark.parametrize("typed, meant", [("dmeo", "demo"), ("more", "more-r1"), ("jmer-r1", "jmere-r1"), ("tests", "test"),
+                                          ("stup", "setup")])
+def test_a_mistyped_command_is_answered_with_the_nearest_in_one_line(launch, typed, meant):
+    assert launch(command=typed)[:2] == (2, f"error: no command {typed}; did you mean ./launch.sh {meant}?\n")
+
+
+@pytest.mark.parametrize("command", ["setup", "demo", "more-r1", "jmere-r1", "test"])
+def test_every_command_has_a_help_that_names_it_and_runs_nothing(launch, command):
+    status, said, calls = launch("--help", command=command)
+    assert status == 0 and f"./launch.sh {command}" in said and not calls
+    others = {"setup", "demo", "more-r1", "jmere-r1", "test"} - {command}
+    assert not any(f"./launch.sh {other}" in said for other in others)
 
 
 def test_the_help_names_every_stage(launch):
@@ -192,7 +206,7 @@ def test_every_program_of_the_recipe_sees_images_of_one_size():
 
 def test_every_row_of_the_paper_has_a_stage_that_fills_it_and_every_tested_stage_a_row():
     rows = json.loads((RECIPES / "more-r1" / "paper.json").read_text())["rows"]
-    script = (RECIPES / "more-r1.sh").read_text()
-    tested = set(re.findall(r"more_test (\w+) ", script)) | set(re.findall(r"more_grpo (\w+) ", script))
+    stages = (RECIPES / "more-r1.sh").read_text().partition("run_stage() {")[2].partition("\n}")[0]
+    tested = set(re.findall(r" (?:train|evaluate|stage_2) (\w+) ", stages))
     assert {row["folder"] for row in rows if "folder" in row} == tested
     assert next(row for row in rows if row.get("folder") == "stage_2")["f1"] == 67.80

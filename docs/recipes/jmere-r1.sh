@@ -2,10 +2,12 @@
 #
 #   ./launch.sh jmere-r1 --model Qwen/Qwen2.5-VL-7B-Instruct --data DIR [options] [-- settings of the model programs]
 #
-#   --stage NAME           one stage alone; without it data, cot_sft, grpo, vote and the table in turn
+#   --stage NAME[,NAME…]   these stages alone; without it data, cot_sft, grpo, vote and the table in turn
 #   --output DIR           runs/jmere-r1
-#   --expert KIND:NAME     who writes the reasoning: openai:gpt-4o
+#   --expert KIND:NAME     who writes the reasoning: openai:gpt-4o (the default), local:CHECKPOINT, file:JSONL
+#   --template FILE        the prompt that the expert gets, instead of the built-in one
 #   --missing_images WHAT  posts without an image: stop, drop or blank
+#   --recipe DIR           another folder of settings
 #   --seed N               0
 #
 # What was done is not done again: <result>.done holds the command that made it; it and <result> are removed to repeat it.
@@ -23,91 +25,57 @@
 #   table                                all that was tested beside the paper's figures
 #   everything                           all of these
 
-jmere_r1() {
-    local model="" data="" output=runs/jmere-r1 expert=openai:gpt-4o missing=stop seed=0 stage="" more=()
-    local recipes=$here/docs/recipes/jmere-r1
-    while [ $# -gt 0 ]; do
-        [ "$1" = -- ] && { shift; more=("$@"); break; }
-        [ "$1" = --help ] && { sed -n '/^$/q; s/^# \{0,1\}//p' "$here/docs/recipes/jmere-r1.sh"; return; }
-        [ $# -gt 1 ] || fail "jmere-r1: $1: no such option, or no value behind it"
-        case $1 in
-            --model) model=$2 ;; --data) data=$2 ;; --output) output=$2 ;; --expert) expert=$2 ;;
-            --missing_images) missing=$2 ;; --seed) seed=$2 ;; --stage) stage=$2 ;;
-            *) fail "jmere-r1: no option $1 (./launch.sh jmere-r1 --help)" ;;
-        esac
-        shift 2
-    done
-    if [ "$stage" != table ]; then
-        [ -n "$data" ] || fail "jmere-r1: --data DIR expected, the dataset's folder"
-        [ -n "$model" ] || [ "$stage" = data ] || fail "jmere-r1: --model expected, a checkpoint folder or hub name"
-    fi
-    mkdir -p "$output/test"
-    local name
-    case $stage in
-        "") for name in data cot_sft grpo vote table; do jmere_stage $name; done ;;
-        everything)
-            for name in data cot_sft grpo vote zero_shot sft cot_sft_20 only_rl without_partial \
-                {,cot_sft_}without_{score,repredict,both} groups table; do jmere_stage $name; done ;;
-        *) jmere_stage "$stage" ;;
-    esac
-}
+main="data cot_sft grpo vote table"
+all="data cot_sft grpo vote zero_shot sft cot_sft_20 only_rl without_partial without_score without_repredict without_both"
+all+=" cot_sft_without_score cot_sft_without_repredict cot_sft_without_both groups table"
+greedily_too=yes
 
-jmere_stage() { # the variables are jmere_r1's
-    title "jmere-r1: $1"
-    local size
+run_stage() {
+    local start=$output/cot_sft/model size
     case $1 in
-        data) jmere_data mp_cot ;;
-        cot_sft) jmere_train cot_sft sft.train cot_sft "$model" --responses "$output/mp_cot.jsonl" ;;
-        grpo) jmere_train grpo grpo.train grpo "$output/cot_sft/model" ;;
-        vote) jmere_test grpo_vote "$output/grpo/model" --samples 100 ;;
-        zero_shot) jmere_tests zero_shot "$model" --reasoning False ;;
-        sft) jmere_train sft sft.train sft "$model" ;;
-        cot_sft_20) jmere_train cot_sft_20 sft.train sft "$model" --responses "$output/mp_cot.jsonl" ;;
-        only_rl) jmere_train only_rl grpo.train grpo "$model" ;;
+        data)
+            title "reasoning data: several candidates each, the re-prediction filter, the score filter"
+            filtered "" ;;
+        cot_sft) title "stage 1: SFT on the reasoning"; cot_sft cot_sft cot_sft ;;
+        grpo) title "stage 2: GRPO"; train grpo grpo.train grpo test --model "$start" ;;
+        vote)
+            title "majority of 100 samples"
+            run test/grpo_vote grpo.evaluate test --model "$output/grpo/model" --samples 100 ;;
+        zero_shot) title "zero-shot"; evaluate zero_shot answer "$model" ;;
+        sft) title "baseline: SFT on the answers alone, 20 epochs"; train sft sft.train sft answer --model "$model" ;;
+        cot_sft_20) title "baseline: SFT on the reasoning, 20 epochs"; cot_sft cot_sft_20 sft ;;
+        only_rl) title "baseline: GRPO alone"; train only_rl grpo.train grpo test --model "$model" ;;
         without_partial)
-            jmere_train without_partial grpo.train grpo "$output/cot_sft/model" --reward_weights partial=0,format=0 ;;
-        cot_sft_without_score | cot_sft_without_repredict | cot_sft_without_both)
-            jmere_filtered "${1#cot_sft_}"
-            jmere_train "$1" sft.train sft "$model" --responses "$output/mp_cot_${1#cot_sft_}.jsonl" ;;
-        without_score | without_repredict | without_both)
-            jmere_filtered "$1"
-            jmere_train "warm_up_$1" sft.train cot_sft "$model" --responses "$output/mp_cot_$1.jsonl"
-            jmere_train "$1" grpo.train grpo "$output/warm_up_$1/model" ;;
-        groups) for size in 2 4 16; do
-                jmere_train "groups_$size" grpo.train grpo "$output/cot_sft/model" --group_size $size
+            title "ablation: the accuracy reward alone"
+            train without_partial grpo.train grpo test --model "$start" --reward_weights partial=0,format=0 ;;
+        without_*)
+            title "ablation: the data $1"
+            filtered "_$1"
+            cot_sft "warm_up_$1" cot_sft "_$1"
+            train "$1" grpo.train grpo test --model "$output/warm_up_$1/model" ;;
+        cot_sft_without_*)
+            title "ablation: SFT on the data ${1#cot_sft_}, 20 epochs"
+            filtered "${1#cot_sft}"
+            cot_sft "$1" sft "${1#cot_sft}" ;;
+        groups)
+            for size in 2 4 16; do
+                title "ablation: groups of $size"
+                train "groups_$size" grpo.train grpo test --model "$start" --group_size $size
             done ;;
-        table) one grpo.report.paper_table "$recipes/paper.json" --runs "$output/test" --output "$output/table" ;;
-        *) fail "jmere-r1: no stage $1 (./launch.sh jmere-r1 --help names them)" ;;
+        table) table ;;
     esac
 }
 
-jmere_data() { # name, settings: what the expert has answered once is asked for no second time, whichever the filters
-    once "$output/$1" one sft.annotate --config "$recipes/data.json" --data "$data" --expert "$expert" --seed "$seed" \
-        --missing_images "$missing" --output "$output/$1.jsonl" --responses "$output/mp_cot.responses.jsonl" "${@:2}"
+cot_sft() { # name, the recipe's file, which data
+    train "$1" sft.train "$2" test --model "$model" --responses "$output/mp_cot${3:-}.jsonl"
 }
 
-jmere_filtered() {
+filtered() { # which data: what the expert has answered once is asked for no second time, whichever the filters
+    local filters=()
     case $1 in
-        without_score) jmere_data "mp_cot_$1" --score False ;;
-        without_repredict) jmere_data "mp_cot_$1" --repredict False ;;
-        without_both) jmere_data "mp_cot_$1" --repredict False --score False ;;
+        _without_score) filters=(--score False) ;;
+        _without_repredict) filters=(--repredict False) ;;
+        _without_both) filters=(--repredict False --score False) ;;
     esac
-}
-
-jmere_train() { # name, program, recipe, model, settings
-    once "$output/$1" many "$2" --config "$recipes/$3.json" --model "$4" --data "$data" --seed "$seed" \
-        --missing_images "$missing" --output "$output/$1" "${@:5}" "${more[@]}"
-    local plain=()
-    [ "$1" = sft ] && plain=(--reasoning False) # it has learned to answer at once
-    jmere_tests "$1" "$output/$1/model" "${plain[@]}"
-}
-
-jmere_tests() {
-    jmere_test "$@"
-    jmere_test "$1_greedy" "${@:2}" --temperature 0
-}
-
-jmere_test() { # name, model, settings
-    once "$output/test/$1" many grpo.evaluate --config "$recipes/test.json" --model "$2" --data "$data" --seed "$seed" \
-        --missing_images "$missing" --output "$output/test/$1" "${@:3}" "${more[@]}"
+    reasoning "mp_cot$1" --responses "$output/mp_cot.responses.jsonl" "${filters[@]}"
 }
