@@ -20,6 +20,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 # Nothing here needs a hub unless a hub name is given as --model.
 export TOKENIZERS_PARALLELISM=false
+# Told to stop, a run finishes its step and writes a checkpoint; torchrun's own 30 seconds may not do (older ones do not ask).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -45,7 +47,7 @@ setup() {
 }
 
 many() { # a module under torchrun
-    OMP_NUM_THREADS=$threads "$python" -m torch.distributed.run --nproc-per-node "$processes" \
+    OMP_NUM_THREADS=$threads "$python" -m grpo.runtime.launch --nproc-per-node "$processes" \
         --max-restarts "${RESTARTS:-0}" --rdzv-backend c10d --rdzv-endpoint localhost:0 -m "$@"
 }
 

@@ -15,6 +15,7 @@ import fcntl
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,10 +49,14 @@ def real_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def sigterm_ends_pytest():
-    """A run takes SIGTERM as a wish; in this process it must not outlive its test."""
+def no_run_outlives_its_test():
+    """A run takes signals as wishes and ends its process when it hangs; pytest's process must have neither of it."""
     yield
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "grpo.runtime.liveness" in sys.modules:
+        sys.modules["grpo.runtime.liveness"].stop_watching()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 COMMON = ["--max_completion_tokens", "24", "--rollout_rows", "8", "--max_pixels", "3136"]
-TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--monitor-interval", "0.1")
+TORCHRUN = ("-m", "grpo.runtime.launch", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--monitor-interval", "0.1")
 
 
 @cache

@@ -44,7 +44,7 @@ def test_killed_in_every_phase_and_restarted_by_torchrun_it_ends_with_the_same_r
     status, text = end(begin(words_of(folder, tmp_path), restarts=4, faults=faults))
     assert status == 0, text
     assert text.count("fault: kill") == 4
-    # the second life began with the first one's checkpoint, and so on: nothing was done three times
+    # the first restart began with the checkpoint before it, and so on: nothing was done three times
     assert re.findall(r"going on after step (\d)", text) == ["1", "2", "2", "3"]
     same_run(undisturbed, tmp_path)
 
@@ -60,23 +60,24 @@ def test_sft_killed_in_the_middle_of_an_epoch_ends_with_the_same_result(folder, 
     same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def stop_after(process, output, rollouts):
-    """SIGTERM as soon as so many rollouts are behind it."""
+def stop_after(process, output, rollouts, number=signal.SIGTERM):
+    """A signal as soon as so many rollouts are behind it."""
     for _ in range(1200):
         if (output / "metrics.jsonl").exists() and len((output / "metrics.jsonl").read_bytes().splitlines()) > rollouts:
-            return process.send_signal(signal.SIGTERM)
+            return process.send_signal(number)
         time.sleep(0.1)
     raise AssertionError("it did not get that far")
 
 
-@pytest.mark.parametrize("processes,status", [(0, 143), (2, 1)], ids=["one process", "two under torchrun"])
-def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(folder, undisturbed, tmp_path, processes, status):
+@pytest.mark.parametrize("processes,number,status", [(0, signal.SIGTERM, 143), (2, signal.SIGINT, 130)],
+                         ids=["one process by SIGTERM", "two by Ctrl-C"])
+def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(folder, undisturbed, tmp_path, processes, number, status):
     words = words_of(folder, tmp_path, "--checkpoint_every", 0)
     process = begin(words, processes)
-    stop_after(process, tmp_path, 2)
+    stop_after(process, tmp_path, 2, number)
     found, text = end(process)
-    assert found == status and re.search(r"stopped after step \d by SIGTERM; the same command goes on", text), text
-    assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in text
+    assert found == status and re.search(rf"stopped after step \d by {number.name}; the same command goes on from \S+\Z", text.strip()), text
+    assert text.count("ending after this step") == 1 and "Traceback" not in text and "Warning" not in text
     stopped = int(newest(tmp_path).name.removeprefix("step-"))
     assert 2 <= stopped < 5
     status, text = end(begin(words, processes))
@@ -86,11 +87,23 @@ def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(folder, undi
         same_run(undisturbed, tmp_path)
 
 
+def test_what_a_rank_has_said_in_one_line_is_all_that_is_said(folder, tmp_path):
+    words = words_of(folder, tmp_path, "--valid_metric", "f2")
+    status, text = end(begin(words))
+    assert status == 2 and re.fullmatch(r"error: --valid_metric f2: the task offers .*\n", text), text
+
+
+def test_a_rank_that_could_say_nothing_is_named(folder, tmp_path):
+    status, text = end(begin(words_of(folder, tmp_path), faults="rollout:kill@0"))
+    assert status == 137 and re.search(r"^error: rank 1 \(pid \d+\) was ended by SIGKILL; the same command goes on", text, re.M), text
+    assert "Traceback" not in text
+
+
 def test_a_worker_that_hangs_is_named_instead_of_silence(folder, tmp_path):
     process = begin(words_of(folder, tmp_path, "--hang_minutes", 0.15), faults="rollout:hang@0")
     status, text = end(process, 120)
     assert status != 0
-    assert re.search(r"error: no process has made progress for 0.15 minutes: process 1 \(pid \d+ on \S+\) in 'rollout'; "
+    assert re.search(r"error: no rank has made progress for 0.15 minutes: rank 1 \(pid \d+ on \S+\) in 'rollout'; "
                      r"1 others wait for it \(--hang_minutes", text), text
 
 
@@ -98,13 +111,13 @@ def test_a_worker_that_hangs_is_restarted_and_the_run_ends_with_the_same_result(
     """Neither loading in turns nor rollouts layer by layer change a bit of it."""
     words = words_of(folder, tmp_path, "--hang_minutes", 0.15, "--load_in_turns", True, "--rollout_weights", "layers")
     status, text = end(begin(words, restarts=1, faults="update:hang@0"))
-    assert status == 0 and "process 1" in text, text
+    assert status == 0 and "rank 1" in text, text
     same_run(undisturbed, tmp_path)
 
 
 def test_the_verdict_names_who_is_furthest_behind():
     everyone = [["7", "90", "11", "a", "update"], ["6", "95", "12", "b", "score"], ["7", "70", "13", "b", "update"]]
-    assert verdict(everyone, 60) == ("no process has made progress for 1 minutes: process 1 (pid 12 on b) in 'score'; "
+    assert verdict(everyone, 60) == ("no rank has made progress for 1 minutes: rank 1 (pid 12 on b) in 'score'; "
                                      "2 others wait for it (--hang_minutes sets the limit)")
 
 
@@ -138,7 +151,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(small_disk, 
     checkpoints.save(policy, optimizer, 1, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill() if where == "disk" else resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    with pytest.raises(OSError, match=r"step-00000002: the checkpoint cannot be written \(process 0: .*(No space left|too large).*"
+    with pytest.raises(OSError, match=r"step-00000002: the checkpoint cannot be written \(rank 0: .*(No space left|too large).*"
                                       r"the last good one is .*step-00000001"):
         checkpoints.save(policy, optimizer, 2, {})
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -155,7 +168,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(small_disk, 
 def test_a_run_on_a_full_disk_ends_in_one_line(folder, tmp_path, room, expected):
     program = (f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); "
                "runpy.run_module('grpo.train', run_name='__main__')")
-    status, text = end(programs.begin("-c", program, *words_of(folder, tmp_path)))
+    status, text = end(programs.begin("-c", program, *words_of(folder, tmp_path, "--zero_variance_groups", "kept")))
     assert status == 2, text
     assert re.search(f"^error: .*{expected}$", text, re.M), text
     assert not list(tmp_path.glob("**/*.new"))

@@ -74,7 +74,7 @@ def hear(log, words, seconds=90):
     raise AssertionError(f"not said: {words}\n{log.read_text()}")
 
 
-MISSING = r"error: no process has made progress for 0.1 minutes: .*process 1 \(pid"
+MISSING = r"error: no rank has made progress for 0.1 minutes: .*rank 1 \(pid"
 
 
 def test_one_host_is_cut_off_the_other_waits_and_both_go_on(hosts, folder, tmp_path):
@@ -83,7 +83,7 @@ def test_one_host_is_cut_off_the_other_waits_and_both_go_on(hosts, folder, tmp_p
     stays, goes = begin("a", words, 2, logs["stays"]), begin("b", words, 2, logs["goes"])
     stop_after(SignalOnly(lambda: lose_power("b")), run, 2)
     goes.wait()
-    hear(logs["stays"], "no process has made progress")
+    hear(logs["stays"], "no rank has made progress")
     time.sleep(10)
     assert stays.poll() is None  # it waits
     ip("-n", "grpo-b", "link", "set", "cable-b", "up")

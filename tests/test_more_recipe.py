@@ -54,7 +54,7 @@ def programs(calls):
     """Each call's program and the last part of what it writes."""
     found = []
     for call in calls:
-        call = re.sub(r"^torch.distributed.run.* -m ", "", call)
+        call = re.sub(r"^grpo.runtime.launch.* -m ", "", call)
         output = re.search(r"--output (\S+)", call)
         found.append((call.split()[0], output[1].removeprefix("runs/more-r1/") if output else ""))
     return found

@@ -152,3 +152,43 @@ def test_without_a_warm_up_the_cosine_starts_at_once_and_the_shortest_one_is_a_s
     assert learning_rate(0, 20, 1.0, 0.0, "cosine") == 1.0 and learning_rate(10, 20, 1.0, 0.0, "cosine") == pytest.approx(0.5)
     assert [learning_rate(step, 3, 1.0, 0.05, "cosine") for step in (0, 1)] == [1.0, 1.0]
     assert learning_rate(4, 4, 1.0, 1.0, "cosine") == 1.0
+
+
+def test_an_error_stands_on_torchruns_own_page_too(tmp_path, monkeypatch, capsys):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    def main():
+        raise ValueError("there is no such thing")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        run_program(main)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message["extraInfo"]["py_callstack"] == "error: there is no such thing"
+    assert capsys.readouterr().err == "error: there is no such thing\n"
+
+
+def test_a_ctrl_c_outside_of_training_is_one_word(monkeypatch, capsys):
+    ends = []
+    monkeypatch.setattr("grpo.runtime.settings.leave", ends.append)
+
+    def main():
+        raise KeyboardInterrupt
+
+    run_program(main)
+    assert ends == [130] and capsys.readouterr().err == "interrupted\n"
+
+
+def test_no_warning_of_a_library_stands_between_our_lines(capsys, recwarn):
+    import logging
+    import warnings
+
+    def main():
+        warnings.warn("use another name", FutureWarning)
+        logging.getLogger("transformers.modeling_utils").warning("use another name")
+        logging.getLogger("data.curriculum").warning("three are dropped")
+        print("ours")
+
+    run_program(main)
+    said = capsys.readouterr()
+    assert said.out == "ours\n" and "another name" not in said.err and not recwarn.list

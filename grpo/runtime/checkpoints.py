@@ -1,13 +1,13 @@
 """The state of a training run on disk, so that it can be stopped at any instant and go on as if it had not been.
 
     <output>/checkpoints/step-00000120/
-        part-00000-of-00002.safetensors    what process 0 holds: rows of weights and of Adam's moments, random states
+        part-00000-of-00002.safetensors    what rank 0 holds: rows of weights and of Adam's moments, random states
         part-00001-of-00002.safetensors
         state.json                         step, cursor, settings, hashes of what was read, of every part
 
 A folder is written beside its place and renamed when every part is on disk: what stands there is whole. Only what
 trains is saved; the rest is in --model. Nothing is ever unpickled. A part names the rows that it holds of each tensor,
-so any number of processes can read what any other number has written.
+so any number of ranks can read what any other number has written.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from grpo.engine.policy import Policy
 from grpo.runtime.dist import all_gather, broadcast_from_rank_0, rank, world_size
 from grpo.runtime.files import sync, write_json
 from grpo.runtime.fsdp import is_first_replica
+from grpo.runtime.liveness import heartbeat_during
 from grpo.runtime.log import say
 from grpo.runtime.provenance import FILES
 
@@ -35,12 +36,12 @@ FORMAT = 1
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process must call every method: they agree on what they do."""
+    """The checkpoints of one run. Every rank must call every method: they agree on what they do."""
 
     def __init__(self, output: Path, kept: int):
         self.folder, self.kept = output / "checkpoints", kept
         self.good: Path | None = None  # the newest that is known to be whole
-        self.parts: list[str] = []  # its files, in the order of the processes that wrote them
+        self.parts: list[str] = []  # its files, in the order of the ranks that wrote them
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -72,11 +73,12 @@ class Checkpoints:
         self.good = place
 
     def attempt(self, new: Path, action) -> list:
-        """Do it on every process; where it failed on any, all raise and nothing half-written stays."""
+        """Do it on every rank; where it failed on any, all raise and nothing half-written stays."""
         try:
-            outcome = [(None, action())]
+            with heartbeat_during():
+                outcome = [(None, action())]
         except (OSError, SafetensorError) as error:
-            outcome = [(f"process {rank()}: {error}", None)]
+            outcome = [(f"rank {rank()}: {error}", None)]
         outcomes = all_gather(outcome)
         faults = [fault for fault, _ in outcomes if fault]
         if faults:
@@ -98,7 +100,7 @@ class Checkpoints:
     def newest(self) -> dict | None:
         """The state of the newest checkpoint whose parts are all as they were written; damaged ones are named."""
         if rank() == 0:
-            for left in [*self.folder.glob("*.new"), *self.folder.glob("*.old")]:  # of a process that was killed
+            for left in [*self.folder.glob("*.new"), *self.folder.glob("*.old")]:  # of a run that was killed
                 shutil.rmtree(left)
         for place in broadcast_from_rank_0(self.found):
             state = broadcast_from_rank_0(lambda: read_state(place))
@@ -110,14 +112,16 @@ class Checkpoints:
         return None
 
     def damage(self, place: Path, parts: dict) -> str:
-        """What is wrong with the parts, "" if nothing; each process reads its share of them."""
-        mine = sorted(parts)[rank() :: world_size()]
-        faults = all_gather([fault for name in mine if (fault := part_fault(place / name, parts[name]))])
+        """What is wrong with the parts, "" if nothing; each rank reads its share of them."""
+        with heartbeat_during():
+            mine = [fault for name in sorted(parts)[rank() :: world_size()] if (fault := part_fault(place / name, parts[name]))]
+        faults = all_gather(mine)
         return faults[0] if faults else ""
 
     def load(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Weights, optimizer and random states of the newest good checkpoint into this run."""
-        read_parts([self.good / name for name in self.parts], policy, optimizer)
+        with heartbeat_during():
+            read_parts([self.good / name for name in self.parts], policy, optimizer)
 
     def forget(self) -> None:
         """Begin anew: what an earlier run has left goes away."""
@@ -126,7 +130,7 @@ class Checkpoints:
         broadcast_from_rank_0(lambda: None)
 
 
-# ── one process's part ───────────────────────────────────────────────────────────────────────────────────────────
+# ── one rank's part ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def rows_of(parameter: Tensor) -> tuple[int, int]:
-    """[start, stop) of the first dimension that this process holds; FSDP2 cuts it as torch.chunk does."""
+    """[start, stop) of the first dimension that this rank holds; FSDP2 cuts it as torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return 0, len(parameter)
     mesh = parameter.device_mesh  # its last dimension shards, one before it copies
@@ -155,7 +159,7 @@ def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[str, int, str]:
-    """This process's rows; (file name, bytes, sha256). Of hybrid sharding's copies the first one writes the rows."""
+    """This rank's rows; (file name, bytes, sha256). Of hybrid sharding's copies the first one writes the rows."""
     path = folder / f"part-{rank():05}-of-{world_size():05}.safetensors"
     tensors, rows = {}, {}
     for key, (parameter, tensor) in state_tensors(policy, optimizer).items() if is_first_replica(policy) else ():
@@ -169,7 +173,7 @@ def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
 
 
 def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """The rows that this process holds, from whichever parts have them."""
+    """The rows that this rank holds, from whichever parts have them."""
     parts = [safe_open(path, "pt") for path in paths]
     rows = [json.loads(part.metadata()["rows"]) for part in parts]
     holders_of: dict[str, dict[str, list[int]]] = {}  # parameter → kind → the parts that have rows of it

@@ -1,4 +1,4 @@
-"""The ranks of a run: start, sum, gather, split. Imports no engine; one process alone needs no torchrun."""
+"""The ranks of a run: start, sum, gather, split. Imports no engine; one rank alone needs no torchrun."""
 
 import logging
 import os
@@ -8,36 +8,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo.runtime.liveness import Watchdog, heartbeat
-from grpo.runtime.rendezvous import connect, meet
+from grpo.runtime.liveness import Watchdog, heartbeat_during, joined_collective, stop_watching
+from grpo.runtime.rendezvous import connect, rendezvous
 
 
 def start(hang_minutes: float = 30.0) -> torch.device:
-    """Join the processes torchrun has started (alone without it) and take this one's device.
+    """Join the ranks that torchrun has started (one alone without it) and take this one's device.
 
-    Where no process makes progress for `hang_minutes` the run ends and says who is missing, see grpo/runtime/liveness.py; a
+    Where no rank makes progress for `hang_minutes` the run ends and says who is missing, see grpo/runtime/liveness.py; a
     collective would wait twice as long.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local >= torch.cuda.device_count():
-        raise ValueError(f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-                         f"expected at most as many processes (--nproc-per-node)")
+        raise ValueError(f"rank {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+                         f"expected at most as many ranks (--nproc-per-node)")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         mine, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        store, life = meet(mine, world, hang_minutes) if "RANK" in os.environ else (dist.HashStore(), "")
+        store, restart = rendezvous(mine, world, hang_minutes) if "RANK" in os.environ else (dist.HashStore(), "")
         dist.init_process_group(backend, store=store, rank=mine, world_size=world, timeout=timedelta(minutes=2 * hang_minutes))
-        if world > 1:
-            Watchdog(connect(timedelta(minutes=hang_minutes)), life, mine, world, hang_minutes)
+        Watchdog(connect(timedelta(minutes=hang_minutes)) if world > 1 else store, restart, mine, world, hang_minutes)
     if rank():
-        logging.disable(logging.WARNING)  # every process finds the same; the first one says it
+        logging.disable(logging.WARNING)  # every rank finds the same; rank 0 says it
     return device
 
 
 def finish() -> None:
+    stop_watching()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -51,21 +51,20 @@ def world_size() -> int:
 
 
 def one_rank_at_a_time(load, one_by_one: bool):
-    """`load()` on every process; one_by_one: on those of a machine one after the other, so that its memory holds one
-    set of whole weights and not one for each."""
-    place, processes = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    processes = max(all_gather([processes]))  # machines may have unequal numbers, and every turn is a collective
-    loaded = load() if not one_by_one else None
-    for turn in range(processes if one_by_one else 0):
-        if turn == place:
-            loaded = load()
+    """`load()` on every rank; one_by_one: on those of a machine one after the other, so that its memory holds one
+    set of unsharded weights and not one for each."""
+    place, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    ranks = max(all_gather([ranks]))  # machines may have unequal numbers, and every turn is a collective
+    for turn in range(ranks if one_by_one else 1):
+        if turn == place or not one_by_one:
+            with heartbeat_during():
+                loaded = load()
         all_gather([])
-        heartbeat()
     return loaded
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process."""
+    """Whether the flag is set on any rank."""
     return bool(all_reduce_max(torch.tensor(float(flag), device=device)))
 
 
@@ -82,31 +81,33 @@ def all_reduce_max(values: Tensor) -> Tensor:
 def _all_reduce(values: Tensor, op) -> Tensor:
     values = values.clone()
     if world_size() > 1:
+        joined_collective()
         dist.all_reduce(values, op=op)
     return values
 
 
 def all_gather(rows: list) -> list:
-    """Every process's list, in the order of ranks, on every process."""
+    """Every rank's list, in the order of ranks, on every rank."""
     if world_size() == 1:
         return list(rows)
     lists = [None] * world_size()
+    joined_collective()
     dist.all_gather_object(lists, rows)
     return [row for part in lists for row in part]
 
 
 def broadcast_from_rank_0(make):
-    """What `make()` gives on the first process, on every process."""
+    """What `make()` gives on rank 0, on every rank."""
     return all_gather([make()] if rank() == 0 else [])[0]
 
 
 def split_across_ranks(items: list) -> list:
-    """This process's part: every world_size-th item."""
+    """This rank's part: every world_size-th item."""
     return items[rank() :: world_size()]
 
 
 def merge_from_ranks(items: list) -> list:
-    """The way back: parts in the order of ranks, as `gather` gives them → the original order."""
+    """The way back: parts in the order of ranks, as `all_gather` gives them → the original order."""
     parts, start = [], 0
     for r in range(world_size()):
         length = len(range(r, len(items), world_size()))

@@ -1,32 +1,61 @@
-"""Nobody waits in silence: where no process makes progress any more, who is missing is said by name and the run ends.
+"""No silent waiting: where no rank makes progress any more, the one that the others wait for is named and the run ends.
 
-Every process counts its steps (`heartbeat`: a phase begun, a token written, a reward given) and a thread of it puts the
-count into the store through which the processes found each other, and looks at everybody's. While any count moves, all
-is well, however long one process waits for another. Where none has moved for `minutes`, the process with the lowest
-count of phases is the one that the others wait for. Under torchrun --max-restarts the end is a new beginning from the
+Every rank counts its steps (`heartbeat`: a phase begun, a token written, a reward given). A thread of each rank puts the
+count into the store through which the ranks found each other, and reads everybody's. While any count moves, all is well,
+however long one rank waits for another. Where none has moved for `minutes`, the rank that has gone through the fewest
+phases and collectives is the one that the others wait for. Under torchrun --max-restarts the run then restarts from its
 last checkpoint.
+
+The same file hears SIGTERM and Ctrl-C, which ask a run to end after the step at hand.
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 from torch.distributed import PrefixStore, Store
 
-from grpo.runtime.log import Stopwatch
+from grpo.runtime.log import Stopwatch, say
 
 EXIT_STATUS = 3
+BEAT, LONGEST = 1.0, 2 * 3600.0  # seconds between the heartbeats of `heartbeat_during`, and how long it goes on
 _heartbeat = {"phases": 0, "steps": 0, "phase": "starting"}
+_watchdog = None
 
 
 def heartbeat(phase: str | None = None) -> None:
-    """A sign of life; with a name, a phase that every process goes through begins."""
+    """A sign of life; with a name, a phase begins that every rank goes through."""
     _heartbeat["steps"] += 1
     if phase:
         _heartbeat["phases"] += 1
         _heartbeat["phase"] = phase
+        if _watchdog:
+            _watchdog.publish()  # at once: what holds the interpreter from here on would leave the last phase there
+
+
+def joined_collective() -> None:
+    """This rank waits for the others from here on: it has come further than one that has not joined yet."""
+    _heartbeat["phases"] += 1
+
+
+@contextmanager
+def heartbeat_during():
+    """Heartbeats while a file is read, written, hashed or synced, which gives none of its own. Two hours are a hang."""
+    done, end = threading.Event(), time.monotonic() + LONGEST
+
+    def beat() -> None:
+        while not done.wait(BEAT) and time.monotonic() < end:
+            heartbeat()
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class Phases(Stopwatch):
@@ -38,46 +67,95 @@ class Phases(Stopwatch):
 
 
 class Watchdog:
-    """A thread of this process; it dies with it. `store` is a connection of its own: the main thread's may be waiting."""
+    """A thread of this rank's process. `store` is a connection of its own: the main thread's may be waiting."""
 
-    def __init__(self, store: Store, life: str, rank: int, world: int, minutes: float):
-        self.store, self.rank, self.world, self.seconds = PrefixStore(f"{life}/heartbeat", store), rank, world, 60 * minutes
-        self.say()
+    def __init__(self, store: Store, restart: str, rank: int, world: int, minutes: float):
+        global _watchdog
+        self.store, self.rank, self.world, self.seconds = PrefixStore(f"{restart}/heartbeat", store), rank, world, 60 * minutes
+        self.over = threading.Event()
+        _watchdog = self
+        self.publish()
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
-    def say(self) -> None:
+    def publish(self) -> None:
         p = _heartbeat
-        self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} {p['phase']}")
+        try:
+            self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} {p['phase']}")
+        except RuntimeError:  # the store's host is going down or gone
+            pass
 
-    def everyone(self) -> list[list[str]]:
-        """[phases, steps, process id, host, phase] of each process that has begun to watch."""
+    def read_all(self) -> list[list[str]]:
+        """[phases, steps, process id, host, phase] of each rank that has begun to watch."""
         keys = map(str, range(self.world))
         return [self.store.get(key).decode().split(" ", 4) if self.store.check([key]) else ["0", "0", "?", "?", "starting"]
                 for key in keys]
 
     def watch(self) -> None:
         moved, seen = time.monotonic(), None
-        while True:
-            time.sleep(min(10.0, self.seconds / 5))
+        while not self.over.wait(min(10.0, self.seconds / 5)):
+            self.publish()
             try:
-                self.say()
-                everyone = self.everyone()
-            except (RuntimeError, ValueError):  # the store's host is going down or gone
-                everyone = seen
-            if everyone != seen:
-                moved, seen = time.monotonic(), everyone
-            # The first that is alive speaks; its end ends the others.
+                ranks = self.read_all()
+            except (RuntimeError, ValueError):
+                ranks = seen
+            if ranks != seen:
+                moved, seen = time.monotonic(), ranks
             if time.monotonic() - moved > self.seconds + 2 * self.rank:
-                print("error: " + verdict(everyone or [], self.seconds), file=sys.stderr, flush=True)
+                if self.first_to_speak():
+                    print("error: " + verdict(ranks or [], self.seconds), file=sys.stderr, flush=True)
                 os._exit(EXIT_STATUS)
 
+    def first_to_speak(self) -> bool:
+        try:
+            return self.store.add("spoken", 1) == 1
+        except RuntimeError:
+            return True
 
-def verdict(everyone: list[list[str]], seconds: float) -> str:
-    """One line: which processes have gone through the fewest phases, and where they stand."""
-    last = min((int(phases) for phases, *_ in everyone), default=0)
-    late = [f"process {r} (pid {pid} on {host}) in {phase!r}"
-            for r, (phases, _, pid, host, phase) in enumerate(everyone) if int(phases) == last]
-    waiting = len(everyone) - len(late)
+
+def stop_watching() -> None:
+    global _watchdog
+    if _watchdog:
+        _watchdog.over.set()
+    _watchdog = None
+
+
+def verdict(ranks: list[list[str]], seconds: float) -> str:
+    """One line: which ranks have gone through the fewest phases and collectives, and where they stand."""
+    last = min((int(phases) for phases, *_ in ranks), default=0)
+    late = [f"rank {r} (pid {pid} on {host}) in {phase!r}"
+            for r, (phases, _, pid, host, phase) in enumerate(ranks) if int(phases) == last]
+    waiting = len(ranks) - len(late)
     others = f"; {waiting} others wait for it" if waiting else ""
-    return (f"no process has made progress for {seconds / 60:.3g} minutes: {', '.join(late)}{others} "
+    return (f"no rank has made progress for {seconds / 60:.3g} minutes: {', '.join(late)}{others} "
             f"(--hang_minutes sets the limit)")
+
+
+class StopSignals:
+    """SIGTERM and the first Ctrl-C ask for an end after the step at hand; a second Ctrl-C ends this process at once.
+
+    A thread hears them: the main thread may be waiting in a collective, where no handler of Python's runs. What comes
+    within AGAIN seconds is the first one once more: torchrun passes a Ctrl-C on that the terminal has sent already.
+    """
+
+    AGAIN = 2.0
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0  # of the first signal, 0 for none
+        self.heard, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        if (earlier := signal.set_wakeup_fd(wakeup.detach(), warn_on_full_buffer=False)) >= 0:
+            os.close(earlier)  # another run's of this process: its thread ends
+        threading.Thread(target=self.listen, name="signals", daemon=True).start()
+
+    def listen(self) -> None:
+        while numbers := self.heard.recv(64):
+            for number in set(numbers) & {signal.SIGTERM, signal.SIGINT}:
+                if not self.number:
+                    self.number, self.since = number, time.monotonic()
+                    say(f"{signal.Signals(number).name}: ending after this step, with a checkpoint"
+                        + ("; Ctrl-C again ends at once" if number == signal.SIGINT else ""))
+                elif number == signal.SIGINT and time.monotonic() - self.since > self.AGAIN:
+                    say("ended at once by a second Ctrl-C; the same command goes on from the last checkpoint")
+                    os._exit(128 + signal.SIGINT)

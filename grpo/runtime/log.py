@@ -14,7 +14,7 @@ def is_rank_0() -> bool:
 
 
 def say(text: str) -> None:
-    """A line on the first process's terminal, above any progress bar."""
+    """A line on rank 0's terminal, above any progress bar."""
     if is_rank_0():
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)  # wipe the bar; its next update draws it below
@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def progress(total: int, what: str, unit: str):
-    """A bar with rate and time left on the first process; where there is no terminal, a plain line now and then."""
+    """A bar with rate and time left on rank 0; where there is no terminal, a plain line now and then."""
     if is_rank_0() and not sys.stderr.isatty():
         return PlainProgress(total, what, unit)
     from transformers.utils.logging import tqdm  # here, for it brings transformers along

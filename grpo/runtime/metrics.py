@@ -7,9 +7,9 @@ from grpo.runtime.files import append_line, keep_lines
 
 
 class MetricsLog:
-    """`metrics.jsonl` in the run's folder: one JSON object an update, written by the first process.
+    """`metrics.jsonl` in the run's folder: one JSON object an update, written by rank 0.
 
-    A run that goes on has `lines` lines already; what a process that was killed wrote beyond them goes away.
+    A run that goes on has `lines` lines already; what a killed run wrote beyond them goes away.
     With `events` the same numbers go into TensorBoard event files in <output>/tensorboard: "on", "off", or "auto",
     which is on where tensorboard is installed.
     """

@@ -2,24 +2,28 @@
 
 import json
 import math
+import os
 import random
 import signal
 import sys
 from pathlib import Path
 from typing import Callable
 
+import torch
+
 from data.task import Task, resolve_task
 from grpo.engine.encode import Encoder
+from grpo.engine.files import replace_folder
 from grpo.engine.lora import add_adapter, export_adapter, merged
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
 from grpo.engine.weights import export, load_policy
 from grpo.runtime.answer import Prompts, answer
 from grpo.runtime.checkpoints import Checkpoints, differences, refusal
-from grpo.runtime.dist import all_gather, any_rank, broadcast_from_rank_0, finish, one_rank_at_a_time, rank, start
-from grpo.runtime.files import write_json
+from grpo.runtime.dist import all_gather, all_reduce_max, broadcast_from_rank_0, finish, one_rank_at_a_time, rank, start
+from grpo.runtime.files import copy_folder, hold_lock, write_json
 from grpo.runtime.fsdp import compute_dtype, gather_weights, make_mesh, shard
-from grpo.runtime.liveness import heartbeat
+from grpo.runtime.liveness import StopSignals, heartbeat, heartbeat_during
 from grpo.runtime.log import say
 from grpo.runtime.memory import move_state
 from grpo.runtime.metrics import MetricsLog
@@ -27,7 +31,8 @@ from grpo.runtime.optim import set_gradient_checkpointing
 from grpo.runtime.provenance import what_ran
 from grpo.runtime.settings import TrainingSettings, resume_rules
 
-STOPPED = 128 + signal.SIGTERM  # exit status, as a shell says it
+BEST, LAST = ("model", "adapter"), ("last", "last_adapter")  # folders of the best and of the last weights in <output>
+RESTART_SECONDS = 30.0  # until what a restart replaces has let go of --output
 
 
 def record_settings(settings, folder: Path) -> None:
@@ -70,18 +75,28 @@ def read_ids(path: str, samples: list) -> set[str]:
     return set(ids)
 
 
-def check_shared(folder: Path) -> None:
-    """Every process must see the same folder: parts of one checkpoint lie in it together."""
+def claim_folder(folder: Path) -> None:
+    """One run in a folder, and all ranks see the same one: parts of one checkpoint lie in it together."""
+    def lock() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        try:
+            return hold_lock(folder / ".lock", wait=RESTART_SECONDS if restarted else 0.0)
+        except OSError as error:
+            say(f"{folder}: no lock can be held there ({error}); a second run in it would go unnoticed")
+            return ""
+
+    if holder := broadcast_from_rank_0(lock):
+        raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another --output")
     mark = folder / ".seen"
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
     broadcast_from_rank_0(lambda: None)
     blind = all_gather([] if mark.exists() else [rank()])
     if rank() == 0:
         mark.unlink()
     if blind:
-        raise ValueError(f"{folder}: process {blind[0]} does not see what process 0 writes there; expected a folder that all "
+        raise ValueError(f"{folder}: rank {blind[0]} does not see what rank 0 writes there; expected a folder that all "
                          f"machines share")
 
 
@@ -91,8 +106,7 @@ class Run:
     def __init__(self, settings: TrainingSettings, reasoning: bool = True):
         settings.check()
         self.device = start(settings.hang_minutes)
-        self.told_to_stop = False
-        signal.signal(signal.SIGTERM, self.stop)
+        self.signals = StopSignals()
         self.settings, self.output = settings, Path(settings.output)
         self.task: Task = resolve_task(settings.task)
         self.valid = self.load_valid()
@@ -110,7 +124,7 @@ class Run:
         if rank() == 0:
             write_json(self.output / "settings.json", {**self.ran, **({"resumed_after": self.step} if self.step else {})})
         best = self.saved.get("best")
-        self.best = float("-inf") if best is None else best
+        self.best, self.best_step = (float("-inf"), 0) if best is None else (best, self.saved.get("best_step", 0))
         self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
 
     def load_policy(self) -> Policy:
@@ -131,7 +145,7 @@ class Run:
 
     def find_checkpoint(self) -> dict:
         """The state from which this run goes on, {} where it begins. ValueError if it is another run's."""
-        check_shared(self.output)
+        claim_folder(self.output)
         if self.settings.resume == "never":
             self.checkpoints.forget()
             return {}
@@ -158,21 +172,18 @@ class Run:
         return self.saved["progress"]
 
     def checkpoint(self, optimizer, step: int, progress: Callable[[], dict], last: bool = False) -> None:
-        """The whole state after `step`, every so often, at the end, and when told to stop, which then happens here."""
+        """The state after `step`, every so often, at the end, and on SIGTERM or Ctrl-C, which then end the run here."""
         heartbeat("checkpoint")
-        every, stopping = self.settings.checkpoint_every, any_rank(self.told_to_stop, self.device)
+        self.step, every = step, self.settings.checkpoint_every
+        stopping = int(all_reduce_max(torch.tensor(float(self.signals.number), device=self.device)))
         if stopping or last or every and step % every == 0:
             self.checkpoints.save(self.policy, optimizer, step, {
-                "ran": self.ran, "best": self.best if math.isfinite(self.best) else None, "lines": self.metrics_log.lines,
-                "bad_updates": self.bad_updates, "progress": progress()})
+                "ran": self.ran, "best": self.best if math.isfinite(self.best) else None, "best_step": self.best_step,
+                "lines": self.metrics_log.lines, "bad_updates": self.bad_updates, "progress": progress()})
         if stopping and not last:
-            say(f"stopped after step {step} by SIGTERM; the same command goes on from {self.checkpoints.good}")
+            say(f"stopped after step {step} by {signal.Signals(stopping).name}; the same command goes on from {self.checkpoints.good}")
             finish()
-            sys.exit(STOPPED)
-
-    def stop(self, *_) -> None:
-        """SIGTERM: the step at hand is finished, then a checkpoint is written."""
-        self.told_to_stop = True
+            sys.exit(128 + stopping)
 
     def judge(self, norms: list[float]) -> dict:
         """Updates with a loss or gradient that is not finite were skipped: count them, and end a run of them."""
@@ -232,9 +243,9 @@ class Run:
         found = metrics[self.settings.valid_metric]
         if not math.isfinite(found):
             raise ValueError(f"--valid_metric {self.settings.valid_metric} is {found} after step {step}; a finite number expected")
-        better = found > self.best
+        better = found >= self.best  # of equals the newer: its loss may still have fallen
         if better:
-            self.best = found
+            self.best, self.best_step = found, step
             self.save()
             if rank() == 0:
                 write_json(self.output / "best.json", {"step": step, "valid": metrics})
@@ -242,16 +253,28 @@ class Run:
             + ("  (best so far, kept)" if better else ""))
         return {f"valid/{name}": value for name, value in metrics.items()}
 
-    def save(self) -> None:
+    def save(self, names: tuple[str, str] = BEST) -> None:
         """<output>/model: a checkpoint that stock transformers loads; with --lora_rank <output>/adapter beside it."""
         model, settings, weights = self.policy.model, self.settings, gather_weights(self.policy)
         if rank() == 0:
-            if settings.lora_rank:
-                export_adapter(self.policy, weights, settings.lora_targets, settings.model, self.output / "adapter")
-                weights = merged(model, weights)
-            export(model, weights, settings.model, self.output / "model")
+            with heartbeat_during():
+                if settings.lora_rank:
+                    export_adapter(self.policy, weights, settings.lora_targets, settings.model, self.output / names[1])
+                    weights = merged(model, weights)
+                export(model, weights, settings.model, self.output / names[0])
 
     def close(self) -> None:
+        """The last weights in <output>/last, and the line that says which step's stand in <output>/model."""
         if not self.valid:
             self.save()
-        say(f"wrote {self.output / 'model'} and {self.metrics_log.path}")
+            self.best_step = self.step
+        if self.best_step != self.step:
+            self.save(LAST)
+        elif rank() == 0:
+            for best, last in list(zip(BEST, LAST))[: 2 if self.settings.lora_rank else 1]:
+                copy_folder(self.output / best, self.output / f"{last}.new")
+                replace_folder(self.output / f"{last}.new", self.output / last)
+        which = f"step {self.best_step} of {self.step}"
+        if self.valid:
+            which += f", best {self.settings.valid_metric} {self.best:.4f}" + ("" if self.best_step else ": the model that it began with")
+        say(f"wrote {self.output / 'model'} ({which}), {self.output / 'last'} (step {self.step}) and {self.metrics_log.path}")

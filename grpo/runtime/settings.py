@@ -14,12 +14,15 @@ from a JSON object first; the command line overrides it. Besides its help text, 
 import argparse
 import difflib
 import json
+import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
 import typing
+import warnings
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -390,12 +393,19 @@ def parse_options(text: str, name: str) -> dict[str, float]:
     return options
 
 
-def lost_company(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is no more; that one's end has its own cause."""
+def lost_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone; that one's end has its own cause."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
-    said = ("Connection closed by peer", "Connection reset by peer", "have not come in")
-    return any(words in str(error) for words in said)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "have not come in"))
+
+
+def tell_torchrun(message: str) -> None:
+    """The message goes where torchrun's own page of failures shows it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}), encoding="utf-8")
 
 
 def leave(status: int) -> None:
@@ -408,23 +418,33 @@ def leave(status: int) -> None:
 
 def run_program(main: Callable[[], object], ends: bool = True) -> None:
     """Run a program; what the user can mend ends in one line and exit status 2. ends=False: it goes on after `main`."""
+    if not sys.warnoptions:  # a library's warning is for who develops with it, and python -W shows it
+        warnings.simplefilter("ignore")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         main()
         if ends and "TORCHELASTIC_RUN_ID" in os.environ:
             leave(0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        leave(128 + signal.SIGINT)
     except SystemExit as end:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             leave(end.code)
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("GRPO_TRACEBACK") or isinstance(error, RuntimeError) and not lost_company(error):
+        lost, rank = lost_rank(error), int(os.environ.get("RANK", 0))
+        if os.environ.get("GRPO_TRACEBACK") or isinstance(error, RuntimeError) and not lost:
+            tell_torchrun(f"{type(error).__name__}: {error}")
             raise
-        if isinstance(error, RuntimeError):
-            error = f"another process of this run is no more ({str(error).splitlines()[0][:200]})"
-        process = int(os.environ.get("RANK", 0))
-        if process:
-            # All processes usually find the same fault and the first one says it; torchrun ends the others
-            # meanwhile. Whoever is still here after that has a fault of its own.
+        if lost:
+            error = f"another rank of this run is gone ({str(error).splitlines()[0][:200]})"
+        if rank:
+            # All ranks usually find the same fault and rank 0 says it; torchrun's SIGTERM then ends the others, which
+            # have nothing to add. Who is still here after that has a fault of its own.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-        print(f"error: {error}" if not process else f"error (process {process}): {error}", file=sys.stderr, flush=True)
+        if not lost:  # whose end is the cause is the one for the page
+            tell_torchrun(f"error: {error}")
+        print(f"error: {error}" if not rank else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         sys.exit(2)
