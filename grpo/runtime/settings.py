@@ -251,7 +251,8 @@ def make_parser(kind: type, settings) -> Parser:
         usage=f"python -m {program} {' '.join(words)} [--setting value …]", description=kind.__doc__, add_help=False,
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
-    groups = {title: parser.add_argument_group(title) for title in (FIRST, *(one.title for one in known))}
+    titles = dict.fromkeys([FIRST, *(one.title for one in known)])
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for one in known:
         add_option(groups[one.title], one, flags=bool(positional))
     groups[FIRST].add_argument("--config", metavar="FILE", help="JSON file of settings; the command line overrides it")
