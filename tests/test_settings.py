@@ -187,7 +187,7 @@ class Kinds:
     ({"count": "eight"}, 'count is "eight"; a whole number expected'), ({"count": 1.5}, "count is 1.5; a whole number expected"),
     ({"count": True}, "count is true; a whole number expected"), ({"count": None}, "count is null; a whole number expected"),
     ({"share": "0.5"}, 'share is "0.5"; a number expected'), ({"limit": "x"}, 'limit is "x"; a number or null expected'),
-    ({"word": 3}, "word is 3; a text expected"), ({"sizes": [1, "2"]}, r"sizes is \[1, \"2\"\]; a list, each of it a whole number"),
+    ({"word": 3}, "word is 3; a text expected"), ({"sizes": 3}, "sizes is 3; a list"), ({"sizes": [1, "2"]}, r"sizes is \[1, \"2\"\]; a list, each of it a whole number"),
 ])
 def test_a_recipes_value_of_another_type_is_refused_with_file_and_setting(tmp_path, recipe, expected):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))

@@ -311,7 +311,7 @@ def recipe_value(path: str, name: str, value, known: dict[str, Option]):
     if name not in known:
         raise ValueError(f"--config {path}: {no_setting(name, known)}")
     kind, optional, many = plain_type(known[name].type)
-    each = value if many and isinstance(value, list) else [value]
+    each = [value] if not many else value if isinstance(value, list) else [None]
     if not all(type(one) is kind or kind is float and type(one) is int or optional and one is None for one in each):
         expected = ("a list, each of it " if many else "") + KINDS[kind][1] + (" or null" if optional else "")
         raise ValueError(f"--config {path}: {name} is {json.dumps(value)}; {expected} expected")
@@ -361,11 +361,12 @@ def check_paths(settings) -> None:
     task = getattr(settings, "task", "")
     own = not set(task) & {".", ","}
     for one in options(settings):
-        kind, path = one.about.get("path"), Path(str(one.value))
+        kind = one.about.get("path")
+        if not kind or not one.value or one.name == "data" and not own:
+            continue
+        path = Path(one.value)
         if kind == "output" and any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
             raise ValueError(f"{one.flag} {path}: a file; a folder expected")
-        if not one.value or one.name == "data" and not own:
-            continue
         if kind == "file" and not path.is_file() or kind == "folder" and not path.is_dir():
             raise ValueError(f"{one.flag} {path}: no such {kind}")
         if kind == "model" and not path.exists() and not maybe_on_hub(one.value):
