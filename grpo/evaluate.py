@@ -10,15 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.runtime.settings import (
-    CommonSettings,
-    inputs,
-    parse_options,
-    read_settings,
-    refuse_early,
-    run_program,
-    setting,
-)
+from grpo.runtime.settings import CommonSettings, parse_options, read_settings, refuse_early, run_program, setting
 
 
 @dataclass
@@ -26,8 +18,8 @@ class Settings(CommonSettings):
     """Evaluation. The defaults are MORE-R1's: greedy, one answer a sample."""
 
     split: str = setting("test", "split to answer", top=True)
-    exclude: str = inputs("", "JSON list of sample ids to leave out: the cold start's, for the split", path="file")
-    limit: int = inputs(0, "answer only the first so many samples; 0 for all", least=0)
+    exclude: str = setting("", "JSON list of sample ids to leave out, as the cold start's", top=True, path="file")
+    limit: int = setting(0, "answer only the first so many samples; 0 for all", least=0)
     temperature: float = setting(0.0, "0 is greedy", top=True, least=0)
     samples: int = setting(1, "completions a sample; of several the most frequent answer counts", top=True, least=1)
     top_p: float = setting(1.0, "keep the smallest set of tokens this likely", group="sampling", above=0, most=1)

@@ -10,16 +10,7 @@ the target: the label-only baseline.
 import random
 from dataclasses import dataclass
 
-from grpo.runtime.settings import (
-    TrainingSettings,
-    inputs,
-    optimizer,
-    read_settings,
-    refuse_early,
-    run_program,
-    setting,
-    validation,
-)
+from grpo.runtime.settings import TrainingSettings, read_settings, refuse_early, run_program, setting
 
 
 @dataclass
@@ -28,16 +19,15 @@ class Settings(TrainingSettings):
 
     responses: str = setting("", "JSONL of {id, response}, as sft.annotate writes it; empty: the gold answer alone",
                              top=True, path="file", resume="free")
-    samples: str = inputs("", "JSON list of sample ids to train on (sft.annotate writes the drawn ones); empty for all",
-                          path="file", resume="free")
+    samples: str = setting("", "JSON list of sample ids to train on, as sft.annotate draws them; empty for all",
+                           top=True, path="file", resume="free")
     epochs: int = setting(20, "passes over the responses", top=True, above=0)
     batch_size: int = setting(128, "responses per update, over all ranks and accumulation steps", top=True, least=1)
     learning_rate: float = setting(1e-4, "peak of AdamW's learning rate", top=True, above=0)
     max_tokens: int = setting(2096, "prompt and response; longer ones are dropped, never cut", top=True, least=1)
-    validate_every: int = validation(1, "epochs between validations", least=1)
-    patience: int = validation(0, "stop after so many validations in a row without a new best; 0 for no limit", least=0)
-    minutes: float = optimizer(0.0, "stop after the epoch in which so many minutes are over (a control of equal time); "
-                                    "0 for no limit", least=0)
+    validate_every: int = setting(1, "epochs between validations", least=1)
+    patience: int = setting(0, "stop after so many validations in a row without a new best; 0 for no limit", least=0)
+    minutes: float = setting(0.0, "stop after the epoch in which so many minutes are over; 0 for no limit", least=0)
 
     def check(self) -> None:
         super().check()
