@@ -40,7 +40,7 @@ class Settings(CommonSettings):
 
 refuse_early(Settings, __name__)
 
-from data.task import resolve_task
+from data.task import resolve_task, sample_hash
 from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling
 from grpo.engine.weights import load_policy
@@ -56,7 +56,7 @@ from rewards.vote import majority
 def chosen_samples(settings: Settings, task) -> list:
     samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
     if settings.exclude:
-        excluded = read_ids(settings.exclude, samples)
+        excluded = read_ids(settings.exclude, samples, task)
         samples = [sample for sample in samples if sample.id not in excluded]
     samples = samples[: settings.limit] if settings.limit else samples
     if not samples:
@@ -71,7 +71,7 @@ def write_predictions(path: Path, task, samples: list, voted: list[tuple[str, in
         for sample, (text, votes) in zip(samples, voted):
             parts = task.rewards.reward(text, sample, **options)
             line = {"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)), "reward": parts,
-                    "votes": votes}
+                    "votes": votes, "sample": sample_hash(task, sample)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     new.replace(path)
 

@@ -54,9 +54,9 @@ def training_pairs(run: Run) -> list[tuple]:
     """What is learned: the expert's responses, or the gold answers of all (or the named) samples."""
     settings, samples = run.settings, run.load(run.settings.split)
     if settings.responses:
-        return read_lines(settings.responses, samples, "response", str)
+        return read_lines(settings.responses, samples, "response", str, run.task)
     if settings.samples:
-        wanted = read_ids(settings.samples, samples)
+        wanted = read_ids(settings.samples, samples, run.task)
         samples = [sample for sample in samples if sample.id in wanted]
     if not samples:
         raise ValueError(f"{settings.samples or settings.data}: no sample of split {settings.split} to train on")
