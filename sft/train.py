@@ -70,7 +70,7 @@ def encode_batch(run: Run, pairs: list[tuple]) -> list[Group]:
 
 
 def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
-    """One update: −Σ log p over all response tokens of the batch ÷ their number over all processes."""
+    """One update: −Σ log p over all response tokens of the batch ÷ their number over all ranks."""
     tokens = float(all_reduce_sum(torch.tensor(sum(sum(group.lengths) for group in groups), device=run.device)))
     if not tokens:
         return {}
@@ -141,7 +141,7 @@ def end_epoch(run: Run, epoch: int, done: int, in_vain: int, minutes: float) -> 
 
 
 def agreed(flag, device) -> bool:
-    """The first process's opinion, so that clocks that differ cannot part the processes."""
+    """Rank 0's opinion, so that clocks that differ cannot part the ranks."""
     return bool(all_reduce_sum(torch.tensor(float(bool(flag) and rank() == 0), device=device)))
 
 
