@@ -1,0 +1,71 @@
+"""docs/training-guide.md knows every metric that a run can write and every symptom that a run names."""
+
+import json
+import re
+from pathlib import Path
+
+import rewards.jmere
+from programs import lines
+
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs" / "training-guide.md").read_text(encoding="utf-8")
+FAMILIES = "completions|clip_ratio|sampling|speculation|kl|seconds"  # of metrics, by what stands before the slash
+
+
+def section(title: str) -> list[list[str]]:
+    """The rows of the first table below a heading, as lists of cells, without its head."""
+    rows = []
+    for line in GUIDE.split(f"\n## {title}\n")[1].splitlines():
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            break
+    return rows[2:]
+
+
+def documented() -> set[str]:
+    return {name for first, *_ in section("Every metric") for name in re.findall(r"`([^`]+)`", first)}
+
+
+def unknown(names) -> set[str]:
+    """Those that no row has, by name or by pattern: <part> and <metric> stand for a task's own names."""
+    known = documented()
+    patterns = [re.compile(re.sub(r"<\w+>", r"[^/]+", name)) for name in known if "<" in name]
+    return {name for name in names if name not in known and not any(pattern.fullmatch(name) for pattern in patterns)}
+
+
+def test_every_metric_that_real_runs_write_is_in_the_table(folder):
+    names = {name for run in ("sft", "grpo") for line in lines(folder / run / "metrics.jsonl") for name in line}
+    names |= set(json.loads((folder / "test" / "metrics.json").read_text()))
+    assert {"reward", "kl", "num_tokens", "f1"} <= names
+    assert not unknown(names)
+    validated = {name.removeprefix("valid/") for name in names if name.startswith("valid/")}
+    assert not unknown(validated | set(rewards.jmere.metrics([], [])))
+
+
+def test_metrics_that_only_some_runs_write_are_in_the_table_too():
+    """Whatever looks like a metric's name in the code: `completions/max_length`."""
+    sources = [path.read_text(encoding="utf-8") for folder in ("grpo", "sft") for path in (ROOT / folder).rglob("*.py")]
+    names = {name for source in sources for name in re.findall(rf'"((?:{FAMILIES})/[a-z_]+(?:/[a-z_]+)*)"', source)}
+    names |= {f"seconds/{phase}" for source in sources for phase in re.findall(r'phase\("(\w+)"\)', source)}
+    assert {"completions/clipped_ratio", "clip_ratio/low_mean", "seconds/rollout"} <= names
+    assert not unknown(names)
+
+
+def test_every_metric_in_the_table_is_one_that_the_code_knows():
+    source = "\n".join(path.read_text(encoding="utf-8") for folder in ("grpo", "sft", "rewards")
+                       for path in (ROOT / folder).rglob("*.py"))
+    for name in documented():
+        *_, last = [word for word in re.split(r"<\w+>|/", name) if word]
+        stem = re.sub(r"^mner_|_order_free$", "", last)
+        assert re.search(rf"[\"'/{{]{stem}\b", source), name
+
+
+def test_every_setting_in_the_guide_is_one():
+    """Of the tables of settings and symptoms: what stands in backquotes there, or behind two dashes."""
+    from grpo.runtime.settings import as_dict
+    from grpo.settings import Settings
+
+    known = set(as_dict(Settings()))
+    assert {name.strip("`") for first, *_ in section("What to set first") for name in re.findall(r"`\w+`", first)} <= known
+    assert set(re.findall(r"--(\w+)", GUIDE)) <= known | {"live"}
