@@ -43,7 +43,7 @@ from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optim
 from grpo.runtime.reward_calls import reward_parts, reward_weights
 from grpo.runtime.rollout_log import RolloutLog
 from grpo.runtime.run import Run, read_lines
-from grpo.runtime.step_metrics import Sums, readable, rollout_metrics
+from grpo.runtime.step_metrics import Sums, Symptoms, readable, rollout_metrics
 from grpo.variants import load_objective, loss_options
 
 # ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -260,7 +260,7 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
     split = f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy" if settings.predictions else len(curriculum.hard)
     say(f"{split} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
-    trainer.rollout_log.last = rollouts - 1
+    trainer.rollout_log.last, symptoms = rollouts - 1, Symptoms()
     if not run.step:
         run.metrics_log.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
@@ -274,7 +274,7 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
             if last or (step % settings.validate_every == 0 if settings.validate_every else last_of_epoch):
                 line |= run.validate(step)
             run.metrics_log.write(line)
-            say(readable(line, rollouts))
+            say("\n".join([readable(line, rollouts), *symptoms.found(line)]))
             run.checkpoint(trainer.optimizer, step, trainer.progress, last)
     if not sum(all_gather([trainer.learned])):
         raise ValueError(f"nothing was learned: {sum(all_gather([run.prompts.too_long]))} prompts are longer than --max_prompt_tokens "

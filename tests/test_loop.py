@@ -93,6 +93,14 @@ def test_dropped_flat_groups_leave_a_step_that_says_so(folder, tmp_path):
     assert "no group to learn from" in readable({"step": 1, **line}, 5)
 
 
+def test_a_run_in_which_no_group_teaches_points_to_the_training_guide_once(folder, tmp_path, capsys):
+    trainer, curriculum, _ = make(folder, tmp_path, "--reward_weights", "format=0,length=0,answer=0", "--max_rollouts", 5)
+    grpo.train.train(trainer, curriculum)
+    said = capsys.readouterr().out.splitlines()
+    pointer, = [i for i, text in enumerate(said) if text.startswith("All groups have zero variance") and "training-guide" in text]
+    assert said[pointer - 1].startswith("3/5")
+
+
 def test_the_first_update_of_a_rollout_is_exactly_on_policy(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path, "--updates", 1)
     line = trainer.step(samples[:2], 0, [1e-3])

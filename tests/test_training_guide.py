@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 import rewards.jmere
+from grpo.runtime.settings import as_dict
+from grpo.runtime.step_metrics import Symptoms
+from grpo.settings import Settings
 from programs import lines
 
 ROOT = Path(__file__).parent.parent
@@ -61,11 +64,19 @@ def test_every_metric_in_the_table_is_one_that_the_code_knows():
         assert re.search(rf"[\"'/{{]{stem}\b", source), name
 
 
+def test_a_run_names_a_symptom_once_after_several_rollouts_in_a_row_as_the_guide_names_it():
+    healthy = {"frac_reward_zero_std": 0.5, "completions/clipped_ratio": 0.1, "kl": 0.01}
+    sick = {"frac_reward_zero_std": 1.0, "completions/clipped_ratio": 0.9, "kl": 30.0}
+    symptoms = Symptoms()
+    said = [symptoms.found(line) for line in (sick, sick, healthy, sick, sick, sick, sick, healthy, sick, sick, sick)]
+    assert [len(texts) for texts in said] == [0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0]
+    named = {first.strip("*") for first, *_ in section("Symptoms")}
+    assert all("docs/training-guide.md" in text and text.split(" (")[0] in named for text in said[5])
+    assert not any(Symptoms().found({"step": 1}) for _ in range(9))  # a rollout of too long prompts
+
+
 def test_every_setting_in_the_guide_is_one():
     """Of the tables of settings and symptoms: what stands in backquotes there, or behind two dashes."""
-    from grpo.runtime.settings import as_dict
-    from grpo.settings import Settings
-
     known = set(as_dict(Settings()))
     assert {name.strip("`") for first, *_ in section("What to set first") for name in re.findall(r"`\w+`", first)} <= known
     assert set(re.findall(r"--(\w+)", GUIDE)) <= known | {"live"}

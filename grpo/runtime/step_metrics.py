@@ -57,3 +57,25 @@ def readable(line: dict, rollouts: int) -> str:
     return (f"{line['step']}/{rollouts}  reward {line['reward']:.3f} ({parts})  kl {line.get('kl', 0):.4f}  "
             f"length {line['completions/mean_length']:.0f}  zero-variance {line['frac_reward_zero_std']:.0%}  "
             f"{line['step_time']:.1f} s")
+
+
+SYMPTOMS = {  # its name in docs/training-guide.md: whether a rollout's line shows it
+    "All groups have zero variance": lambda line: line.get("frac_reward_zero_std", 0) == 1,
+    "Completions hit the limit": lambda line: line.get("completions/clipped_ratio", 0) > 0.5,
+    "KL explodes": lambda line: line.get("kl", 0) > 1,
+}
+IN_A_ROW = 3  # rollouts, before it is said
+
+
+class Symptoms:
+    """Points to the training guide, once in a run for each symptom that several rollouts in a row show."""
+
+    def __init__(self):
+        self.in_a_row = dict.fromkeys(SYMPTOMS, 0)  # of those that have not been said
+
+    def found(self, line: dict) -> list[str]:
+        self.in_a_row = {name: (count + 1) * bool(SYMPTOMS[name](line)) for name, count in self.in_a_row.items()}
+        due = [name for name, count in self.in_a_row.items() if count == IN_A_ROW]
+        for name in due:
+            del self.in_a_row[name]
+        return [f"{name} ({IN_A_ROW} rollouts in a row): see docs/training-guide.md" for name in due]
