@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy
 from PIL import ExifTags, Image
 
+from data.read import one_line
+
 LONGEST_RATIO = 200  # Qwen2-VL's image processor refuses an image more elongated than 200:1
 # what Pillow raises for files that are no whole images, or are none that may be opened
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -138,8 +140,3 @@ def crop_box(image: Image.Image, box) -> Image.Image:
 def grey_image() -> Image.Image:
     """Stands in for an image that is not at hand: 56x56, Qwen2.5-VL's smallest, four image tokens."""
     return Image.new("RGB", (56, 56), (128, 128, 128))
-
-
-def one_line(problem: Exception) -> str:
-    """An exception's message without line breaks."""
-    return " ".join(str(problem).split()) or type(problem).__name__

@@ -8,7 +8,6 @@ with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. Images lie
 IMAGE_PLACES; the text can be used without them. `python -m data.jmere --check DIR` counts all of it.
 """
 import argparse
-import json
 import logging
 import sys
 from collections import Counter
@@ -18,7 +17,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data.images import check_image, grey_image, one_line, open_image
+from data.images import check_image, grey_image, open_image
+from data.read import is_file_name, read_json, shown
 from rewards.jmere import Quintuple, answer_text, correct, spoken
 
 SPLITS = ("train", "val", "test")
@@ -119,25 +119,22 @@ def read_splits(folder: Path) -> dict[str, list[Post]]:
 
 def read_posts(file: Path) -> list[Post]:
     """One split's posts; raises a one-line ValueError naming the file and the item, counted from 0."""
-    try:
-        items = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{file}: not JSON, perhaps cut off ({one_line(problem)[:200]})") from None
+    items = read_json(file, "a list of posts")
     if not isinstance(items, list) or not items:
-        raise ValueError(f"{file}: found {str(items)[:40]!r}; a list of posts expected")
+        raise ValueError(f"{file}: found {shown(items)}; a list of posts expected")
     return [_read_post(item, f"{file}, item {i}") for i, item in enumerate(items)]
 
 
 def _read_post(item, where: str) -> Post:
     tokens = _field(item, "token", list, where)
     if not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{where}: 'token' is {str(tokens)[:60]}; a list of words expected")
+        raise ValueError(f"{where}: 'token' is {shown(tokens)}; a list of words expected")
     image = _field(item, "img_id", str, where)
-    if image != Path(image).name:
-        raise ValueError(f"{where}: 'img_id' is {image!r}; the bare name of a file expected")
+    if not is_file_name(image):
+        raise ValueError(f"{where}: 'img_id' is {shown(image)}; the bare name of a file expected")
     labels = _field(item, "label_list", list, where)
     if not all(isinstance(entry, list) and entry for entry in labels):
-        raise ValueError(f"{where}: 'label_list' is {str(labels)[:60]}; a list of one-element lists expected")
+        raise ValueError(f"{where}: 'label_list' is {shown(labels)}; a list of one-element lists expected")
     quintuples = dict.fromkeys(_read_pair(pair, tokens, where) for entry in labels for pair in entry)  # each once
     return Post(" ".join(tokens[_leading_rt(tokens):]), image, tuple(quintuples))
 
@@ -145,7 +142,7 @@ def _read_post(item, where: str) -> Post:
 def _field(record, key: str, kind: type, where: str):
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or not value:
-        found = "is missing" if value is None else f"is {str(value)[:60]!r}"
+        found = "is missing" if value is None else f"is {shown(value)}"
         raise ValueError(f"{where}: {key!r} {found}; a {kind.__name__} that is not empty expected")
     return value
 
@@ -155,7 +152,7 @@ def _read_pair(pair, tokens: list[str], where: str) -> Quintuple:
     tail = _read_entity(_field(pair, "sec_ent", dict, where), tokens, where)
     relation = _field(pair, "relation", str, where)
     if not relation.replace("_", "").isalnum():  # a comma or bracket in it and no answer could be read
-        raise ValueError(f"{where}: relation {relation!r} is not made of letters and underscores")
+        raise ValueError(f"{where}: relation {shown(relation)} is not made of letters and underscores")
     return (*head, *tail, relation)
 
 
@@ -163,13 +160,13 @@ def _read_entity(entity: dict, tokens: list[str], where: str) -> tuple[str, str]
     name, kind = _field(entity, "name", str, where), _field(entity, "tags", str, where)
     span = _field(entity, "pos", list, where)
     if kind not in TYPES:
-        raise ValueError(f"{where}: {name!r} has type {kind!r}; one of {', '.join(TYPES)} expected")
+        raise ValueError(f"{where}: {shown(name)} has type {shown(kind)}; one of {', '.join(TYPES)} expected")
     if [type(end) for end in span] != [int, int] or not 0 <= span[0] < span[1] <= len(tokens):
-        raise ValueError(f"{where}: {name!r} has span {span}; [start, end) in {len(tokens)} words expected")
+        raise ValueError(f"{where}: {shown(name)} has span {shown(span)}; [start, end) in {len(tokens)} words expected")
     start, end = span
     words = " ".join(tokens[start:end])
     if words != name:  # an error, not a warning: it never happens in the 10,254 mentions of train and val
-        raise ValueError(f"{where}: span {span} reads {words!r}, but the entity's name is {name!r}")
+        raise ValueError(f"{where}: span {span} reads {shown(words)}, but the entity's name is {shown(name)}")
     # The text loses its leading RT, so a mention does too. One mention is RT and nothing else: it keeps it.
     return " ".join(tokens[max(start, _leading_rt(tokens)):end]) or name, kind
 

@@ -15,11 +15,13 @@ spill over its edge.
 import ast
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.images import check_box, check_image, crop_box, grey_image, one_line, open_image
+from data.images import check_box, check_image, crop_box, grey_image, open_image
+from data.read import is_file_name, one_line, read_json, shown
 
 SPLITS = ("train", "valid", "test")
 MISSING_IMAGES = ("stop", "drop", "blank")
@@ -185,7 +187,7 @@ class SplitReader:
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file} is missing; MORE's layout has txt/{{train,valid,test}}.txt")
         held_back = []
-        with open(self.file, encoding="utf-8", errors="replace") as file:
+        with open(self.file, encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 held_back.append((f"{self.file}:{number}", line.strip()))
                 if line.strip():
@@ -197,16 +199,16 @@ class SplitReader:
         fields = _dictionary(line, where)
         tokens = _field(fields, ("token",), list, where)
         if not tokens or not all(isinstance(token, str) for token in tokens):
-            raise ValueError(f"{where}: 'token' is {_shown(tokens)}; a list of words expected")
+            raise ValueError(f"{where}: 'token' is {shown(tokens)}; a list of words expected")
         text, entity = " ".join(tokens), _field(fields, ("h", "name"), str, where)
         # A lone surrogate can be written in JSON but is refused by every tokenizer.
         text, entity = (words.encode("utf-8", "replace").decode() for words in (text, entity))
         image = _field(fields, ("img_id",), str, where)
-        if image != Path(image).name or not image.isprintable() or len(image.encode()) > 255:  # as file systems allow
-            raise ValueError(f"{where}: 'img_id' is {_shown(image)}; the bare name of an image expected")
+        if not is_file_name(image):
+            raise ValueError(f"{where}: 'img_id' is {shown(image)}; the bare name of an image expected")
         label = _field(fields, ("relation",), str, where)
         if label not in self.labels:
-            raise ValueError(f"{where}: label {_shown(label)} is not in {self.folder / 'rel2id.json'}")
+            raise ValueError(f"{where}: label {shown(label)} is not in {self.folder / 'rel2id.json'}")
         box = _field(fields, ("t",), dict, where).get("pos")
         name = _field(fields, ("t", "name"), str, where) if box is None else ""
         try:
@@ -238,9 +240,9 @@ class SplitReader:
             raise ValueError(f"no box in 't', and {self.boxes_fault}")
         objects = self.boxes.get(image, {})
         if not isinstance(objects, dict):
-            raise ValueError(f"{file.name} holds {_shown(objects)} for {image}; {{object: box}} expected")
+            raise ValueError(f"{file.name} holds {shown(objects)} for {image}; {{object: box}} expected")
         if objects.get(name) is None:
-            raise ValueError(f"no box in 't', and {file.name} has none for {_shown(name)} of {image}")
+            raise ValueError(f"no box in 't', and {file.name} has none for {shown(name)} of {image}")
         return objects[name]
 
 
@@ -263,7 +265,7 @@ def _four_numbers(box) -> tuple[float, float, float, float]:
     numbers = [_plain(value) for value in box] if isinstance(box, (list, tuple)) else []
     # Beyond the limit a box overflows in pixels; NaN is not below it.
     if len(numbers) != 4 or not all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers):
-        raise ValueError(f"box is {_shown(box)}; (cx, cy, w, h) in fractions expected")
+        raise ValueError(f"box is {shown(box)}; (cx, cy, w, h) in fractions expected")
     return tuple(map(float, numbers))
 
 
@@ -277,18 +279,15 @@ def read_labels(folder) -> tuple[str, ...]:
     file = Path(folder) / "rel2id.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; a dictionary from label to id expected")
-    try:
-        ids = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{file}: not JSON ({one_line(problem)})") from None
+    ids = read_json(file, "a dictionary from label to id")
     if not isinstance(ids, dict) or not all(type(value) is int for value in ids.values()):
         raise ValueError(f"{file}: a dictionary from label to whole number expected")
-    if not all(label.isprintable() for label in ids):
-        raise ValueError(f"{file}: a label holds what cannot be printed; found {_shown(list(ids))}")
+    if not all(label.isprintable() and label == label.strip() != "" for label in ids):
+        raise ValueError(f"{file}: a label holds what cannot be printed, or begins or ends in space; found {shown(list(ids))}")
     if len(set(ids.values())) != len(ids):
         raise ValueError(f"{file}: two labels share an id")
     if "none" not in ids:
-        raise ValueError(f"{file}: no label 'none'; found {', '.join(list(ids)[:3]) or 'no label at all'}")
+        raise ValueError(f"{file}: no label 'none'; found {shown(list(ids)) if ids else 'no label at all'}")
     return tuple(sorted(ids, key=ids.get))
 
 
@@ -296,7 +295,8 @@ def _dictionary(line: str, where: str) -> dict:
     # JSON first: every line that is both means the same in both, and JSON's own escapes are no Python.
     for read in (json.loads, ast.literal_eval):
         try:
-            fields = read(line)
+            with warnings.catch_warnings(action="ignore"):  # Python's about a backslash in a text: what it means is plain
+                fields = read(line)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(fields, dict):
@@ -311,17 +311,9 @@ def _field(fields: dict, names: tuple[str, ...], kind: type, where: str):
         value = value.get(name) if isinstance(value, dict) else None
     if not isinstance(value, kind) or value == "":
         path = ".".join(names)
-        found = "is missing" if value is None else f"is {_shown(value)}"
+        found = "is missing" if value is None else f"is {shown(value)}"
         raise ValueError(f"{where}: {path!r} {found}; a {kind.__name__} expected")
     return value
-
-
-def _shown(value) -> str:
-    """The beginning of a value, on one line."""
-    try:
-        return " ".join(repr(value).split())[:60]
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        return f"a {type(value).__name__}"
 
 
 if __name__ == "__main__":

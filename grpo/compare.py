@@ -3,10 +3,10 @@
     python -m grpo.compare sft=runs/demo/sft grpo=runs/demo/grpo --output results.json
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.read import read_json, shown
 from grpo.runtime.files import write_json
 from grpo.runtime.log import table
 from grpo.runtime.settings import read_settings, run_program, setting
@@ -25,25 +25,26 @@ class Settings:
 
 def read_metrics(folder: str, metrics: tuple[str, ...] = HEADLINE) -> dict[str, float]:
     """The headline metrics of one evaluation, shares between 0 and 1."""
-    path = Path(folder) / "metrics.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {name: found[name] for name in metrics}
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: {error}; expected what grpo.evaluate writes") from None
-    except KeyError as error:
-        raise ValueError(f"{path}: no {error}; expected {', '.join(metrics)}") from None
+    path, expected = Path(folder) / "metrics.json", f"what grpo.evaluate writes: {', '.join(metrics)}"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; expected {expected}")
+    found = read_json(path, expected)
+    for name in metrics:
+        value = found.get(name) if isinstance(found, dict) else None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{path}: found {shown(value)} for {name}, a share between 0 and 1; expected {expected}")
+    return {name: found[name] for name in metrics}
 
 
-def main() -> None:
-    settings = read_settings(Settings)
-    words = settings.evaluations
-    if any("=" not in word for word in words):
-        raise ValueError(f"found {' '.join(words)}; expected name=folder [name=folder …] [--output FILE]")
-    results = {name: read_metrics(folder) for name, _, folder in (word.partition("=") for word in words)}
+def main(words: list[str] | None = None) -> None:
+    settings = read_settings(Settings, words)
+    folders = {name: folder for name, _, folder in (word.partition("=") for word in settings.evaluations)}
+    if len(folders) < len(settings.evaluations) or not all(folders.values()):
+        raise ValueError(f"found {' '.join(settings.evaluations)}; expected name=folder [name=folder …], each name once")
+    results = {name: read_metrics(folder) for name, folder in folders.items()}
     print(table([["%", *HEADLINE], *([name, *(f"{100 * row[m]:.2f}" for m in HEADLINE)] for name, row in results.items())]))
-    for word in words:
-        print(f"{word.partition('=')[0]}: {word.partition('=')[2]}/predictions.jsonl")
+    for name, folder in folders.items():
+        print(f"{name}: {folder}/predictions.jsonl")
     if settings.output:
         write_json(Path(settings.output), results)
         print(f"wrote {settings.output}")

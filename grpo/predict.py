@@ -8,7 +8,6 @@ A task takes part by offering `sample_from` in its data half, whose parameters s
 """
 
 import inspect
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ refuse_early(Settings, __name__)
 import torch
 
 from data.images import upright_copy
+from data.read import read_json, shown
 from data.task import Task, resolve_task
 from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling, sample
@@ -57,11 +57,13 @@ def trained_with(model: str) -> dict:
     path = Path(model).parent / "settings.json"
     if not Path(model).is_dir() or not path.is_file():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: expected the settings of a training run; "
-                         "--task and --data take their place where it is moved away") from None
+    expected = "the settings of a training run; --task and --data take their place where it is moved away"
+    found = read_json(path, expected)
+    settings = found.get("settings") if isinstance(found, dict) else None
+    kinds = {"task": str, "data": str, "max_pixels": int}
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path}: expected {expected}; found {shown(found)}")
+    return settings
 
 
 def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = ""):
@@ -70,7 +72,8 @@ def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "
     usual_data takes the place of --data where the task reads one and none is given.
     """
     if not hasattr(task.data, "sample_from"):
-        raise ValueError(f"task {name} makes no samples of one's own: {task.data.__name__} has no sample_from")
+        raise ValueError(f"task {name} makes no samples of one's own: {task.data.__name__} has no sample_from(image, text, …), "
+                         f"see docs/your-own-task.md; grpo.evaluate answers the samples of its dataset")
     parameters = inspect.signature(task.data.sample_from).parameters
     takes = f"task {name} takes {', '.join(f'--{part}' for part in parameters)}"
     for part, value in given.items():

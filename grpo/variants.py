@@ -37,7 +37,7 @@ def settings_of(preset) -> list:
 def check_choice(name: str, value, choices: tuple) -> None:
     """ValueError unless `value` is one of `choices`: which argument, what it got, what it takes."""
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name} is {value!r:.60}; it takes one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@
 
 writes beside each other
     cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
-    cold_start.drawn.json       the ids drawn, filtered out or not, with their samples' hashes: the split and
-                                Stage 2 leave them all out.
+    cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave them all out.
                                 Written before the expert is asked, which it does not depend on
     cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
     cold_start.responses.jsonl  what --expert openai:MODEL or local:MODEL answered, as it came
@@ -23,7 +22,8 @@ from functools import partial
 from pathlib import Path
 
 from data.curriculum import stratified_draw
-from data.task import Task, resolve_task, sample_hash
+from data.read import read_json_lines, shown
+from data.task import Task, resolve_task
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
 from grpo.runtime.settings import read_settings, required, run_program, setting
@@ -87,19 +87,14 @@ class Settings:
 def file_expert(path: str) -> Ask:
     """Responses that were written earlier: JSONL of {id, response}; more than were drawn do not disturb."""
     responses = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-                name, response = entry["id"], entry["response"]
-            except (ValueError, TypeError, KeyError):
-                name = response = None
-            if not isinstance(name, str) or not isinstance(response, str):
-                raise ValueError(f"{path}:{number}: found {line[:60]!r}; a JSON object with the texts "
-                                 "id and response expected")
-            if name in responses:
-                raise ValueError(f"{path}:{number}: a second response for {name}; one a sample expected")
-            responses[name] = response
+    expected = "a JSON object with the texts id and response"
+    for where, entry in read_json_lines(path, expected):
+        name, response = entry.get("id"), entry.get("response")
+        if not isinstance(name, str) or not isinstance(response, str):
+            raise ValueError(f"{where}: found {shown(entry)}; expected {expected}")
+        if name in responses:
+            raise ValueError(f"{where}: a second response for {name[:60]}; one a sample expected")
+        responses[name] = response
     return lambda requests: {one.id: responses[one.id] for one in requests if one.id in responses}
 
 
@@ -233,7 +228,7 @@ def main(words: list[str] | None = None) -> None:
     drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)
     output = Path(settings.output)
     # Before the expert is asked: the baseline on this quarter's bare labels needs the draw and no expert.
-    write_json(output.with_suffix(".drawn.json"), {sample.id: sample_hash(task, sample) for sample in drawn})
+    write_json(output.with_suffix(".drawn.json"), [sample.id for sample in drawn])
     kept, fallen, stages = survivors(settings, task, drawn, expert)
     report = make_report(settings, task, samples, drawn, kept, fallen, stages)
     write_json(output.with_suffix(".report.json"), report)
@@ -243,7 +238,7 @@ def main(words: list[str] | None = None) -> None:
                          f"{output.with_suffix('.report.json')} says why")
     # Last, and whole or not at all: where this file is, the other two are.
     new = output.with_name(output.name + ".new")
-    lines = [{"id": one.sample.id, "response": one.response, "sample": sample_hash(task, one.sample)} for one in kept]
+    lines = [{"id": one.sample.id, "response": one.response} for one in kept]
     new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     new.replace(output)
     say(f"{output}: {len(kept)} responses")

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from data.read import json_value
 from grpo.runtime.log import progress, say
 
 LONGEST_SIDE = 1536  # pixels sent; the big endpoints scale down to less
@@ -277,9 +278,12 @@ def read_answers(path: Path, request: str) -> dict[str, dict]:
     answers = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            answer = json.loads(line)
-            answers[answer.pop("id")] = answer
+            answer = json_value(line)
+            name = answer.pop("id")
+            answers[name] = answer
             known = answer["request"] == request and answer["tokens_in"] + answer["tokens_out"] >= 0
+            if not (isinstance(name, str) and isinstance(answer["response"], str)):
+                raise TypeError
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ValueError(f"{path}:{number}: found {line[:60]!r}; an expert's answer expected") from None
         if not known:

@@ -138,11 +138,11 @@ PERSON = entity(TOKENS, 3, 5, "per")
 WRONG_POSTS = {
     "no object": ("post", "'token' is missing"),
     "no tokens": ({"img_id": "a.jpg", "label_list": [[{}]]}, "'token' is missing"),
-    "empty tokens": (post(token=[]), "'token' is '\\[\\]'"),
+    "empty tokens": (post(token=[]), "'token' is \\[\\]"),
     "a number among the tokens": (post(token=["RT", 5]), "a list of words expected"),
     "no image": (post(img_id=""), "'img_id'"),
     "an image elsewhere": (post(img_id="../a.jpg"), "bare name"),
-    "no labels": (post(label_list=[]), "'label_list' is '\\[\\]'"),
+    "no labels": (post(label_list=[]), "'label_list' is \\[\\]"),
     "an empty label": (post(label_list=[[]]), "one-element lists"),
     "labels one level too high": (post(label_list=post()["label_list"][0]), "one-element lists"),
     "no head": (post(label_list=[[{"sec_ent": PERSON, "relation": "peer"}]]), "'beg_ent' is missing"),
@@ -168,7 +168,7 @@ def test_a_wrong_post_is_one_line_with_file_and_item(folder, wrong, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    (json.dumps([post()])[:-40], "cut off"), ("", "cut off"), ("\xff", "cut off"), ("[" * 100_000, "cut off"),
+    (json.dumps([post()])[:-40], "cut off"), ("", "cut off"), ("\xff", "not UTF-8"), ("[" * 100_000, "nested too deeply"),
     ("[]", "a list of posts"), ("{}", "a list of posts"),
 ])
 def test_a_wrong_file_is_one_line_with_its_name(folder, content, message):

@@ -35,9 +35,8 @@ class Run:
         return "SFT" if self.columns else "evaluation"
 
 
-def find_runs(words: list[str], wait: bool = False) -> list[Path]:
-    """The folders named, or the runs directly inside them. ValueError names one that holds neither; with `wait` it is left
-    out, for it may come yet."""
+def find_runs(words: list[str]) -> list[Path]:
+    """The folders named, or the runs directly inside them. ValueError names one that holds neither."""
     folders = []
     for word in words:
         folder = Path(word)
@@ -46,7 +45,7 @@ def find_runs(words: list[str], wait: bool = False) -> list[Path]:
             folders.append(folder)
         elif inside:
             folders += inside
-        elif not wait:
+        else:
             what = "no such folder" if not folder.is_dir() else f"no {', '.join(FILES)} in it or in a folder inside"
             raise ValueError(f"{word}: {what}; expected what grpo.train, sft.train or grpo.evaluate wrote")
     return list(dict.fromkeys(folder.absolute() for folder in folders))

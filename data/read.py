@@ -1,0 +1,62 @@
+"""JSON as other programs write it. Whatever is wrong is a ValueError of one line that names the file and the place in it.
+
+A byte order mark is read over. Half of a surrogate pair, which JSON can spell and no tokenizer takes, becomes a "?".
+"""
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def read_json(path, expected: str):
+    """The file's one value. expected: what the file should hold, for the message."""
+    try:
+        return json_value(Path(path).read_bytes())
+    except ValueError as problem:
+        raise ValueError(f"{path}: {one_line(problem)}; expected {expected}") from None
+
+
+def read_json_lines(path, expected: str) -> Iterator[tuple[str, dict]]:
+    """("file:line", the object in it) for every line. expected: what a line should hold."""
+    with open(path, "rb") as file:  # its own lines: str.splitlines() would cut at U+2028 too
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json_value(line)
+            except ValueError as problem:
+                found = line.decode(errors="replace")[:60]
+                raise ValueError(f"{path}:{number}: found {found!r}; expected {expected} ({one_line(problem)})") from None
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}:{number}: found {shown(entry)}; expected {expected}")
+            yield f"{path}:{number}", entry
+
+
+def json_value(content: bytes):
+    """ValueError for what is no JSON in UTF-8, or nested deeper than anybody writes it."""
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+        if b"\\ud" in content.lower():
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        return value
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"not UTF-8: byte {problem.start + 1} is {content[problem.start]:#x}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as problem:
+        raise ValueError(f"not JSON, perhaps cut off: {one_line(problem)[:100]}") from None
+
+
+def shown(value) -> str:
+    """The beginning of a value, on one line."""
+    try:
+        return " ".join(repr(value).split())[:60]
+    except (ValueError, RecursionError):  # Python writes no whole number of more than 4,300 digits
+        return f"a {type(value).__name__}"
+
+
+def one_line(problem: Exception) -> str:
+    """An exception's message without line breaks."""
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
+def is_file_name(name: str) -> bool:
+    """Whether it is the bare name of a file, of the length that file systems allow."""
+    return name == Path(name).name and name.isprintable() and len(name.encode()) <= 255
