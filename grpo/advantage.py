@@ -4,7 +4,7 @@ Rewards are a tensor of shape (groups, G): a row is one prompt, a column one of 
 the advantages.  Rewards have the task's unit; advantages have the same, or none where they are scaled.
 
 What compares groups with each other (`scale="batch"`, `scale="centred-batch"`) must see the rewards of
-every process; they are a few floats, so gather them first.  Everything else may see any part.
+every rank; they are a few floats, so gather them first.  Everything else may see any part.
 """
 
 import torch
@@ -24,7 +24,7 @@ def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: 
       "none"           nothing.  Dr. GRPO, arXiv 2503.20783 §3.2
 
     `ddof` 1 divides the sum of squares by n − 1 (torch, TRL), 0 by n (numpy): at G = 4 the latter's std is
-    13 % smaller.  `eps` keeps a nearly flat group from exploding; it is added to the std, in its unit.
+    13 % smaller.  `eps` keeps a group of almost no variance from exploding; it is added to the std, in its unit.
 
     A group whose rewards are all equal, and so every group of one, gives exact zeros: nothing can be learnt
     from it, and float noise (the std of seven 0.1 is 8e-9) divided by a small eps would pretend otherwise.
@@ -56,7 +56,7 @@ def zero_variance_groups(rewards: Tensor) -> Tensor:
 
 
 def centre(rewards: Tensor) -> Tensor:
-    """r_i − mean(r) within each group; exact zeros in a flat one.  (groups, G) -> (groups, G)"""
+    """r_i − mean(r) within each group; exact zeros where all are equal.  (groups, G) -> (groups, G)"""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     return centred.masked_fill(zero_variance_groups(rewards).unsqueeze(1), 0.0)
 
@@ -80,7 +80,7 @@ def combine_rewards(
                   small its std.  GDPO, arXiv 2601.05242: pass the result on with `scale="none"`, or with
                   `scale="centred-batch"` for that paper's normalisation over the batch.
 
-    Equal parts give bitwise equal sums, so a flat group stays flat.  Raises ValueError as `group_advantages`.
+    Equal parts give bitwise equal sums, so a zero-variance group stays one.  Raises ValueError as `group_advantages`.
     """
     check_choice("how", how, COMBINATIONS)
     parts = check_rewards("parts", parts, ("groups", "G", "K"))

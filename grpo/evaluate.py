@@ -10,15 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.runtime.settings import (
-    CommonSettings,
-    inputs,
-    parse_options,
-    read_settings,
-    refuse_early,
-    run_program,
-    setting,
-)
+from grpo.runtime.settings import CommonSettings, parse_options, read_settings, refuse_early, run_program, setting
 
 
 @dataclass
@@ -26,8 +18,8 @@ class Settings(CommonSettings):
     """Evaluation. The defaults are MORE-R1's: greedy, one answer a sample."""
 
     split: str = setting("test", "split to answer", top=True)
-    exclude: str = inputs("", "JSON list of sample ids to leave out: the cold start's, for the split", path="file")
-    limit: int = inputs(0, "answer only the first so many samples; 0 for all", least=0)
+    exclude: str = setting("", "JSON list of sample ids to leave out, as the cold start's", top=True, path="file")
+    limit: int = setting(0, "answer only the first so many samples; 0 for all", least=0)
     temperature: float = setting(0.0, "0 is greedy", top=True, least=0)
     samples: int = setting(1, "completions a sample; of several the most frequent answer counts", top=True, least=1)
     top_p: float = setting(1.0, "keep the smallest set of tokens this likely", group="sampling", above=0, most=1)
@@ -48,7 +40,7 @@ class Settings(CommonSettings):
 
 refuse_early(Settings, __name__)
 
-from data.task import resolve_task
+from data.task import resolve_task, sample_hash
 from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling
 from grpo.engine.weights import load_policy
@@ -64,7 +56,7 @@ from rewards.vote import majority
 def chosen_samples(settings: Settings, task) -> list:
     samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
     if settings.exclude:
-        excluded = read_ids(settings.exclude, samples)
+        excluded = read_ids(settings.exclude, samples, task)
         samples = [sample for sample in samples if sample.id not in excluded]
     samples = samples[: settings.limit] if settings.limit else samples
     if not samples:
@@ -79,7 +71,7 @@ def write_predictions(path: Path, task, samples: list, voted: list[tuple[str, in
         for sample, (text, votes) in zip(samples, voted):
             parts = task.rewards.reward(text, sample, **options)
             line = {"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)), "reward": parts,
-                    "votes": votes}
+                    "votes": votes, "sample": sample_hash(task, sample)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     new.replace(path)
 

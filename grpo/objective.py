@@ -50,7 +50,7 @@ def grpo_loss(
     entropy       (N, L) in nats, for the statistics only.
 
     Returns the loss, 0-dim, and the statistics as 0-dim sums without gradient, with the counts to divide by:
-    add them up over micro-batches and processes, then `mean_statistics`.
+    add them up over micro-batches and ranks, then `mean_statistics`.
 
     Raises ValueError: shapes that do not fit, a mask that is not 0/1 or is empty (a *part* may be, its loss
     is 0: hence not with `denominator`), beta without ref_logp, an unknown option.

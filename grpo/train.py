@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.curriculum import Epoch, epoch_batches, none_share
+from data.task import Task, resolve_task
 from grpo.advantage import (
     combine_rewards,
     group_advantages,
@@ -48,9 +49,9 @@ from grpo.variants import load_objective, loss_options
 # ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_predictions(path: str, samples: list) -> tuple[list, list]:
+def read_predictions(path: str, samples: list, task: Task) -> tuple[list, list]:
     """(hard, easy): the samples that grpo.evaluate got wrong and right. Those it did not answer are in neither."""
-    answered = read_lines(path, samples, "correct", bool)
+    answered = read_lines(path, samples, "correct", bool, task)
     return [sample for sample, right in answered if not right], [sample for sample, right in answered if right]
 
 
@@ -61,7 +62,9 @@ class Curriculum:
         self.settings, self.is_none = settings, is_none
         self.none_share = none_share(samples, is_none)
         self.mixing = settings.mixing if settings.predictions else "raw"
-        self.hard, self.easy = read_predictions(settings.predictions, samples) if settings.predictions else (samples, [])
+        self.hard, self.easy = samples, []
+        if settings.predictions:
+            self.hard, self.easy = read_predictions(settings.predictions, samples, resolve_task(settings.task))
         # All epochs at once: the learning rate's schedule needs the number of rollouts, and a fault shows at once.
         self.epochs = [self.epoch(index) for index in range(settings.epochs)]
         everything = sum(len(epoch.batches) for epoch in self.epochs)

@@ -5,7 +5,8 @@
 
 writes beside each other
     cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
-    cold_start.drawn.json       the ids drawn, filtered out or not: the split and Stage 2 leave them all out.
+    cold_start.drawn.json       the ids drawn, filtered out or not, with their samples' hashes: the split and
+                                Stage 2 leave them all out.
                                 Written before the expert is asked, which it does not depend on
     cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
     cold_start.responses.jsonl  what --expert openai:MODEL or local:MODEL answered, as it came
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from data.curriculum import stratified_draw
 from data.read import read_json_lines, shown
-from data.task import Task, resolve_task
+from data.task import Task, resolve_task, sample_hash
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
 from grpo.runtime.settings import read_settings, required, run_program, setting
@@ -228,7 +229,7 @@ def main(words: list[str] | None = None) -> None:
     drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)
     output = Path(settings.output)
     # Before the expert is asked: the baseline on this quarter's bare labels needs the draw and no expert.
-    write_json(output.with_suffix(".drawn.json"), [sample.id for sample in drawn])
+    write_json(output.with_suffix(".drawn.json"), {sample.id: sample_hash(task, sample) for sample in drawn})
     kept, fallen, stages = survivors(settings, task, drawn, expert)
     report = make_report(settings, task, samples, drawn, kept, fallen, stages)
     write_json(output.with_suffix(".report.json"), report)
@@ -238,7 +239,7 @@ def main(words: list[str] | None = None) -> None:
                          f"{output.with_suffix('.report.json')} says why")
     # Last, and whole or not at all: where this file is, the other two are.
     new = output.with_name(output.name + ".new")
-    lines = [{"id": one.sample.id, "response": one.response} for one in kept]
+    lines = [{"id": one.sample.id, "response": one.response, "sample": sample_hash(task, one.sample)} for one in kept]
     new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     new.replace(output)
     say(f"{output}: {len(kept)} responses")

@@ -10,16 +10,7 @@ the target: the label-only baseline.
 import random
 from dataclasses import dataclass
 
-from grpo.runtime.settings import (
-    TrainingSettings,
-    inputs,
-    optimizer,
-    read_settings,
-    refuse_early,
-    run_program,
-    setting,
-    validation,
-)
+from grpo.runtime.settings import TrainingSettings, read_settings, refuse_early, run_program, setting
 
 
 @dataclass
@@ -28,16 +19,15 @@ class Settings(TrainingSettings):
 
     responses: str = setting("", "JSONL of {id, response}, as sft.annotate writes it; empty: the gold answer alone",
                              top=True, path="file", resume="free")
-    samples: str = inputs("", "JSON list of sample ids to train on (sft.annotate writes the drawn ones); empty for all",
-                          path="file", resume="free")
+    samples: str = setting("", "JSON list of sample ids to train on, as sft.annotate draws them; empty for all",
+                           top=True, path="file", resume="free")
     epochs: int = setting(20, "passes over the responses", top=True, above=0)
     batch_size: int = setting(128, "responses per update, over all ranks and accumulation steps", top=True, least=1)
     learning_rate: float = setting(1e-4, "peak of AdamW's learning rate", top=True, above=0)
     max_tokens: int = setting(2096, "prompt and response; longer ones are dropped, never cut", top=True, least=1)
-    validate_every: int = validation(1, "epochs between validations", least=1)
-    patience: int = validation(0, "stop after so many validations in a row without a new best; 0 for no limit", least=0)
-    minutes: float = optimizer(0.0, "stop after the epoch in which so many minutes are over (a control of equal time); "
-                                    "0 for no limit", least=0)
+    validate_every: int = setting(1, "epochs between validations", least=1)
+    patience: int = setting(0, "stop after so many validations in a row without a new best; 0 for no limit", least=0)
+    minutes: float = setting(0.0, "stop after the epoch in which so many minutes are over; 0 for no limit", least=0)
 
     def check(self) -> None:
         super().check()
@@ -64,9 +54,9 @@ def training_pairs(run: Run) -> list[tuple]:
     """What is learned: the expert's responses, or the gold answers of all (or the named) samples."""
     settings, samples = run.settings, run.load(run.settings.split)
     if settings.responses:
-        return read_lines(settings.responses, samples, "response", str)
+        return read_lines(settings.responses, samples, "response", str, run.task)
     if settings.samples:
-        wanted = read_ids(settings.samples, samples)
+        wanted = read_ids(settings.samples, samples, run.task)
         samples = [sample for sample in samples if sample.id in wanted]
     if not samples:
         raise ValueError(f"{settings.samples or settings.data}: no sample of split {settings.split} to train on")
@@ -80,7 +70,7 @@ def encode_batch(run: Run, pairs: list[tuple]) -> list[Group]:
 
 
 def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
-    """One update: −Σ log p over all response tokens of the batch ÷ their number over all processes."""
+    """One update: −Σ log p over all response tokens of the batch ÷ their number over all ranks."""
     tokens = float(all_reduce_sum(torch.tensor(sum(sum(group.lengths) for group in groups), device=run.device)))
     if not tokens:
         return {}
@@ -151,7 +141,7 @@ def end_epoch(run: Run, epoch: int, done: int, in_vain: int, minutes: float) -> 
 
 
 def agreed(flag, device) -> bool:
-    """The first process's opinion, so that clocks that differ cannot part the processes."""
+    """Rank 0's opinion, so that clocks that differ cannot part the ranks."""
     return bool(all_reduce_sum(torch.tensor(float(bool(flag) and rank() == 0), device=device)))
 
 

@@ -47,7 +47,7 @@ def test_what_is_drawn_and_right_is_written(folder, capsys):
     responses = good_responses(folder)
     write_expert(folder, responses)
     lines, drawn, report = run(folder)
-    assert lines == [{"id": name, "response": responses[name]} for name in drawn]
+    assert lines == [{"id": name, "response": responses[name], "sample": digest} for name, digest in drawn.items()]
     assert len(drawn) == 6 and sum(int(name.split("/")[1]) >= 8 for name in drawn) == 2
     assert (report["samples"], report["drawn"], report["kept"], report["fallen"]) == (12, 6, 6, {})
     assert report["strata"] == {"none": {"samples": 8, "drawn": 4, "kept": 4},

@@ -73,22 +73,23 @@ def same_run(one, other):
     assert all(torch.equal(parts[0][key], parts[1][key]) for key in parts[0] if not key.startswith("random/"))
 
 
-@pytest.fixture(scope="module", params=[sft.train, grpo.train], ids=["SFT", "GRPO"])
-def whole(request, folder, tmp_path_factory):
-    """(program, settings, folder) of a run that nothing has disturbed."""
-    output = tmp_path_factory.mktemp("whole")
-    run(request.param, words_of(request.param, folder, output))
-    return request.param, output
+@pytest.fixture(scope="session")
+def undisturbed(folder, built_once):
+    """A function of the program: the folder of its run that nothing has disturbed."""
+    return lambda program: built_once(program.__name__, lambda output: run(program, words_of(program, folder, output)))
 
 
+both_programs = pytest.mark.parametrize("program", [sft.train, grpo.train], ids=["SFT", "GRPO"])
+
+
+@both_programs
 @pytest.mark.parametrize("at,every", [(2, 1), (4, 2)], ids=["at the checkpoint", "a step beyond it, whose lines are written"])
-def test_killed_in_a_step_and_started_again_it_ends_as_if_nothing_had_happened(whole, folder, tmp_path, at, every):
-    program, undisturbed = whole
+def test_killed_in_a_step_and_started_again_it_ends_as_if_nothing_had_happened(program, undisturbed, folder, tmp_path, at, every):
     words = [*words_of(program, folder, tmp_path), "--checkpoint_every", every]
     with pytest.raises(Killed):
         run(program, words, killed_in_step=at)
     run(program, words)
-    same_run(undisturbed, tmp_path)
+    same_run(undisturbed(program), tmp_path)
 
 
 def test_an_adapter_with_dropout_goes_on_with_the_same_noise(folder, tmp_path):
@@ -101,20 +102,22 @@ def test_an_adapter_with_dropout_goes_on_with_the_same_noise(folder, tmp_path):
     same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_run_that_is_over_is_not_trained_again(whole, folder, tmp_path):
-    program, undisturbed = whole
-    shutil.copytree(undisturbed, tmp_path / "copy")
+@both_programs
+def test_a_run_that_is_over_is_not_trained_again(program, undisturbed, folder, tmp_path):
+    shutil.copytree(undisturbed(program), tmp_path / "copy")
     assert run(program, words_of(program, folder, tmp_path / "copy")) == 0
-    same_run(undisturbed, tmp_path / "copy")
+    same_run(undisturbed(program), tmp_path / "copy")
 
 
 @pytest.fixture
-def halfway(folder, tmp_path):
-    """(words, output) of Stage 2, cut off in its third rollout."""
-    words = words_of(grpo.train, folder, tmp_path)
-    with pytest.raises(Killed):
-        run(grpo.train, words, killed_in_step=3)
-    return words, tmp_path
+def halfway(folder, built_once, tmp_path):
+    """(words, output) of Stage 2, cut off in its third rollout; every test has a copy of its own."""
+    def fill(output):
+        with pytest.raises(Killed):
+            run(grpo.train, words_of(grpo.train, folder, output), killed_in_step=3)
+
+    shutil.copytree(built_once("halfway", fill), tmp_path, dirs_exist_ok=True)
+    return words_of(grpo.train, folder, tmp_path), tmp_path
 
 
 def newest(output):
@@ -142,15 +145,14 @@ def damage(place, how):
 
 @pytest.mark.parametrize("how", ["truncated", "one bit changed", "a part is gone", "state.json is cut off",
                                  "a figure in state.json changed", "of another format"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_that_is_said(halfway, whole, how, capsys):
-    (words, output), (program, undisturbed) = halfway, whole
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_that_is_said(halfway, undisturbed, how, capsys):
+    words, output = halfway
     damage(newest(output), how)
     calls = run(grpo.train, words)
     said = capsys.readouterr().out
     assert "step-00000002: damaged, passed over: " in said and "step-00000001: going on after step 1" in said
     assert calls == 3  # rollouts 2, 3 and 4
-    if program is grpo.train:
-        same_run(undisturbed, output)
+    same_run(undisturbed(grpo.train), output)
 
 
 def test_leavings_of_a_process_that_was_killed_while_writing_are_removed(halfway):
@@ -220,7 +222,7 @@ REFUSED = {
     "a file that was given and is not": (["--predictions", ""], "predictions '[0-9a-f]{16}' → None"),
     "the learning rate": (["--learning_rate", "5e-3"], "made with other settings: learning_rate 0.001 → 0.005; --resume changed"),
     "the seed": (["--seed", "1"], "seed 0 → 1"),
-    "the objective's own": (["--beta", "0.5"], "beta None → 0.5"),
+    "the objective's own": (["--beta", "0.5"], "beta 0.001 → 0.5"),
     "an adapter": (["--lora_rank", "4"], "is of another run: lora_rank 0 → 4"),
 }
 

@@ -400,7 +400,7 @@ def test_an_endpoint_that_knows_no_such_key_ends_the_program_and_leaves_no_data(
     assert "\n" not in str(caught.value) and KEY not in str(caught.value) + "".join(capfd.readouterr())
     assert not (tmp_path / "cold.jsonl").exists()
     drawn = json.loads((tmp_path / "cold.drawn.json").read_text())  # the draw needs no expert
-    assert drawn == [sample.id for sample in samples]
+    assert list(drawn) == [sample.id for sample in samples]
 
 
 def test_a_template_takes_the_place_of_the_prompt(samples, tmp_path, surroundings):

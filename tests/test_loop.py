@@ -1,7 +1,10 @@
 """The loop of Stage 2 in this process: every objective trains, and what a step does with groups."""
 
+import json
+import re
 import sys
 import types
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from grpo.runtime.run import Run
 from grpo.runtime.settings import parse
 from grpo.runtime.step_metrics import readable
 from grpo.train import Curriculum, Settings, Trainer
-from grpo.variants import PRESETS
+from grpo.variants import PRESETS, Preset, setting
 from programs import COMMON, lines
 from tiny import pack_of
 
@@ -48,6 +51,31 @@ def test_a_forks_module_takes_the_place_of_the_objective(folder, tmp_path, monke
     trainer, _, samples = make(folder, tmp_path, "--objective", "my_objective")
     trainer.step(samples[:2], 0, [1e-3])
     assert calls and calls[0]["denominator"] == 8
+
+
+@dataclass(frozen=True)
+class Bounded(Preset):
+    bound: float = setting(1.0, "largest advantage", above=0)
+
+
+def test_a_forks_settings_and_statistics_are_like_ours(folder, tmp_path, monkeypatch, capsys):
+    def loss(logp, old_logp, ref_logp, advantages, mask, *, bound, **options):
+        value, sums = grpo_loss(logp, old_logp, ref_logp, advantages.clamp(-bound, bound), mask, **options)
+        return value, {**sums, "bounded": (mask * (advantages.abs() > bound).unsqueeze(1)).sum()}
+
+    fork = types.ModuleType("my_bounded")
+    fork.loss, fork.PRESET = loss, Bounded(beta=0.0, updates=1)
+    monkeypatch.setitem(sys.modules, "my_bounded", fork)
+    with pytest.raises(SystemExit):
+        parse(Settings, ["--objective", "my_bounded", "--help"])
+    assert re.search(r"objective my_bounded.*--bound X +largest advantage \(default 1.0\)", capsys.readouterr().out, re.S)
+    with pytest.raises(ValueError, match="no setting --bound"):
+        parse(Settings, ["--bound", "0.5"])
+    trainer, curriculum, _ = make(folder, tmp_path, "--objective", "my_bounded", "--bound", 0.5, "--max_rollouts", 1)
+    grpo.train.train(trainer, curriculum)
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["bound"] == 0.5
+    step = lines(tmp_path / "metrics.jsonl")[-1]
+    assert 0 < step["bounded"] <= 1 and step["ratio_mean"] == 1
 
 
 def test_a_rollout_of_flat_groups_alone_moves_nothing_without_a_kl(folder, tmp_path):

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data.more
 import grpo.train
+from data.task import resolve_task, sample_hash
 from grpo.runtime.run import read_lines
 from grpo.runtime.settings import run_program
 from programs import COMMON, begin, lines, succeed, tensors
@@ -25,6 +27,9 @@ def test_stage_1_learns_and_keeps_the_best_by_validation(folder):
 def test_the_split_holds_every_sample_that_the_cold_start_did_not_draw(folder):
     drawn = set(json.loads((folder / "cold_start.drawn.json").read_text()))
     answered = [line["id"] for line in lines(folder / "split" / "predictions.jsonl")]
+    samples = {sample.id: sample for sample in data.more.load(folder / "world" / "MORE", "train")}
+    for name in ("split/predictions.jsonl", "cold_start.jsonl"):
+        assert all(line["sample"] == sample_hash(resolve_task("more"), samples[line["id"]]) for line in lines(folder / name))
     assert set(answered) == {f"train/{i}" for i in range(60)} - drawn and len(answered) == len(set(answered))
 
 

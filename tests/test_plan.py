@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from benchmarks import plan_check
+from grpo.engine.backbones import MODEL_TYPES
 from grpo.engine.lora import add_adapter
 from grpo.engine.rollout import Rollout, Sampling
 from grpo.group import Group
@@ -19,6 +20,7 @@ from grpo.runtime.settings import LORA_TARGETS, as_dict, parse
 from grpo.train import Settings as TrainSettings
 from processes import run_processes
 from tiny import IMAGE, tiny_policy, tiny_prompt
+from tiny_backbones import policy_of
 
 GROUPS, G, COMPLETION, PROMPT = 2, 3, 30, 50
 SEVEN = dict(  # the published 7B's config.json, in short
@@ -71,6 +73,16 @@ def test_the_shape_on_the_meta_device_is_the_real_modules(tmp_path):
     costs = Costs(shape, small(lora_rank=5, lora_targets="q_proj,down_proj"), 1)
     assert costs.trained == sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert costs.total == sum(p.numel() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_a_plan_counts_every_backbone_as_the_engine_builds_it(tmp_path, name):
+    policy = tiny_policy() if name == "qwen2_5_vl" else policy_of(name)
+    assert type(policy.model) is policy.backbone.Network
+    policy.config.save_pretrained(tmp_path)
+    shape, count = read_shape(str(tmp_path)), lambda module: sum(p.numel() for p in module.parameters())
+    assert shape == shape_of(policy.model) and (shape.total, shape.vision) == (count(policy), count(policy.visual))
+    assert (shape.layers, shape.layer) == (len(policy.trunk_layers), count(policy.trunk_layers[0]))
 
 
 @pytest.mark.parametrize("prompts,rows", [(2, 64), (5, 4)])

@@ -153,6 +153,22 @@ def test_the_server_sends_only_what_is_new(served):
     assert json.loads(get(address + "news?known=" + known)) == {"restart": True}
 
 
+def test_the_server_waits_for_a_run_that_is_not_there_yet(tmp_path):
+    words = [str(tmp_path / "run"), str(tmp_path / "<later>")]
+    with server(words, 0) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{http.server_port}/"
+        page = get(address)
+        assert "Waiting for" in page and "&lt;later&gt;" in page and 'http-equiv="refresh"' in page
+        write_run(tmp_path / "run")
+        assert "Waiting for" not in (page := get(address)) and '"name":"run"' in page
+        known = urllib.request.quote(json.dumps([{"name": "run", "lines": 41, "recorded": 21}]))
+        assert "restart" not in json.loads(get(address + "news?known=" + known))
+        write_run(tmp_path / "<later>")
+        assert json.loads(get(address + "news?known=" + known)) == {"restart": True}
+        http.shutdown()
+
+
 def test_the_server_answers_on_loopback_to_its_own_name_only(served):
     _, address = served
     assert "http://127.0.0.1" in address and "<title>" in get(address)
@@ -212,6 +228,23 @@ def test_several_runs_lie_on_top_of_each_other_and_the_legend_hides_one(opened, 
     assert "learning_rate" in table and "seed" not in table  # only what differs
     page.run("document.querySelector('#what-ran input').click()")
     assert "seed" in page.run("return document.querySelector('table.settings').innerText")
+
+
+def evaluation(folder, f1, **settings):
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"f1": f1, "samples": 12}))
+    what = {"settings": {"task": "more", "split": "test", **settings}, "data_hash": "d" * 16}
+    (folder / "settings.json").write_text(json.dumps(what))
+    return folder
+
+
+def test_evaluations_of_other_samples_stand_in_a_table_of_their_own_with_their_own_best(opened, tmp_path):
+    page = opened(evaluation(tmp_path / "a", 0.5), evaluation(tmp_path / "b", 0.6), evaluation(tmp_path / "c", 0.9, split="valid"),
+                  evaluation(tmp_path / "d", 0.8, split="valid"), evaluation(tmp_path / "e", 0.7, limit=12))
+    tables = page.run("return [...document.querySelectorAll('table.evaluations')].map(t => [t.parentElement.getAttribute('aria-label'), "
+                      "[...t.querySelectorAll('tbody th')].map(h => h.innerText), [...t.querySelectorAll('.best')].map(b => b.innerText)])")
+    assert tables == [["Evaluations: test", ["a", "b"], ["0.600"]], ["Evaluations: valid", ["c", "d"], ["0.900"]],
+                      ["Evaluations: test, the first 12", ["e"], []]]
 
 
 def test_the_cursor_shows_values_under_the_pointer_and_by_keys(opened, tmp_path):

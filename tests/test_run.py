@@ -6,19 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from programs import ROOT, lines, tensors
 from test_checkpoints import newest, run, trained, words_of
 
+import data.more
 import grpo.runtime.checkpoints
 import grpo.runtime.liveness
 import grpo.runtime.run
 import grpo.train
 import rewards.more
 import sft.train
+from data.task import resolve_task, sample_hash
 from grpo.runtime.checkpoints import Checkpoints
+from grpo.runtime.run import read_ids, read_lines
 
 
 def measured(monkeypatch, values):
@@ -169,3 +175,45 @@ def test_what_takes_longer_than_any_file_should_is_a_hang_after_all(monkeypatch)
         before = grpo.runtime.liveness._heartbeat["steps"]
         time.sleep(0.1)
         assert grpo.runtime.liveness._heartbeat["steps"] == before
+
+
+# ── files of other data ──────────────────────────────────────────────────────────────────────────────────────────
+
+TASK = SimpleNamespace(data=SimpleNamespace(target=lambda sample: sample.label))
+OURS = [SimpleNamespace(id=f"train/{i}", text=f"text {i}", label="peer") for i in range(3)]
+OTHERS = [SimpleNamespace(id=f"train/{i}", text=f"text {i}", label="none") for i in range(3)]
+
+
+def written(path, samples, hashes=True):
+    lines = [{"id": sample.id, "correct": True, **({"sample": sample_hash(TASK, sample)} if hashes else {})} for sample in samples]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        path.write_text(json.dumps({line["id"]: line["sample"] for line in lines} if hashes else [line["id"] for line in lines]))
+    return str(path)
+
+
+def read(path):
+    return read_lines(path, OURS, "correct", bool, TASK) if path.endswith("jsonl") else read_ids(path, OURS, TASK)
+
+
+@pytest.mark.parametrize("name,where", [("predictions.jsonl", "predictions.jsonl:2: train/1: "), ("drawn.json", "drawn.json: train/1: ")])
+def test_a_file_made_from_other_data_is_refused_although_its_ids_are_known(tmp_path, capsys, name, where):
+    ours, mixed = written(tmp_path / name, OURS[:2]), written(tmp_path / f"mixed-{name}", [OURS[0], OTHERS[1]])
+    assert len(read(ours)) == 2 and capsys.readouterr().out == f"{ours}: 2 of 3 samples\n"
+    with pytest.raises(ValueError, match=rf"mixed-{where}made from other data: its sample has the hash '\w{{8}}', here it is '\w{{8}}'"):
+        read(mixed)
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "ids.json"])
+def test_a_file_without_hashes_is_taken_and_that_is_said(tmp_path, capsys, name):
+    path = written(tmp_path / name, OTHERS[1:], hashes=False)
+    assert len(read(path)) == 2
+    assert capsys.readouterr().out == f"{path}: 2 of 3 samples, 2 of them without a hash of the data that they come from\n"
+
+
+def test_where_the_data_lies_makes_no_other_sample_and_its_text_does():
+    sample = data.more.Sample("train/0", Path("/a/1.jpg"), (0.5, 0.5, 1, 1), "A beats B", "A", "/org/org/peer", ("none", "/org/org/peer"))
+    digest = lambda **changes: sample_hash(resolve_task("more"), replace(sample, **changes))
+    assert digest() == digest(image=Path("/b/1.jpg")) == digest(image=None)
+    assert len({digest(), digest(text="A met B"), digest(entity="B"), digest(label="none"), digest(id="test/0")}) == 5

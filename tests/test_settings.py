@@ -1,11 +1,14 @@
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
+from grpo.plan.__main__ import Settings as PlanSettings
 from grpo.runtime.optim import learning_rate
-from grpo.runtime.settings import parse, parse_options, required, run_program, setting
+from grpo.runtime.settings import as_dict, options, parse, parse_options, read_settings, required, resume_rules, run_program, setting
 from grpo.train import Settings as GRPOSettings
+from grpo.variants import PRESETS, Preset, resolve
 from sft.train import Settings as SFTSettings
 
 
@@ -45,12 +48,194 @@ def test_a_recipe_is_read_first_and_the_command_line_wins(tmp_path):
 
 
 def test_every_setting_of_a_program_has_a_help_text():
-    import dataclasses
-
     from grpo.evaluate import Settings as EvaluateSettings
 
-    for kind in (GRPOSettings, SFTSettings, EvaluateSettings):
-        assert all(f.metadata.get("help") for f in dataclasses.fields(kind))
+    for kind in (GRPOSettings, SFTSettings, EvaluateSettings, PlanSettings):
+        assert all(option.about["help"] for option in options(kind()))
+
+
+# ── the objective's settings ─────────────────────────────────────────────────────────────────────────────────────
+
+GIVEN = ["--model", "m", "--data", "d", "--output", "o"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_objectives_settings_are_its_presets(name):
+    settings = parse(GRPOSettings, [*GIVEN, "--objective", name])
+    assert settings.objective == PRESETS[name] == GRPOSettings(objective=resolve(name)).objective
+    assert as_dict(settings)["objective"] == name and as_dict(settings)["clip_low"] == PRESETS[name].clip_low
+
+
+def test_every_field_of_a_preset_is_a_setting_of_the_command_line():
+    words = ["--objective", "rloo", "--kl_in_reward", "False", "--clip_low", "0.1", "--clip_high", "none", "--length", "7"]
+    assert parse(GRPOSettings, GIVEN + words).objective == resolve("rloo", kl_in_reward=False, clip_low=0.1, length=7)
+    known = as_dict(GRPOSettings(objective=resolve("sapo")))
+    assert {f.name for f in fields(PRESETS["sapo"])} - {"name", "source"} <= set(known) and "tau_positive" in known
+    with pytest.raises(ValueError, match="no setting --tau_positive"):
+        parse(GRPOSettings, [*GIVEN, "--tau_positive", "2"])
+
+
+def test_a_recipe_names_the_objective_too(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"objective": "sapo", "tau_negative": 3, "clip_low": None}))
+    settings = parse(GRPOSettings, [*GIVEN, "--config", str(tmp_path / "recipe.json")])
+    assert settings.objective == resolve("sapo", tau_negative=3.0, clip_low=None)
+    with pytest.raises(ValueError, match="no setting tau_negative"):
+        parse(GRPOSettings, [*GIVEN, "--config", str(tmp_path / "recipe.json"), "--objective", "grpo"])
+
+
+def test_a_setting_of_a_fork_cannot_take_the_name_of_one_of_ours():
+    @dataclass(frozen=True)
+    class Fork(Preset):
+        epochs: int = setting(1, "ours has these")
+
+    @dataclass
+    class Settings(GRPOSettings):
+        objective: Preset = setting(Fork(name="fork"), "a fork's", family=resolve)
+
+    with pytest.raises(ValueError, match="there are two settings epochs"):
+        parse(Settings, GIVEN)
+
+
+def test_what_may_differ_when_a_run_goes_on_is_said_by_the_setting():
+    rules = resume_rules(GRPOSettings()) | resume_rules(SFTSettings())
+    assert {name for name, rule in rules.items() if rule == "never"} == {
+        "task", "split", "lora_rank", "lora_alpha", "lora_targets", "train_vision"}
+    free = {name for name, rule in rules.items() if rule == "free"}
+    assert {"output", "tokens_per_pass", "shard_size", "predictions", "responses", "rollout_log_every"} <= free
+    assert not free & {"learning_rate", "beta", "seed", "dtype", "prompts_per_rollout", "max_completion_tokens"}
+
+
+# ── help ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def help_of(kind, capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        parse(kind, [*words, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [GRPOSettings, SFTSettings, PlanSettings])
+def test_help_lists_each_setting_once_and_what_is_set_first_on_top(kind, capsys):
+    text = help_of(kind, capsys)
+    flags = re.findall(r"^  (--\w+)", text, re.M)
+    assert sorted(flags) == sorted({*(option.flag for option in options(kind())), "--config", "--help"})
+    titles = re.findall(r"^(\w.*):$", text, re.M)
+    assert titles[0] == "set first" and len(titles) == len(set(titles)) > 3
+    first = re.findall(r"^  (--\w+)", text.split(f"\n{titles[1]}:\n")[0], re.M)
+    assert {"--model", "--max_completion_tokens", "--gradient_checkpointing"} <= set(first) and len(first) <= 17
+    assert "--no_" not in text and "(required) (default" not in text and "default: )" not in text
+
+
+def test_help_names_the_presets_and_shows_the_chosen_ones_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = help_of(GRPOSettings, capsys, "--objective", "dapo")
+    assert all(name in text for name in PRESETS) and "\nobjective dapo: DAPO, arXiv 2503.14476" in text
+    for flag, default in (("--clip_high X", 0.28), ("--beta X", 0.0), ("--updates N", 2), ("--aggregate {sequence,token,constant}", "token"),
+                          ("--length N", "none"), ("--learning_rate X", "1e-06"), ("--kl_in_reward [True|False]", False)):
+        assert re.search(rf"^  {re.escape(flag)}\s[^-]*?\(default {default}\)", text, re.M), flag
+
+
+# ── names of others, and of yesterday ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("theirs,ours", [
+    ("lr", "learning_rate"), ("batch", "prompts_per_rollout"), ("num_generations", "group_size"), ("num_iterations", "updates"),
+    ("max_completion_length", "max_completion_tokens"), ("per_device_train_batch_size", "prompts_per_rollout"),
+    ("output_dir", "output"), ("epsilon", "clip_low"), ("no_train_vision", "train_vision"), ("learning-rate", "learning_rate"),
+])
+def test_another_trainers_name_is_answered_with_ours(theirs, ours):
+    with pytest.raises(ValueError, match=f"no setting --{theirs}; did you mean {ours}\\?$"):
+        parse(GRPOSettings, [*GIVEN, f"--{theirs}", "1"])
+
+
+def test_the_same_name_means_what_the_program_has():
+    with pytest.raises(ValueError, match="did you mean batch_size"):
+        parse(SFTSettings, [*GIVEN, "--per_device_train_batch_size", "1"])
+
+
+@pytest.mark.parametrize("old,new", [
+    ("journal_every", "rollout_log_every"), ("journal_groups", "rollout_log_groups"),
+    ("journal_megabytes", "rollout_log_megabytes"), ("flat_groups", "zero_variance_groups"),
+])
+def test_a_renamed_setting_is_refused_with_its_new_name(tmp_path, old, new):
+    with pytest.raises(ValueError, match=f"setting {old} has a new name: {new}"):
+        parse(GRPOSettings, [*GIVEN, f"--{old}=1"])
+    (tmp_path / "recipe.json").write_text(json.dumps({old: 1}))
+    with pytest.raises(ValueError, match=f"recipe.json: setting {old} has a new name: {new}"):
+        parse(GRPOSettings, [*GIVEN, "--config", str(tmp_path / "recipe.json")])
+    assert new in as_dict(GRPOSettings())
+
+
+# ── values ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Kinds:
+    """One of each."""
+
+    flag: bool = setting(False, "yes or no")
+    count: int = setting(1, "how many")
+    share: float = setting(0.5, "of all", least=0, most=1)
+    limit: float | None = setting(None, "or none")
+    word: str = setting("a", "which", choices=("a", "b"))
+    sizes: list[int] = setting([1, 2], "several")
+
+
+@pytest.mark.parametrize("recipe,expected", [
+    ({"flag": "yes"}, 'flag is "yes"; true or false expected'), ({"flag": 1}, "flag is 1; true or false expected"),
+    ({"count": "eight"}, 'count is "eight"; a whole number expected'), ({"count": 1.5}, "count is 1.5; a whole number expected"),
+    ({"count": True}, "count is true; a whole number expected"), ({"count": None}, "count is null; a whole number expected"),
+    ({"share": "0.5"}, 'share is "0.5"; a number expected'), ({"limit": "x"}, 'limit is "x"; a number or null expected'),
+    ({"word": 3}, "word is 3; a text expected"), ({"sizes": 3}, "sizes is 3; a list"), ({"sizes": [1, "2"]}, r"sizes is \[1, \"2\"\]; a list, each of it a whole number"),
+])
+def test_a_recipes_value_of_another_type_is_refused_with_file_and_setting(tmp_path, recipe, expected):
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=f"--config .*recipe.json: {expected}"):
+        parse(Kinds, ["--config", str(tmp_path / "recipe.json")])
+
+
+def test_a_recipe_with_a_byte_order_mark_and_values_of_their_types_is_read(tmp_path):
+    recipe = {"flag": True, "count": 3, "share": 1, "limit": None, "word": "b", "sizes": [4]}
+    (tmp_path / "recipe.json").write_text("\ufeff" + json.dumps(recipe), encoding="utf-8")
+    assert parse(Kinds, [f"--config={tmp_path / 'recipe.json'}", "--limit", "0.25"]) == Kinds(True, 3, 1.0, 0.25, "b", [4])
+
+
+@pytest.mark.parametrize("words,expected", [
+    (["--flag", "maybe"], "argument --flag: found 'maybe'; true or false expected"),
+    (["--share", "half"], "argument --share: found 'half'; a number expected"),
+    (["--word", "c"], "argument --word: invalid choice: 'c'"), (["--share", "1.5"], "--share is 1.5; it must be at most 1"),
+    (["--share", "nan"], "--share is nan; it must be at least 0"),
+])
+def test_a_value_that_does_not_fit_is_refused(words, expected):
+    with pytest.raises(ValueError, match=expected):
+        read_settings(Kinds, words)
+
+
+def test_a_flag_alone_is_yes_and_none_is_none():
+    assert parse(Kinds, ["--flag"]) == replace(Kinds(), flag=True)
+    assert parse(Kinds, ["--limit", "none", "--sizes", "3", "4", "--flag", "no"]) == replace(Kinds(), sizes=[3, 4])
+
+
+@pytest.mark.parametrize("words,expected", [
+    (["--predictions", "gone.jsonl"], "--predictions gone.jsonl: no such file"), (["--data", "gone"], "--data gone: no such folder"),
+    (["--model", "runs/gone/model"], "--model runs/gone/model: no such folder, nor a model of the hub"),
+    (["--model", "here/gone"], "--model here/gone: no such folder"), (["--model", "./gone"], "no such folder"),
+    (["--output", "a_file/out"], "--output a_file/out: a file; a folder expected"), (["--task", "mroe"], "did you mean 'more'"),
+])
+def test_what_is_not_there_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a_file").touch()
+    usual = ["--model", "here", "--data", "here", "--output", "out"]
+    read_settings(GRPOSettings, usual)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        read_settings(GRPOSettings, [*usual, *words])
+
+
+def test_a_hub_name_and_a_forks_data_are_not_taken_for_missing_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read_settings(GRPOSettings, ["--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--output", "o", "--task", "my.task", "--data", "v2:train"])
 
 
 @pytest.mark.parametrize("changes,expected", [

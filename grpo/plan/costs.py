@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from grpo.engine.backbones import backbone, check_model_type
+from grpo.engine.backbones import check_model_type
 from grpo.engine.files import read_json
 from grpo.engine.sizes import GPU_TILE, KEPT, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, target_names
 
@@ -67,18 +67,19 @@ def read_shape(model: str) -> Shape:
     if not isinstance(content, dict):
         raise ValueError(f"{model}: found a {type(content).__name__}; expected a checkpoint's config.json")
     check_model_type(content.get("model_type"), model)
-    import torch  # here, so that --help and refusals need none; of the engine only the backbone is needed
+    import torch  # here, so that --help and refusals need none; the engine is not needed at all
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    network_class = backbone(content["model_type"]).Network
+    network = AutoModelForImageTextToText if "vision_config" in content else AutoModelForCausalLM
     with torch.device("meta"):
-        return shape_of(network_class(network_class.config_class.from_dict(content)))
+        return shape_of(network.from_config(CONFIG_MAPPING[content["model_type"]].from_dict(content)))
 
 
 def shape_of(network) -> Shape:
     """Counted on transformers' network itself, which may lie on the meta device."""
-    text, vision = network.config.get_text_config(), getattr(network.config, "vision_config", None)  # None: it reads text alone
+    text, vision = network.config.get_text_config(), getattr(network.config, "vision_config", None)  # None: text alone
     count = lambda module: sum(parameter.numel() for parameter in module.parameters())
-    language, head = network.get_submodule(backbone(network.config.model_type).LANGUAGE_MODEL), network.lm_head.weight
+    language, head = network.get_decoder(), network.lm_head.weight
     tied = network.get_input_embeddings().weight is head
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     linear = [(name.split(".")[-1], module.in_features + module.out_features)

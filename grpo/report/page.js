@@ -65,51 +65,44 @@ function runCard(run) {
   );
 }
 
+// One table for each split of each dataset: figures of other samples are not to be compared.
 function evaluations() {
-  const runs = DATA.runs.filter((run) => Object.keys(run.evaluation).length);
-  if (!runs.length) return [];
+  const tables = new Map();
+  for (const run of DATA.runs.filter((run) => Object.keys(run.evaluation).length)) {
+    const of = ["task", "split", "exclude", "limit"].map((name) => run.settings?.[name]);
+    const samples = JSON.stringify([run.data_hash, ...of]);
+    tables.set(samples, [...(tables.get(samples) || []), run]);
+  }
+  return [...tables.values()].flatMap(evaluationTable);
+}
+
+function evaluationTable(runs) {
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.evaluation)))];
   const best = Object.fromEntries(
     names.map((name) => [name, Math.max(...runs.map((run) => run.evaluation[name] ?? -Infinity))]),
   );
   const counts = new Set(["samples", "seconds", "unparsable"]);
+  const { split, limit } = runs[0].settings || {},
+    heading = split ? `Evaluations: ${split}${limit ? `, the first ${limit}` : ""}` : "Evaluations";
+  const bestClass = (run, name) =>
+    runs.length > 1 && !counts.has(name) && run.evaluation[name] === best[name] ? "best" : null;
+  const heads = names.map((name) => element("th", { scope: "col" }, name.replace(/_/g, " ")));
+  const row = (run) =>
+    element(
+      "tr",
+      {},
+      element("th", { scope: "row" }, run.name),
+      names.map((name) => element("td", { class: bestClass(run, name) }, short(run.evaluation[name]))),
+    );
   return [
-    element("h2", {}, "Evaluations"),
+    element("h2", {}, heading),
     scroller(
-      "Evaluations",
+      heading,
       element(
         "table",
         { class: "evaluations" },
-        element(
-          "thead",
-          {},
-          element(
-            "tr",
-            {},
-            element("th", { scope: "col" }, "run"),
-            names.map((name) => element("th", { scope: "col" }, name.replace(/_/g, " "))),
-          ),
-        ),
-        element(
-          "tbody",
-          {},
-          runs.map((run) =>
-            element(
-              "tr",
-              {},
-              element("th", { scope: "row" }, run.name),
-              names.map((name) =>
-                element(
-                  "td",
-                  {
-                    class: runs.length > 1 && !counts.has(name) && run.evaluation[name] === best[name] ? "best" : null,
-                  },
-                  short(run.evaluation[name]),
-                ),
-              ),
-            ),
-          ),
-        ),
+        element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "run"), heads)),
+        element("tbody", {}, runs.map(row)),
       ),
     ),
   ];

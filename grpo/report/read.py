@@ -35,8 +35,9 @@ class Run:
         return "SFT" if self.columns else "evaluation"
 
 
-def find_runs(words: list[str]) -> list[Path]:
-    """The folders named, or the runs directly inside them. ValueError names one that holds neither."""
+def find_runs(words: list[str], wait: bool = False) -> list[Path]:
+    """The folders named, or the runs directly inside them. ValueError names one that holds neither; with `wait` it is left
+    out, for it may come yet."""
     folders = []
     for word in words:
         folder = Path(word)
@@ -45,7 +46,7 @@ def find_runs(words: list[str]) -> list[Path]:
             folders.append(folder)
         elif inside:
             folders += inside
-        else:
+        elif not wait:
             what = "no such folder" if not folder.is_dir() else f"no {', '.join(FILES)} in it or in a folder inside"
             raise ValueError(f"{word}: {what}; expected what grpo.train, sft.train or grpo.evaluate wrote")
     return list(dict.fromkeys(folder.absolute() for folder in folders))

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 from functools import partial
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from urllib.parse import parse_qs, urlsplit
@@ -11,6 +12,10 @@ from urllib.parse import parse_qs, urlsplit
 from grpo.report.images import Images
 from grpo.report.page import as_json, image_data, render, report_data, run_data
 from grpo.report.read import Run, find_runs, read_run, short_names
+
+WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3"><title>Training report</title>
+<p>Waiting for {}: nothing has been written there yet.</p></html>
+"""
 
 
 class Reader:
@@ -20,14 +25,16 @@ class Reader:
         self.words, self.images, self.lock, self.before = words, Images(), Lock(), {}
 
     def runs(self) -> list[Run]:
-        folders = find_runs(self.words)
+        folders = find_runs(self.words, wait=True)
         for folder, name in zip(folders, short_names(folders)):
             self.before[folder] = read_run(folder, name, self.before.get(folder))
         return [self.before[folder] for folder in folders]
 
     def page(self) -> str:
         with self.lock:
-            return render(report_data(self.runs(), self.images, time.strftime("%Y-%m-%d %H:%M"), live=True))
+            if not (runs := self.runs()):
+                return WAITING.format(escape(", ".join(self.words)))
+            return render(report_data(runs, self.images, time.strftime("%Y-%m-%d %H:%M"), live=True))
 
     def news(self, known: list[dict]) -> dict:
         """What the page does not have yet. `known` says of each run: name, number of metric lines, last recorded step.
@@ -90,5 +97,4 @@ def read_known(query: str) -> list[dict]:
 
 def server(words: list[str], port: int) -> ThreadingHTTPServer:
     """Bound to loopback; port 0 takes a free one. OSError if the port is taken."""
-    find_runs(words)
     return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, reader=Reader(words)))

@@ -1,4 +1,4 @@
-"""Answer every sample of a split, over all processes: evaluation, validation and the hard/easy split are this."""
+"""Answer every sample of a split, over all ranks: evaluation, validation and the hard/easy split are this."""
 
 from grpo.engine.encode import Encoder
 from grpo.engine.policy import Policy
@@ -68,7 +68,7 @@ def answer(
     policy: Policy, prompts_of: Prompts, samples: list, sampling: Sampling, *,
     group_size: int = 1, what: str = "evaluate",
 ) -> list[list[str]]:
-    """`group_size` completions' texts for every sample, in the samples' order, on every process.
+    """`group_size` completions' texts for every sample, in the samples' order, on every rank.
 
     Nothing is dropped: a prompt may be as long as it is, its images are scaled to the pixel limit.
     """

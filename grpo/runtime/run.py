@@ -11,7 +11,7 @@ from typing import Callable
 import torch
 
 from data.read import read_json, read_json_lines, shown
-from data.task import Task, resolve_task
+from data.task import Task, resolve_task, sample_hash
 from grpo.engine.encode import Encoder
 from grpo.engine.files import replace_folder
 from grpo.engine.lora import add_adapter, export_adapter, merged
@@ -41,9 +41,11 @@ def record_settings(settings, folder: Path) -> None:
         write_json(folder / "settings.json", what_ran(settings))
 
 
-def read_lines(path: str, samples: list, field: str, kind: type) -> list[tuple]:
-    """(sample, value of `field`) of every line of a JSONL file of {id, field, …}. ValueError names the line that does not fit."""
+def read_lines(path: str, samples: list, field: str, kind: type, task: Task | None = None) -> list[tuple]:
+    """(sample, value of `field`) of every line of a JSONL file of {id, field, …}. ValueError names the line that does not
+    fit, or, with a task, whose `sample` is the hash of another sample than has its id here."""
     known, pairs, expected = {sample.id: sample for sample in samples}, [], f"a JSON object with id and {field}"
+    hashes = {}
     for where, entry in read_json_lines(path, expected):
         for name, kinds in (("id", (str, int)), (field, kind)):
             if name not in entry:
@@ -53,21 +55,39 @@ def read_lines(path: str, samples: list, field: str, kind: type) -> list[tuple]:
         if entry["id"] not in known:
             raise ValueError(f"{where}: no {shown(entry['id'])}; expected {expected}, of a sample of the split")
         pairs.append((known[entry["id"]], entry[field]))
+        hashes[f"{where}: {entry['id']}"] = known[entry["id"]], entry.get("sample")
     if not pairs:
         raise ValueError(f"{path}: empty; expected {expected} a line")
+    if task:
+        check_hashes(path, task, samples, hashes)
     return pairs
 
 
-def read_ids(path: str, samples: list) -> set[str]:
-    """The sample ids of a JSON list. ValueError names the file and what is not the id of one of `samples`."""
-    ids = read_json(path, "a JSON list of sample ids")
-    if not isinstance(ids, list):
-        raise ValueError(f"{path}: found {shown(ids)}; expected a JSON list of sample ids")
-    known = {sample.id for sample in samples}
+def read_ids(path: str, samples: list, task: Task | None = None) -> set[str]:
+    """The sample ids of a JSON list, or of an object {id: sample hash}. ValueError names the file and what does not fit."""
+    expected = "a JSON list of sample ids, or an object of ids and sample hashes"
+    ids = read_json(path, expected)
+    if not isinstance(ids, (list, dict)):
+        raise ValueError(f"{path}: found {shown(ids)}; expected {expected}")
+    known = {sample.id: sample for sample in samples}
     for one in ids:
         if not isinstance(one, (str, int)) or one not in known:
             raise ValueError(f"{path}: found {shown(one)}; expected ids of samples of the split")
+    if task:
+        hashes = ids if isinstance(ids, dict) else dict.fromkeys(ids)
+        check_hashes(path, task, samples, {f"{path}: {one}": (known[one], digest) for one, digest in hashes.items()})
     return set(ids)
+
+
+def check_hashes(path: str, task: Task, samples: list, hashes: dict[str, tuple]) -> None:
+    """Says how many of the samples a file names. ValueError for {where: (sample, hash)} of another sample with that id."""
+    for where, (sample, found) in hashes.items():
+        if found is not None and found != (expected := sample_hash(task, sample)):
+            raise ValueError(f"{where}: made from other data: its sample has the hash {found!r:.20}, here it is {expected!r} "
+                             f"(without hashes a file is taken unchecked)")
+    unchecked = sum(found is None for _, found in hashes.values())
+    say(f"{path}: {len({sample.id for sample, _ in hashes.values()})} of {len(samples)} samples"
+        + (f", {unchecked} of them without a hash of the data that they come from" if unchecked else ""))
 
 
 def claim_folder(folder: Path) -> None:

@@ -45,17 +45,16 @@ RENAMED = {
     "journal_every": "rollout_log_every", "journal_groups": "rollout_log_groups", "picture_tokens": "image_tokens",
     "journal_megabytes": "rollout_log_megabytes", "flat_groups": "zero_variance_groups"}
 ELSEWHERE = {  # ours: what other trainers call it
-    "model": "model_name_or_path", "data": "dataset dataset_name data_path", "output": "output_dir save_path",
-    "learning_rate": "lr actor_lr", "epochs": "num_train_epochs num_epochs", "max_rollouts": "max_steps total_steps",
+    "model": "model_name_or_path", "data": "dataset dataset_name", "output": "output_dir", "learning_rate": "lr",
     "prompts_per_rollout": "batch batch_size train_batch_size rollout_batch_size per_device_train_batch_size",
     "batch_size": "batch train_batch_size per_device_train_batch_size", "group_size": "num_generations n rollout_n",
     "tokens_per_pass": "gradient_accumulation_steps micro_batch_size", "updates": "num_iterations ppo_epochs mu",
-    "max_completion_tokens": "max_completion_length max_new_tokens max_response_length", "warmup": "warmup_ratio",
-    "max_prompt_tokens": "max_prompt_length", "max_tokens": "max_length", "schedule": "lr_scheduler_type",
-    "beta": "kl_coef kl_beta kl_loss_coef", "clip_low": "epsilon cliprange", "clip_high": "epsilon_high",
-    "objective": "loss_type adv_estimator", "level": "importance_sampling_level", "scale": "scale_rewards",
-    "truncated": "mask_truncated_completions", "checkpoint_every": "save_steps", "validate_every": "eval_steps",
-    "dtype": "bf16 fp16 torch_dtype", "lora_rank": "lora_r", "lora_targets": "lora_target_modules target_modules"}
+    "max_completion_tokens": "max_completion_length max_new_tokens max_response_length", "epochs": "num_train_epochs",
+    "max_prompt_tokens": "max_prompt_length", "max_tokens": "max_length", "max_rollouts": "max_steps",
+    "beta": "kl_coef", "clip_low": "epsilon", "clip_high": "epsilon_high", "level": "importance_sampling_level",
+    "objective": "loss_type", "scale": "scale_rewards", "truncated": "mask_truncated_completions", "dtype": "bf16",
+    "schedule": "lr_scheduler_type", "warmup": "warmup_ratio", "checkpoint_every": "save_steps", "lora_rank": "lora_r",
+    "validate_every": "eval_steps", "lora_targets": "lora_target_modules"}
 
 
 def required(help: str, **more):
@@ -76,8 +75,7 @@ class CommonSettings:
     model: str = required("checkpoint folder or hub name: Qwen2.5-VL, Qwen3-VL, LLaVA-1.5", path="model", resume="free")
     data: str = required("folder of the task's dataset", path="folder", resume="free")
     output: str = required("folder for everything this run writes", path="output", resume="free")
-    task: str = setting("more", "a task here (more, jmere), a module of yours with both halves, or "
-                                "data_module,rewards_module", top=True, resume="never")
+    task: str = setting("more", "more, jmere, your own module, or data_module,rewards_module", top=True, resume="never")
     missing_images: str = inputs("stop", "images that are not there: stop, drop the samples, or blank (a grey one)",
                                  choices=("stop", "drop", "blank"))
     max_pixels: int = inputs(1280 * 28 * 28, "largest area of an image in pixels; 28 × 28 become one token "
@@ -106,11 +104,9 @@ class TrainingSettings(CommonSettings):
                                        "sees no image twice; two runs then agree to rounding, not to the bit")
     offload_reference: bool = speed(False, "keep the reference's weights in host memory between its layers' turns")
     offload_optimizer: bool = speed(False, "keep the optimizer's state in host memory between its steps")
-    train_vision: bool = trained(False, "train the vision encoder and its projector too; the papers keep them frozen",
-                                 resume="never")
-    lora_rank: int = trained(0, "train an adapter of this rank on the language model instead of its weights; 0 for "
-                                "none. <output>/model has it merged, <output>/adapter holds it alone, as peft loads it",
-                             top=True, resume="never", least=0)
+    train_vision: bool = trained(False, "train vision encoder and projector too; the papers do not", resume="never")
+    lora_rank: int = trained(0, "train an adapter of this rank, not the language model's weights; 0 for none. <output>/"
+                                "model has it merged, <output>/adapter alone", top=True, resume="never", least=0)
     lora_alpha: float = trained(64.0, "the adapter's output is scaled by α / rank", resume="never", above=0)
     lora_targets: str = trained(LORA_TARGETS, "names of the adapted matrices, separated by commas", resume="never")
     lora_dropout: float = trained(0.0, "dropout on the adapter's input in the update pass alone, below 1; above 0 "
@@ -123,22 +119,20 @@ class TrainingSettings(CommonSettings):
     adam_beta1: float = optimizer(0.9, "AdamW β₁")
     adam_beta2: float = optimizer(0.95, "AdamW β₂")
     max_grad_norm: float = optimizer(1.0, "gradients are scaled down to this norm", above=0)
-    max_bad_updates: int = saving(3, "an update whose loss or gradient is not finite is skipped; stop after so many "
-                                     "in a row", above=0)
-    checkpoint_every: int = saving(20, "updates of SFT, rollouts of GRPO, between checkpoints of the whole training "
-                                       "state in <output>/checkpoints; 0: only at the end and on SIGTERM", least=0)
+    max_bad_updates: int = saving(3, "stop after so many updates in a row with a loss or gradient not finite", above=0)
+    checkpoint_every: int = saving(20, "rollouts of GRPO, updates of SFT, between checkpoints of the training state in "
+                                       "<output>/checkpoints; 0: only at the end and on SIGTERM", least=0)
     checkpoints_kept: int = saving(2, "so many stay, the newest; the best weights are in <output>/model", above=0)
-    resume: str = saving("auto", "checkpoints in --output. auto: go on from the newest whole one, refuse if settings "
-                                 "or data differ; changed: go on with the new settings; never: begin anew",
+    resume: str = saving("auto", "auto: go on from the newest whole checkpoint, refuse if settings or data differ; "
+                                 "changed: go on with the new ones; never: begin anew",
                          choices=("auto", "changed", "never"))
     hang_minutes: float = ranks(30.0, "end, and name the missing rank, after so long without progress", above=0)
     shard_size: int = ranks(0, "shard the weights over so many ranks and keep a copy in each further so many (hybrid "
                                "sharding, for slow links between machines); 0: over all", least=0)
     load_in_turns: bool = ranks(False, "the ranks of a machine load one after the other: host memory for one set of "
                                        "float32 weights instead of one each, for as many times the time")
-    rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once on every rank; layers: "
-                                         "a layer at a time, every token; auto: whole where it fits",
-                                 choices=("auto", "whole", "layers"))
+    rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once; layers: one by one, for "
+                                         "every token; auto: whole if it fits", choices=("auto", "whole", "layers"))
     tensorboard: str = saving("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
                               choices=("auto", "on", "off"))
 
@@ -252,7 +246,8 @@ def make_parser(kind: type, settings) -> Parser:
         usage=f"python -m {program} {' '.join(words)} [--setting value …]", description=kind.__doc__, add_help=False,
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
-    groups = {title: parser.add_argument_group(title) for title in (FIRST, *(one.title for one in known))}
+    titles = dict.fromkeys([FIRST, *(one.title for one in known)])
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for one in known:
         add_option(groups[one.title], one, flags=bool(positional))
     groups[FIRST].add_argument("--config", metavar="FILE", help="JSON file of settings; the command line overrides it")
@@ -313,7 +308,7 @@ def recipe_value(path: str, name: str, value, known: dict[str, Option]):
     if name not in known:
         raise ValueError(f"--config {path}: {no_setting(name, known)}")
     kind, optional, many = plain_type(known[name].type)
-    each = value if many and isinstance(value, list) else [value]
+    each = [value] if not many else value if isinstance(value, list) else [None]
     whole = lambda one: kind is float and type(one) is int and abs(one) < 1e308  # for a number, so that it can be one
     if not all(type(one) is kind or whole(one) or optional and one is None for one in each):
         expected = ("a list, each of it " if many else "") + KINDS[kind][1] + (" or null" if optional else "")
@@ -364,11 +359,12 @@ def check_paths(settings) -> None:
     task = getattr(settings, "task", "")
     own = not set(task) & {".", ","}
     for one in options(settings):
-        kind, path = one.about.get("path"), Path(str(one.value))
+        kind = one.about.get("path")
+        if not kind or not one.value or one.name == "data" and not own:
+            continue
+        path = Path(one.value)
         if kind == "output" and any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
             raise ValueError(f"{one.flag} {path}: a file; a folder expected")
-        if not one.value or one.name == "data" and not own:
-            continue
         if kind == "file" and not path.is_file() or kind == "folder" and not path.is_dir():
             raise ValueError(f"{one.flag} {path}: no such {kind}")
         if kind == "model" and not path.exists() and not maybe_on_hub(one.value):
