@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from grpo.engine.rollout import Sampling, draw, noise, sample
+from grpo.engine.attention import Grid, Packed
+from grpo.engine.draw import draw_tokens, noise
+from grpo.engine.rollout import Sampling, sample
 from tiny import END, IMAGE, START, VIDEO, tiny_model, tiny_policy, tiny_prompt
 
 ENDS = (END, *range(20))  # a tenth of the vocabulary ends a completion: lengths are ragged
@@ -66,11 +68,14 @@ def test_image_tokens_cannot_be_sampled():
 
 
 def test_a_prompt_is_prefilled_once_whatever_the_group():
-    policy, widths = tiny_policy(), []
-    policy.trunk_layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[:2]), with_kwargs=True)
+    policy, prefilled = tiny_policy(), []
+
+    def note(module, args, kwargs):
+        if isinstance(kwargs["layout"], Packed):
+            prefilled.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    policy.trunk_layers[0].register_forward_pre_hook(note, with_kwargs=True)
     sample(policy, prompts(2), 16, sampling(rows=4))
-    prefilled = [width[1] for width in widths if width[1] > 1]
     assert sum(prefilled) == sum(map(len, prompts(2)))
 
 
@@ -78,7 +83,7 @@ def test_draws_follow_the_distribution_and_never_take_what_is_impossible():
     logits = torch.tensor([[0.0, float("-inf"), 1.0, 2.0, float("-inf")]]).expand(20000, -1)
     uniform = torch.rand(20000, dtype=torch.float64)
     uniform[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the ends of the range
-    drawn, logps = draw(logits, uniform, sampling(temperature=1.0))
+    drawn, logps = draw_tokens(logits, uniform, sampling(temperature=1.0))
     shares = torch.bincount(drawn, minlength=5) / 20000
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.015)
     assert shares[1] == shares[4] == 0
@@ -88,10 +93,10 @@ def test_draws_follow_the_distribution_and_never_take_what_is_impossible():
 def test_top_k_and_top_p_keep_the_likely_tokens_only():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(500, -1)
     uniform = torch.rand(500, dtype=torch.float64)
-    assert set(draw(logits, uniform, sampling(top_k=2))[0].tolist()) == {1, 3}
-    assert set(draw(logits, uniform, sampling(top_p=0.7))[0].tolist()) == {1, 3}
-    assert set(draw(logits, uniform, sampling(top_p=0.5))[0].tolist()) == {1}
-    drawn, logps = draw(logits, uniform, sampling(top_k=2, top_p=0.9))
+    assert set(draw_tokens(logits, uniform, sampling(top_k=2))[0].tolist()) == {1, 3}
+    assert set(draw_tokens(logits, uniform, sampling(top_p=0.7))[0].tolist()) == {1, 3}
+    assert set(draw_tokens(logits, uniform, sampling(top_p=0.5))[0].tolist()) == {1}
+    drawn, logps = draw_tokens(logits, uniform, sampling(top_k=2, top_p=0.9))
     torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0])  # the full softmax's
 
 
@@ -119,7 +124,7 @@ def test_every_token_is_drawn_with_its_own_number_of_the_completions_noise():
     logits = torch.zeros(12, len(policy.model.lm_head.weight)).index_fill(-1, torch.tensor(policy.banned), float("-inf"))
     for index, completion in enumerate(sample(policy, [prompt], 3, sampling(end_tokens=()))[0].completions):
         uniform = torch.tensor(noise("7", prompt.id, index, 12), dtype=torch.float64)
-        assert torch.equal(completion, draw(logits, uniform, sampling())[0])
+        assert torch.equal(completion, draw_tokens(logits, uniform, sampling())[0])
 
 
 def test_a_row_that_ends_is_replaced_at_once_while_others_wait():
@@ -147,7 +152,7 @@ def test_a_rollout_builds_no_graph():
 
 def test_a_number_of_zero_never_draws_an_impossible_first_token():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0]])
-    assert draw(logits, torch.zeros(1, dtype=torch.float64), sampling())[0].tolist() == [1]
+    assert draw_tokens(logits, torch.zeros(1, dtype=torch.float64), sampling())[0].tolist() == [1]
 
 
 def test_drawing_by_blocks_draws_what_one_running_sum_would():
@@ -155,7 +160,7 @@ def test_drawing_by_blocks_draws_what_one_running_sum_would():
     logits = 3 * torch.randn(4000, 1337, generator=random, dtype=torch.float64)
     uniform = torch.rand(4000, generator=random, dtype=torch.float64)
     expected = torch.searchsorted(logits.softmax(-1).cumsum(-1), uniform[:, None], right=True)[:, 0]
-    drawn, _ = draw(logits.float(), uniform, sampling())
+    drawn, _ = draw_tokens(logits.float(), uniform, sampling())
     assert (drawn == expected).float().mean() > 0.999  # the rest lies within a float32 rounding of a step
 
 
@@ -163,7 +168,7 @@ def test_improbable_tokens_of_a_large_vocabulary_are_told_apart():
     logits = torch.full((1, 100_001), -11.5)
     logits[0, 0] = 7.0  # all but 1e-3 of the mass; the others have 1e-8 each
     shares = logits[0].double().softmax(-1)
-    drawn, _ = draw(logits.expand(100, -1), shares[0] + (torch.arange(100, dtype=torch.float64) + 1000.5) * shares[1], sampling())
+    drawn, _ = draw_tokens(logits.expand(100, -1), shares[0] + (torch.arange(100, dtype=torch.float64) + 1000.5) * shares[1], sampling())
     assert len(set(drawn.tolist())) > 95
 
 
@@ -177,3 +182,12 @@ def test_improbable_tokens_of_a_large_vocabulary_are_told_apart():
 def test_a_sampling_that_cannot_be_is_refused(changes, expected):
     with pytest.raises(ValueError, match=expected):
         sampling(**changes)
+
+
+@pytest.mark.parametrize("owner,owners", [([0, 1, 2], 3), ([1, 0, 2], 3), ([2, 0, 1], 3), ([0, 0, 2, 1, 0], 3), ([0, 2], 4)])
+def test_tokens_by_owner_come_back_in_their_order(owner, owners):
+    grid, x = Grid(torch.tensor(owner), owners, 2, torch.device("cpu")), torch.randn(len(owner), 2, 3, 4)
+    by_owner = grid.spread(x)
+    assert by_owner.shape[:2] == (owners, 2) and torch.equal(grid.collect(by_owner), x)
+    for token, one in enumerate(owner):
+        assert torch.equal(by_owner[one, :, owner[:token].count(one)], x[token])

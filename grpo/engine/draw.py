@@ -1,0 +1,108 @@
+"""A token from its logits: the inverse of the cumulative distribution at a number of the completion's own noise.
+
+The noise of a completion is a fixed list of uniform numbers, one a token. It belongs to (seed, prompt id, index) and to
+nothing else, so a completion depends neither on the batch, nor on the number of ranks, nor on what was guessed of it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue a prompt.
+
+    temperature 0 is greedy. `seed` and the prompt's id make each completion's own noise, so that it depends
+    neither on who else is in the batch nor on the number of processes. `rows` live at once (memory, not result).
+    top_p and top_k are for evaluation: in training rollouts they are refused (see `check_training`).
+    """
+
+    max_tokens: int
+    end_tokens: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rows: int = 64
+    seed: str = "0"
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"max completion tokens is {self.max_tokens}; a completion needs at least 1 token")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
+        if self.rows < 1:
+            raise ValueError(f"rollout rows is {self.rows}; it must be at least 1")
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"top_p is {self.top_p}, top_k is {self.top_k}; expected 0 < top_p <= 1 and top_k >= 0")
+
+    def check_training(self) -> "Sampling":
+        """A token outside the reference's nucleus has k3 = ∞, one outside the policy's a ratio of 0."""
+        if self.top_p < 1 or self.top_k or self.temperature == 0:
+            raise ValueError("training rollouts are drawn from the full softmax: temperature > 0, top_p 1, top_k 0")
+        return self
+
+
+def noise(seed: str, prompt_id: str, index: int, count: int) -> list[float]:
+    """`count` uniform numbers in [0, 1) that belong to this completion alone."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{index}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+
+
+def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits outside the k most likely tokens, or outside the smallest set that holds top_p, become −∞."""
+    order = logits.argsort(-1, descending=True)
+    ranked = logits.gather(-1, order)
+    outside = torch.zeros_like(ranked, dtype=torch.bool)
+    if top_k:
+        outside[:, top_k:] = True
+    if top_p < 1:
+        probabilities = ranked.softmax(-1)
+        outside |= probabilities.cumsum(-1) - probabilities >= top_p  # mass before it already suffices
+    return logits.scatter(-1, order, ranked.masked_fill(outside, float("-inf")))
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax."""
+    probabilities = logits.softmax(-1)
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+    elif sampling.top_k or sampling.top_p < 1:
+        tokens = invert(keep_top(logits, sampling.top_k, sampling.top_p).softmax(-1), uniform)
+    else:
+        tokens = invert(probabilities, uniform)
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
+
+
+def invert(masses: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution of (B, V) masses: (B,) numbers in [0, 1) → (B,) places, none of mass 0.
+
+    One number a token, so a completion's noise is a plain list. First the block of BLOCK places, then the place in
+    it: a running sum over 152k places would take most of a step. Sums are float64: float32 would lose the improbable.
+    """
+    blocks = F.pad(masses, (0, -masses.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    ends = blocks.sum(-1).double().cumsum(-1)  # of the blocks
+    block, before = first_beyond(ends, uniform * ends[:, -1])
+    inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
+    # The number lies within the block's own sum, which this sum may miss by a rounding: scaled from the one to the other.
+    share = (uniform * ends[:, -1] - before) / (ends.gather(1, block[:, None])[:, 0] - before)
+    return block * BLOCK + first_beyond(inside, share * inside[:, -1])[0]
+
+
+def first_beyond(cumulative: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, n) running sums, (B,) numbers → the first place whose sum exceeds the number, and the sum before it.
+
+    right=True: *exceeds*, so never a place that adds nothing. A number that rounding has made the whole sum, which no
+    place exceeds, is taken one step below it.
+    """
+    whole = cumulative[:, -1:]
+    wanted = torch.minimum(wanted[:, None], whole.nextafter(torch.zeros_like(whole)))
+    place = torch.searchsorted(cumulative, wanted, right=True)
+    before = torch.where(place > 0, cumulative.gather(1, (place - 1).clamp(min=0)), 0.0)
+    return place[:, 0], before[:, 0]

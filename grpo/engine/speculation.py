@@ -1,0 +1,168 @@
+"""Exact speculation: guess the next tokens of a row, check them all in one pass, keep those that are drawn anyway.
+
+A token is the inverse of the cumulative distribution at a number that belongs to its place in its completion
+(grpo/engine/draw.py), so any guess can be checked without a rejection rule: draw from every distribution of the pass
+with its own number, keep the tokens up to the first that differs from the guess. The completion is the one that would
+have been drawn without guesses, at any temperature; only the number of passes changes. (Fast speculative decoding,
+arXiv 2211.17192, needs a rejection rule because its noise is drawn afresh.)
+
+Guesses cost nothing: what this sample was answered before (last epoch, the split, the last validation), then the
+group's other rows, then the prompt. A row follows one of these texts as long as the text predicts its tokens, and
+otherwise looks for its last tokens, nearest to where it stands.
+"""
+
+import json
+import math
+from collections import OrderedDict
+from operator import eq
+
+import torch
+from torch import Tensor
+
+from grpo.group import Prompt
+
+ORDERS = (3, 1)  # so many last tokens are looked for, the longer first
+MEMORY = 1 << 24  # tokens of a history: 64 MB
+CANDIDATES = 64  # places of the same last tokens that are kept
+LONGEST = 32  # tokens of a guess
+FIRST_CHANCE, PACE = 0.8, 0.1  # that a prediction is right: before any was checked; a new one's weight
+# A decode step's fixed cost in tokens: what it costs to read the weights, and to launch a layer's operations times the
+# model's parameters. CPU: measured by benchmarks/speculation.py; CUDA: bandwidth and peak of an H100, not measured.
+FIXED = {"cpu": (8.0, 13e6), "cuda": (100.0, 0.0)}
+
+
+class Texts:
+    """What the rows of one prompt may follow: earlier completions, the rows themselves as they grow, the prompt."""
+
+    def __init__(self, earlier: list[list[int]], prompt: list[int]):
+        self.texts: list[list[int]] = []
+        self.places: dict[tuple, list[tuple[int, int]]] = {}  # last tokens → (text, place behind them)
+        self.earlier = len(earlier)
+        for tokens in earlier:
+            self.add(tokens)
+        self.add(prompt, ORDERS[:1])
+
+    def add(self, tokens: list[int], orders: tuple[int, ...] = ORDERS) -> int:
+        """A text, which may grow; its index."""
+        self.texts.append(tokens)
+        for end in range(1, len(tokens) + 1):
+            self.grown(len(self.texts) - 1, end, orders)
+        return len(self.texts) - 1
+
+    def grown(self, text: int, end: int, orders: tuple[int, ...] = ORDERS) -> None:
+        """A text has now `end` tokens."""
+        for order in orders:
+            if order <= end:
+                places = self.places.setdefault(tuple(self.texts[text][end - order : end]), [])
+                if len(places) < CANDIDATES:
+                    places.append((text, end))
+
+    def find(self, tokens: list[int], end: int) -> tuple[int, int] | None:
+        """Where to go on after tokens[:end]: earlier completions first, the prompt last; then whatever is nearest."""
+        for order in ORDERS:
+            places = self.places.get(tuple(tokens[end - order : end]), ()) if order <= end else ()
+            if known := [(text, place) for text, place in places if place < len(self.texts[text])]:
+                return min(known, key=lambda at: (at[0] == self.earlier, at[0] > self.earlier, abs(at[1] - end), at[0]))
+        return None
+
+
+class Draft:
+    """One row's guess of its future. `tokens` is the row's own list."""
+
+    def __init__(self, texts: Texts, tokens: list[int], index: int):
+        self.texts, self.tokens, self.chance = texts, tokens, FIRST_CHANCE
+        self.own = texts.add(tokens)
+        self.at = (index % texts.earlier, 0) if texts.earlier else None
+
+    def observe(self, kept: int) -> None:
+        """The row has got `kept` more tokens: each says whether its prediction was right, guessed or not."""
+        for place in range(len(self.tokens) - kept, len(self.tokens)):
+            predicted = self.ahead(1)
+            right = predicted == self.tokens[place : place + 1]
+            if predicted:
+                self.chance += PACE * (right - self.chance)
+            self.at = (self.at[0], self.at[1] + 1) if right else self.texts.find(self.tokens, place + 1)
+            self.texts.grown(self.own, place + 1)
+
+    def ahead(self, count: int) -> list[int]:
+        if self.at is None:
+            return []
+        text, place = self.at
+        return self.texts.texts[text][place : place + count]
+
+    def guess(self, share: float, limit: int) -> list[int]:
+        """The next tokens, while the chance that all are right exceeds `share`; at most `limit`."""
+        if self.at is None or self.chance <= share:
+            return []
+        return self.ahead(min(int(math.log(share) / math.log(min(self.chance, 0.999))), limit, LONGEST))
+
+
+class Speculation:
+    """Guesses for the rollouts of one kind (training, validation), and the history that they come from.
+
+    The history holds the last group of each sample, by prompt id, MEMORY tokens in all; the sample answered longest ago
+    is forgotten first.
+    """
+
+    def __init__(self, memory: int = MEMORY):
+        self.memory, self.held = memory, 0
+        self.history: OrderedDict[str, list[Tensor]] = OrderedDict()
+        self.counts = dict.fromkeys(("steps", "tokens", "guessed", "accepted"), 0)
+
+    # ── the history ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def remember(self, prompt_id: str, completions: list) -> None:
+        """The completions of a sample, in the place of those before."""
+        self.forget(prompt_id)
+        self.history[prompt_id] = [torch.as_tensor(tokens, dtype=torch.int32) for tokens in completions]
+        self.held += sum(map(len, completions))
+        while self.held > self.memory:
+            self.forget(next(iter(self.history)))
+
+    def forget(self, prompt_id: str) -> None:
+        self.held -= sum(map(len, self.history.pop(prompt_id, [])))
+
+    def state(self) -> dict[str, Tensor]:
+        """The history as two tensors, for a checkpoint."""
+        index = json.dumps([(key, [len(tokens) for tokens in group]) for key, group in self.history.items()])
+        tokens = [tokens for group in self.history.values() for tokens in group]
+        return {"tokens": torch.cat(tokens) if tokens else torch.zeros(0, dtype=torch.int32),
+                "index": torch.tensor(list(index.encode()), dtype=torch.uint8)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        index = json.loads(bytes(state["index"].tolist()))
+        tokens = iter(state["tokens"].split([length for _, group in index for length in group]))
+        for key, group in index:
+            self.remember(key, [next(tokens) for _ in group])
+
+    # ── one call of `sample` ─────────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, prompts: list[Prompt], policy) -> None:
+        self.prompts, self.texts = prompts, {}
+        read, launch = FIXED.get(policy.device.type, FIXED["cuda"])
+        layers = policy.trunk_layers
+        size = sum(p.numel() for p in layers.parameters()) + policy.model.lm_head.weight.numel()
+        self.fixed = read + launch * len(layers) / size
+
+    def draft(self, prompt: int, index: int, tokens: list[int]) -> Draft:
+        """For a row that enters: its prompt, which of the G it is, and the list that its tokens will be put in."""
+        if prompt not in self.texts:
+            earlier = self.history.get(self.prompts[prompt].id, [])
+            self.texts[prompt] = Texts([row.tolist() for row in earlier], self.prompts[prompt].tokens.tolist())
+        return Draft(self.texts[prompt], tokens, index)
+
+    def guess(self, rows: list, max_tokens: int) -> None:
+        """Set every row's guess. With N live rows a step costs `fixed` + N + guessed tokens: a guessed token pays while
+        the chance that it is kept exceeds the share of a step's cost that a token is worth, N / (fixed + N). Nothing here
+        is timed: the same run guesses the same."""
+        share = len(rows) / (self.fixed + len(rows))
+        for row in rows:
+            row.guess = row.draft.guess(share, max_tokens - len(row.tokens) - 1)
+            self.counts["guessed"] += len(row.guess)
+
+    def observe(self, row, kept: int) -> None:
+        """A row has kept so many tokens of a step."""
+        row.draft.observe(kept)
+        self.counts["steps"] += 1
+        self.counts["tokens"] += kept
+        self.counts["accepted"] += sum(map(eq, row.tokens[-kept:], row.guess))
