@@ -7,7 +7,7 @@ from grpo.engine import speculation
 from grpo.engine.rollout import Sampling, sample
 from grpo.engine.speculation import LONGEST, Draft, Speculation, Texts
 from grpo.group import Group
-from test_rollout import ENDS, prompts, sampling, tokens
+from test_rollout import prompts, sampling, tokens
 from tiny import END, IMAGE, tiny_policy
 
 FAR = 40  # tokens: long enough for guesses of several
