@@ -8,6 +8,8 @@ where the mask is 0 a tensor may hold anything, NaN included, and its gradient t
 A loss is to be minimised: the papers' objectives with the sign turned.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def grpo_loss(
     kl_weighted: bool = False,
     length: int | None = None,
     entropy: Tensor | None = None,
+    log_ratio_bound: float | None = 20.0,
     **shape: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = −mean of [ surrogate(r, A) − β D_KL(π_θ ‖ π_ref) ].  The defaults are GRPO, arXiv 2402.03300 eq. 3.
@@ -48,6 +51,7 @@ def grpo_loss(
     denominator   where this call sees a part, the whole's count: the sum of all parts' `count_terms`.  Then
                   losses, gradients and statistics of the parts add up to the whole's, whatever the cut.
     entropy       (N, L) in nats, for the statistics only.
+    log_ratio_bound  beyond so many nats KL and ratio go on as straight lines; None: they do not (`bounded`).
 
     Returns the loss, 0-dim, and the statistics as 0-dim sums without gradient, with the counts to divide by:
     add them up over micro-batches and ranks, then `mean_statistics`.
@@ -69,7 +73,7 @@ def grpo_loss(
     old_logp, ref_logp, entropy = (None if x is None else x.detach().masked_fill(~mask, 0.0)
                                    for x in (logp if old_logp is None else old_logp, ref_logp, entropy))
     A = advantages.unsqueeze(1)  # (N, 1): an outcome reward gives every token the same advantage
-    r = probability_ratio(logp, old_logp, mask, level)  # (N, L)
+    r = probability_ratio(logp, old_logp, mask, level, log_ratio_bound)  # (N, L)
     if surrogate in ("sapo", "vespo"):
         clip_low = clip_high = None
     if surrogate == "ppo":
@@ -80,23 +84,42 @@ def grpo_loss(
         gain = sapo_surrogate(r, A, **shape)
     else:
         gain = vespo_surrogate(logp, old_logp, A, **shape)
-    divergence = None if ref_logp is None else kl_estimate(logp, ref_logp, kl)
+    divergence = None if ref_logp is None else kl_estimate(logp, ref_logp, kl, log_ratio_bound)
     penalty = beta * (r * divergence if kl_weighted else divergence) if beta else 0.0
     loss = aggregate_loss(penalty - gain, mask, aggregate, denominator, length)
-    return loss, sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entropy)
+    sums = sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entropy)
+    if ref_logp is not None:
+        far = (logp.detach() - ref_logp).abs() > (log_ratio_bound or math.inf)  # the padding's is 0
+        sums["kl/bounded_tokens"] = far.sum().to(logp.dtype)
+    return loss, sums
 
 
-def probability_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str) -> Tensor:
+def bounded(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """(x within the bounds, how far it is beyond them): f(within) + beyond is f, and past a bound a line of slope ±1.
+
+    exp(50) is 5e21: as an importance weight, of the KL or of the surrogate, one such token has the whole gradient once
+    it is clipped, and from 89 on float32 overflows and the update is lost.  Slope 1 is the pull of one token of an
+    on-policy batch, whose ratio is 1: it stays, and no more of it.  [chosen]
+    """
+    return x.clamp(low, high), (x - high).relu() + (low - x).relu()
+
+
+def probability_ratio(
+    logp: Tensor, old_logp: Tensor, mask: Tensor, level: str, log_ratio_bound: float | None = 20.0
+) -> Tensor:
     """r = π_θ / π_old of each token, or of its whole completion.  (N, L) x 3 -> (N, L)
 
     "token"     r_it = π_θ(o_it) / π_old(o_it).  arXiv 2402.03300 eq. 3
     "sequence"  s_i = (π_θ(o_i) / π_old(o_i))^(1/|o_i|), their geometric mean.  GSPO, arXiv 2507.18071 eq. 7
+
+    Above exp(log_ratio_bound) it goes on as a straight line in the log-ratio (`bounded`).
     """
     check_choice("level", level, LEVELS)
     log_ratio = logp - old_logp
     if level == "sequence":
         log_ratio = sequence_mean(log_ratio, mask).unsqueeze(1).expand_as(logp)
-    return log_ratio.exp()
+    within, beyond = bounded(log_ratio, -math.inf, log_ratio_bound or math.inf)
+    return within.exp() + beyond
 
 
 def clip_ratio(r: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
@@ -149,7 +172,7 @@ def vespo_surrogate(
     return (k * log_w + lam * (1 - log_w.exp())).exp() * A * logp
 
 
-def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, log_ratio_bound: float | None = 20.0) -> Tensor:
     """One-sample estimates of D_KL(π ‖ π_ref) for tokens drawn from π.  Any shape, nats.
 
     With d = log π_ref − log π:
@@ -158,14 +181,18 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
       "k3"  exp(d) − d − 1   unbiased, never negative; in a loss its gradient is D_KL(π_ref ‖ π)'s, the other
                              direction's.  arXiv 2402.03300 eq. 4; MORE-R1 eq. 4
     J. Schulman, "Approximating KL Divergence", 2020: http://joschu.net/blog/kl-approx.html
+
+    Where |d| > log_ratio_bound, k2 and k3 go on as straight lines of slope ±1, k1's (`bounded`); None: they do not.
     """
     check_choice("kl", kind, KL_KINDS)
     d = ref_logp - logp
     if kind == "k1":
         return -d
+    bound = log_ratio_bound or math.inf
+    d, beyond = bounded(d, -bound, bound)
     if kind == "k2":
-        return d.square() / 2
-    return d.expm1() - d  # expm1: exp(d) − 1 loses all digits where the policies agree
+        return d.square() / 2 + beyond
+    return d.expm1() - d + beyond  # expm1: exp(d) − 1 loses all digits where the policies agree
 
 
 def aggregate_loss(
@@ -241,8 +268,8 @@ def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
     """Added-up statistics of a loss to means per token, under TRL's names.
 
     ratio_mean, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (either side), kl in nats if
-    there was a reference, entropy in nats if it was given.  A fork's own sums keep their names.  No tokens at
-    all: NaN, there is no mean.  Raises ValueError without "tokens", the count to divide by.
+    there was a reference, entropy in nats if it was given.  A fork's own sums keep their names.  Sums called
+    …_tokens are counts and stay: kl/bounded_tokens, those beyond log_ratio_bound.  No tokens at all: NaN, there is no mean.  Raises ValueError without "tokens", the count to divide by.
     """
     if "tokens" not in sums:
         raise ValueError(f"statistics are {', '.join(sums) or 'empty'}; they take 'tokens', the count to divide by")
@@ -255,7 +282,7 @@ def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
         "ratio": "ratio_mean", "clipped_low": "clip_ratio/low_mean", "clipped_high": "clip_ratio/high_mean",
         "clipped": "clip_ratio/region_mean",
     }
-    return {names.get(name, name): total / tokens for name, total in totals.items()}
+    return {names.get(name, name): total if name.endswith("_tokens") else total / tokens for name, total in totals.items()}
 
 
 def check_inputs(logp: Tensor, advantages: Tensor, mask: Tensor, **others: Tensor | None) -> Tensor:

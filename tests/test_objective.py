@@ -381,6 +381,73 @@ def test_k3_keeps_its_digits_where_the_policies_agree():
     assert not math.isclose((d.exp() - d - 1).item(), 5.0017e-7, rel_tol=1e-3)
 
 
+# --- one token that is far from the reference ------------------------------------------------------------------
+
+EDGE = math.exp(20)
+
+
+def k3_and_slope(d, dtype=torch.float64, **options):
+    logp = torch.zeros((), dtype=dtype, requires_grad=True)
+    value = kl_estimate(logp, torch.tensor(float(d), dtype=dtype), "k3", **options)
+    return value.item(), -gradient_of(value, logp).item()  # by d
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [25, 50, 120])
+def test_beyond_the_bound_k3_is_a_straight_line_and_its_pull_remains(d, dtype):
+    value, slope = k3_and_slope(d, dtype)
+    assert math.isclose(value, EDGE - 21 + (d - 20), rel_tol=1e-6) and slope == 1
+    value, slope = k3_and_slope(-d, dtype)
+    assert math.isclose(value, d - 1, rel_tol=1e-6) and slope == -1  # as without a bound: there k3 is a line by itself
+    assert math.isclose(k3_and_slope(-d, dtype, log_ratio_bound=None)[0], value, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("d", [25, -25, 50, -50, 120, -120])
+def test_beyond_the_bound_k2_is_a_straight_line_and_k1_has_always_been_one(d):
+    logp = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    value = kl_estimate(logp, torch.tensor(float(d)), "k2")
+    assert value.item() == 200 + (abs(d) - 20) and gradient_of(value, logp).item() == -math.copysign(1, d)
+    assert kl_estimate(logp, torch.tensor(float(d)), "k1").item() == -d
+
+
+@pytest.mark.parametrize("A", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [25, -25, 50, -50, 120, -120])
+def test_beyond_the_bound_the_ratio_is_a_straight_line_too(log_ratio, A):
+    logp = torch.tensor([[float(log_ratio)]], requires_grad=True)  # float32: exp(120) is infinite
+    loss, _ = grpo_loss(logp, torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), clip_low=None, clip_high=None)
+    expected = EDGE + log_ratio - 20 if log_ratio > 0 else math.exp(log_ratio)
+    slope = 1.0 if log_ratio > 0 else math.exp(log_ratio)
+    assert math.isclose(loss.item(), -A * expected, rel_tol=1e-6, abs_tol=1e-40)
+    assert math.isclose(gradient_of(loss, logp).item(), -A * slope, rel_tol=1e-6, abs_tol=1e-40)
+
+
+@pytest.mark.parametrize("kind", KL_KINDS)
+def test_up_to_the_bound_nothing_changes(kind):
+    results = []
+    for bound in (20.0, None):
+        logp = torch.linspace(-20, 20, 41).unsqueeze(0).requires_grad_()
+        loss, _ = grpo_loss(logp, torch.zeros(1, 41), torch.zeros(1, 41), torch.ones(1), torch.ones(1, 41), beta=0.04, kl=kind,
+                            clip_low=None, clip_high=None, log_ratio_bound=bound)
+        results.append((loss.detach(), gradient_of(loss, logp)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("d", [25.0, 50.0, 120.0])
+def test_one_token_far_from_the_reference_neither_owns_nor_ends_an_update_and_is_counted(d):
+    shares, generator = {}, torch.Generator().manual_seed(0)
+    start = torch.randn(4, 8, generator=generator)
+    for bound in (20.0, None):
+        logp = start.clone().requires_grad_()
+        reference = start.clone()
+        reference[2, 3] += d
+        loss, sums = grpo_loss(logp, start, reference, torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, 8), beta=0.04,
+                               log_ratio_bound=bound)
+        gradient = gradient_of(loss, logp)
+        shares[bound] = gradient[2, 3].abs() / gradient.norm(), mean_statistics(sums)["kl/bounded_tokens"]
+    assert shares[20.0][0] < 0.2 and shares[20.0][1] == 1
+    assert not shares[None][0] < 0.999 and shares[None][1] == 0  # all of it, or not a number
+
+
 def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero():
     """The loss starts at 0 where completions are equally long, and says nothing; its gradient does."""
     logp = torch.rand(8, 5, generator=torch.Generator().manual_seed(0)).neg().requires_grad_()
@@ -389,7 +456,7 @@ def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero():
         loss, stats = grpo_loss(logp, old, logp.detach().clone(), A, torch.ones(8, 5), beta=0.1)
         means = mean_statistics(stats)
         assert means == {"ratio_mean": 1.0, "clip_ratio/low_mean": 0.0, "clip_ratio/high_mean": 0.0,
-                         "clip_ratio/region_mean": 0.0, "kl": 0.0}
+                         "clip_ratio/region_mean": 0.0, "kl": 0.0, "kl/bounded_tokens": 0.0}
         assert abs(loss.item()) < 1e-7
         assert torch.allclose(gradient_of(loss, logp), -(A / 40).unsqueeze(1).expand(8, 5))
 
@@ -406,7 +473,7 @@ def test_statistics_by_hand():
     assert stats["tokens"] == 5 and stats["sequences"] == 2
     assert mean_statistics(stats) == pytest.approx({
         "ratio_mean": 1.0, "clip_ratio/low_mean": 0.2, "clip_ratio/high_mean": 0.2,
-        "clip_ratio/region_mean": 0.4, "kl": math.log(2), "entropy": 0.7,
+        "clip_ratio/region_mean": 0.4, "kl": math.log(2), "kl/bounded_tokens": 0, "entropy": 0.7,
     })
     cispo = grpo_loss(ratios.log(), torch.zeros(2, 3), None, A, mask, surrogate="cispo")[1]
     assert cispo["clipped_low"] == 2 and cispo["clipped_high"] == 2
