@@ -13,7 +13,12 @@ from torch import Tensor
 from grpo.variants import COMBINATIONS, SCALES, check_choice
 
 
-def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: float = 1e-4) -> Tensor:
+EQUAL = 1e-12  # relative: another order of adding the same float64 parts moves a sum by less
+
+
+def group_advantages(
+    rewards: Tensor, scale: str = "group", ddof: int = 1, eps: float = 1e-4, counted: Tensor | None = None
+) -> Tensor:
     """A_i = (r_i − mean(r)) / (std(r) + eps), the mean always over the group.  (groups, G) -> (groups, G)
 
     `scale` says what the centred rewards are divided by:
@@ -29,49 +34,54 @@ def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: 
     A group whose rewards are all equal, and so every group of one, gives exact zeros: nothing can be learnt
     from it, and float noise (the std of seven 0.1 is 8e-9) divided by a small eps would pretend otherwise.
 
+    `counted` (groups, G) bool: False takes a completion whose reward is not known out of every mean and std, and
+    gives it 0.
+
     Raises ValueError: NaN or infinite rewards (and where), another shape, an unknown option.
     """
     check_choice("scale", scale, SCALES)
+    check_choice("ddof", ddof, (0, 1))
     rewards = check_rewards("rewards", rewards, ("groups", "G"))
-    centred = centre(rewards)
+    counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
+    centred, n = centre(rewards, counted), counted.sum(dim=1, keepdim=True)
     if scale == "none":
         return centred
     if scale == "leave-one-out":
-        G = rewards.shape[1]
-        return centred * G / max(G - 1, 1)
+        return centred * n / (n - 1).clamp(min=1)
     if scale == "group":
-        std = standard_deviation(rewards, ddof, dim=1)
+        std = standard_deviation(centred, n, ddof)
     else:
-        std = standard_deviation(rewards if scale == "batch" else centred, ddof)
+        known = rewards[counted]
+        std = standard_deviation((known - known.mean()) if scale == "batch" else centred.flatten(), counted.sum(), ddof)
     return (centred / (std + eps)).masked_fill(centred == 0, 0.0)  # 0 / 0 where eps = 0
 
 
-def zero_variance_groups(rewards: Tensor) -> Tensor:
-    """True where all rewards of a group are equal.  (groups, G) -> bool (groups,)
+def zero_variance_groups(rewards: Tensor, counted: Tensor | None = None) -> Tensor:
+    """True where all rewards of a group are equal, to a relative 1e-12 in float64.  (groups, G) -> bool (groups,)
 
-    max == min and not std == 0: the std of equal floats is rarely an exact zero.  These are the groups that
-    DAPO's dynamic sampling draws again (arXiv 2503.14476, the constraint of eq. 11).
+    max == min and not std == 0: the std of equal floats is rarely an exact zero.  And not to the last bit: .1 + .2 + .3
+    is not .3 + .2 + .1, and at eps = 0 that difference would be advantages of ±1 and more.  These are the groups that
+    DAPO's dynamic sampling draws again (arXiv 2503.14476, the constraint of eq. 11).  `counted` as in group_advantages.
     """
-    return rewards.amax(dim=1) == rewards.amin(dim=1)
+    out = torch.zeros_like(rewards, dtype=torch.bool) if counted is None else ~counted
+    high = rewards.double().masked_fill(out, float("-inf")).amax(dim=1)
+    low = rewards.double().masked_fill(out, float("inf")).amin(dim=1)
+    return high - low <= EQUAL * torch.maximum(high.abs(), low.abs())
 
 
-def centre(rewards: Tensor) -> Tensor:
-    """r_i − mean(r) within each group; exact zeros where all are equal.  (groups, G) -> (groups, G)"""
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred.masked_fill(zero_variance_groups(rewards).unsqueeze(1), 0.0)
+def centre(rewards: Tensor, counted: Tensor) -> Tensor:
+    """r_i − mean(r) within each group; exact zeros where all are equal, and where not `counted`.  (groups, G) -> (groups, G)"""
+    mean = rewards.masked_fill(~counted, 0.0).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp(min=1)
+    return (rewards - mean).masked_fill(~counted | zero_variance_groups(rewards, counted).unsqueeze(1), 0.0)
 
 
-def standard_deviation(values: Tensor, ddof: int, dim: int | None = None) -> Tensor:
-    """sqrt(Σ (x − mean)² / (n − ddof)), over all or along `dim` (kept as size 1); 0 where n <= ddof."""
-    check_choice("ddof", ddof, (0, 1))
-    n = values.numel() if dim is None else values.shape[dim]
-    if n <= ddof:
-        return torch.zeros((), dtype=values.dtype, device=values.device)
-    return torch.std(values, dim=dim, correction=ddof, keepdim=dim is not None)
+def standard_deviation(deviations: Tensor, n: Tensor, ddof: int) -> Tensor:
+    """sqrt(Σ (x − mean)² / (n − ddof)) of deviations x − mean along the last dimension, kept as size 1; 0 where n <= ddof."""
+    return (deviations.square().sum(dim=-1, keepdim=True) / (n - ddof).clamp(min=1)).sqrt()
 
 
 def combine_rewards(
-    parts: Tensor, weights: Tensor, how: str = "sum", ddof: int = 1, eps: float = 1e-4
+    parts: Tensor, weights: Tensor, how: str = "sum", ddof: int = 1, eps: float = 1e-4, counted: Tensor | None = None
 ) -> Tensor:
     """K reward parts to the one number that `group_advantages` takes.  (groups, G, K), (K,) -> (groups, G)
 
@@ -80,7 +90,8 @@ def combine_rewards(
                   small its std.  GDPO, arXiv 2601.05242: pass the result on with `scale="none"`, or with
                   `scale="centred-batch"` for that paper's normalisation over the batch.
 
-    Equal parts give bitwise equal sums, so a zero-variance group stays one.  Raises ValueError as `group_advantages`.
+    Equal parts give bitwise equal sums, so a zero-variance group stays one; a sum that is 0 but for the order of adding is 0.
+    `counted` as in group_advantages.  Raises ValueError as `group_advantages`.
     """
     check_choice("how", how, COMBINATIONS)
     parts = check_rewards("parts", parts, ("groups", "G", "K"))
@@ -88,8 +99,10 @@ def combine_rewards(
     if weights.shape != parts.shape[2:]:
         raise ValueError(f"weights has shape {tuple(weights.shape)}; it takes ({parts.shape[2]},): K")
     if how == "normalised":
-        parts = torch.stack([group_advantages(part, "group", ddof, eps) for part in parts.unbind(2)], dim=2)
-    return sum(weight * part for weight, part in zip(weights, parts.unbind(2)))  # one order of adding for all
+        parts = torch.stack([group_advantages(part, "group", ddof, eps, counted) for part in parts.unbind(2)], dim=2)
+    terms = weights * parts
+    total = sum(terms.unbind(2))  # one order of adding for all
+    return total.masked_fill(total.abs() <= EQUAL * terms.abs().sum(dim=2), 0.0)
 
 
 def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:

@@ -88,6 +88,34 @@ def test_float_noise_defeats_the_test_by_standard_deviation():
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_parts_added_in_another_order_teach_nothing(scale):
+    rewards = torch.tensor([[0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1, 0.3 + 0.2 + 0.1, 0.3 + 0.2 + 0.1]], dtype=torch.float64)
+    assert rewards.amax() != rewards.amin() and zero_variance_groups(rewards).all()
+    assert (group_advantages(rewards, scale, eps=0.0) == 0).all()
+    assert not zero_variance_groups(torch.tensor([[0.6, 0.6 + 1e-9]], dtype=torch.float64)).any()
+
+
+def test_parts_that_cancel_but_for_the_order_of_adding_are_zero():
+    parts = torch.tensor([[[0.1, 0.2, -0.3], [0.0, 0.0, 0.0], [-0.3, 0.2, 0.1]]], dtype=torch.float64)
+    assert 0.1 + 0.2 - 0.3 != 0 and combine_rewards(parts, torch.ones(3)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_a_completion_that_does_not_count_is_as_if_it_had_not_been_drawn(scale, ddof):
+    rewards = torch.rand(3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    counted = torch.ones(3, 5, dtype=torch.bool)
+    counted[:, 1] = False
+    without = group_advantages(rewards[:, [0, 2, 3, 4]], scale, ddof)
+    rewards[:, 1] = 1e9
+    advantages = group_advantages(rewards, scale, ddof, counted=counted)
+    assert torch.allclose(advantages[:, [0, 2, 3, 4]], without, rtol=1e-12) and (advantages[:, 1] == 0).all()
+    none, one = torch.zeros(3, 5, dtype=torch.bool), torch.arange(5).expand(3, 5) == 2
+    for known in (none, one):
+        assert zero_variance_groups(rewards, known).all() and (group_advantages(rewards, scale, ddof, counted=known) == 0).all()
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.filterwarnings("error")  # torch's about a std of one number
 def test_a_group_of_one_gives_zeros(scale, ddof):
