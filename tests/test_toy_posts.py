@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter, defaultdict
+from functools import cache
 
 import pytest
 from PIL import Image
@@ -32,6 +33,7 @@ def samples(world):
 
 # ---- a reader of pixels: it knows palette and rules, and of a sample only image and text ----
 
+@cache
 def nearest(pixel):
     return min(EVERYTHING, key=lambda name: sum((a - b) ** 2 for a, b in zip(pixel, EVERYTHING[name])))
 
