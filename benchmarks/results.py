@@ -28,7 +28,10 @@ def main() -> None:
     last = {(run["benchmark"], run["machine"]): run for run in runs}
     lines = ["# Measured", "", "Written by `python -m benchmarks.results` from `results.jsonl`, which every benchmark appends to with `--record`.",
              "What each one measures, and how, stands at the top of its file. Times on shared machines are noisy: compare within a table.", ""]
+    settled = {key for key in last if not RESULTS.with_name(f"{key[0]}.py").exists()}
     for (name, machine), run in last.items():
+        if (name, machine) in settled:
+            continue
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
         settings = ", ".join(f"{name} {cell(value)}" for name, value in run["settings"].items())
         lines += [f"## {name}", "", f"`python -m benchmarks.{name}`, {run['date']}, {machine}, {versions}, at {run['commit']}; {settings}.", ""]
@@ -36,6 +39,9 @@ def main() -> None:
         lines += [f"**{line}**\n" for line in run["summary"].split("; ") if line]
         if name == "growth":
             lines += ["![seconds over G](growth.svg)", ""]
+    lines += ["## Settled", "", "Measured once for a decision; the program is in the history, at the commit.", ""]
+    lines += [f"- {name} ({last[name, machine]['date']}, {machine}, torch {last[name, machine]['versions']['torch']}, at "
+              f"{last[name, machine]['commit']}): {last[name, machine]['summary']}" for name, machine in sorted(settled)]
     RESULTS.with_name("RESULTS.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"wrote {RESULTS.with_name('RESULTS.md')}")
 

@@ -30,7 +30,7 @@ class Packed:
     segments: one (P, [C₁ … C_G]) per group. `prompt_cache`, if given, is a list that receives, layer by layer,
     the keys and values of every prompt: [(heads, P, head size), …] twice; that is what makes a pass a prefill.
 
-    Attention form, chosen by measurement (benchmarks.attention_forms): one call for the prompt, then one lower-right
+    Attention form, chosen by measurement (benchmarks/RESULTS.md): one call for the prompt, then one lower-right
     causal call per continuation on [prompt, own] keys, P² + Σ C_i (P + C_i) scores. One call with a dense mask over the
     whole group computes (P + ΣC)² and takes several times as long; a batch of G rows padded to the longest is as fast
     where all are equally long and twice as slow where they are ragged. FlexAttention has no backward on a CPU.
