@@ -12,6 +12,7 @@ import pytest
 
 from data import jmere, more
 from data.read import json_value, read_json, read_json_lines
+from data.task import sample_hash
 from grpo import compare, predict
 from grpo.runtime.run import read_ids, read_lines
 from grpo.runtime.settings import parse
@@ -24,6 +25,7 @@ from sft.experts import read_answers
 from sft.train import Settings
 
 CASES = 2000
+TASK = SimpleNamespace(data=SimpleNamespace(target=lambda sample: f"the answer of {sample.id}"))
 SAMPLES = [SimpleNamespace(id=f"train/{number}") for number in range(4)]
 RESPONSE = "<think> a\nb ä \U0001f642 </think> <answer>none</answer>"
 
@@ -56,9 +58,10 @@ class Readers:
         write_more(folder, [line()])
         write_jmere(folder / "jmere", 1)
         (folder / "run" / "model").mkdir(parents=True)
-        responses = [{"id": f"train/{number}", "response": RESPONSE} for number in range(3)]
-        predictions = [{"id": f"train/{number}", "completion": RESPONSE, "correct": number < 2, "reward": {"format": 1.0}}
-                       for number in range(3)]
+        responses = [{"id": one.id, "response": RESPONSE, "sample": sample_hash(TASK, one)} for one in SAMPLES[:3]]
+        predictions = [{"id": one.id, "completion": RESPONSE, "correct": True, "reward": {"format": 1.0},
+                        "sample": sample_hash(TASK, one)} for one in SAMPLES[:3]]
+        drawn = {one.id: sample_hash(TASK, one) for one in SAMPLES[:2]}
         answers = [{**one, "tokens_in": 7, "tokens_out": 9, "request": "d1"} for one in responses]
         recipe = {"model": "m", "data": "d", "output": "o", "task": "more", "epochs": 3, "learning_rate": 1e-6,
                   "train_vision": True, "schedule": "cosine"}
@@ -71,10 +74,10 @@ class Readers:
                               lambda: more.load(folder, "train", **load), check_more),
             "JMERE": (folder / "jmere" / "train.json", [post(0), post(1)], "whole",
                       lambda: jmere.load(folder / "jmere", "train", **load), check_jmere),
-            "responses": (file, responses, "lines", lambda: read_lines(str(file), SAMPLES, "response", str),
+            "responses": (file, responses, "lines", lambda: read_lines(str(file), SAMPLES, "response", str, TASK),
                           lambda pairs: [text.encode() for _, text in pairs]),
-            "predictions": (file, predictions, "lines", lambda: read_lines(str(file), SAMPLES, "correct", bool), nothing),
-            "ids": (file, ["train/0", "train/3"], "whole", lambda: read_ids(str(file), SAMPLES), nothing),
+            "predictions": (file, predictions, "lines", lambda: read_lines(str(file), SAMPLES, "correct", bool, TASK), nothing),
+            "ids": (file, drawn, "whole", lambda: read_ids(str(file), SAMPLES, TASK), nothing),
             "an expert's file": (file, responses, "lines", lambda: file_expert(str(file)), nothing),
             "an expert's answers": (file, answers, "lines", lambda: read_answers(file, "d1"), check_answers),
             "settings": (file, recipe, "whole", lambda: parse(Settings, ["--config", str(file)]), check_settings),

@@ -55,7 +55,8 @@ def test_a_file_of_ids_that_does_not_fit_is_named_with_what_was_found(tmp_path, 
 def test_no_sample_to_train_on_is_refused(tmp_path):
     (tmp_path / "ids.json").write_text("[]")
     words = ["--model", "m", "--data", "d", "--output", "o", "--samples", str(tmp_path / "ids.json")]
-    run = SimpleNamespace(settings=parse(sft.train.Settings, words), load=lambda split: [SimpleNamespace(id="train/0")])
+    load = lambda split: [SimpleNamespace(id="train/0")]
+    run = SimpleNamespace(settings=parse(sft.train.Settings, words), load=load, task=None)
     with pytest.raises(ValueError, match="ids.json: no sample of split train to train on"):
         sft.train.training_pairs(run)
 
