@@ -31,7 +31,7 @@ class Scores:
 class Policy(nn.Module):
     """One network as policy, reference or old policy.
 
-    `forward` is `score`, because sharding hooks onto the root's forward; see sharding.py.
+    `forward` is `score`, because sharding hooks onto the root's forward; see grpo/runtime/fsdp.py.
     """
 
     def __init__(self, model: nn.Module):

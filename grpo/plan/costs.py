@@ -102,7 +102,7 @@ class Costs:
         self.shape, self.s, self.gpus = shape, s, gpus
         self.on_gpu = s.device == "gpu"
         self.width = 4 if s.dtype == "float32" or (s.dtype == "auto" and not self.on_gpu) else 2
-        self.sharded = gpus > 1 or self.width == 2  # as in sharding.shard
+        self.sharded = gpus > 1 or self.width == 2  # as in fsdp.shard
         self.shards = min(s.shard_size or gpus, gpus)
         self.wanted, known = target_names(s.lora_targets) if s.lora_rank else [], {name for name, _ in shape.matrices}
         if unknown := [name for name in self.wanted if name not in known]:
