@@ -23,10 +23,12 @@ def test_a_new_task_of_two_short_files_goes_through_all_programs(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(["bash", "run.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = lambda name: map(json.loads, (tmp_path / "squares" / name).read_text().splitlines())
+    lines = lambda name: map(json.loads, (tmp_path / "runs" / name).read_text().splitlines())
     losses = [line["loss"] for line in lines("sft/metrics.jsonl") if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
     *_, last = lines("grpo/metrics.jsonl")
     assert "rewards/answer/mean" in last and last["step"] == 2
-    assert set(json.loads((tmp_path / "squares" / "test" / "metrics.json").read_text())) >= {"accuracy", "unparsable"}
+    assert set(json.loads((tmp_path / "runs" / "test" / "metrics.json").read_text())) >= {"accuracy", "unparsable"}
     assert done.stdout.splitlines()[-1].startswith("answer: ")
+    dataset = {path.suffix for split in ("train", "valid", "test") for path in (tmp_path / "squares" / split).iterdir()}
+    assert dataset == {".png"}  # no run writes into the dataset's own folders
