@@ -15,10 +15,12 @@ def read_json(path, expected: str):
         raise ValueError(f"{path}: {one_line(problem)}; expected {expected}") from None
 
 
-def read_json_lines(path, expected: str) -> Iterator[tuple[str, dict]]:
-    """("file:line", the object in it) for every line. expected: what a line should hold."""
+def read_json_lines(path, expected: str, blank_lines: bool = False) -> Iterator[tuple[str, dict]]:
+    """("file:line", the object in it) for every line. expected: what a line should hold; blank_lines: or nothing."""
     with open(path, "rb") as file:  # its own lines: str.splitlines() would cut at U+2028 too
         for number, line in enumerate(file, 1):
+            if blank_lines and not line.strip():
+                continue
             try:
                 entry = json_value(line)
             except ValueError as problem:

@@ -1,19 +1,24 @@
 """A task by its name: the module with its samples and prompts, and the module with its rewards and metrics.
 
-`--task more` means data/more.py and rewards/more.py. `--task my.task` means one module of your own that
-offers both halves, `--task my.samples,my.rewards` two. Nothing is registered: a name that can be imported is
-enough.
+`--task more` means data/more.py and rewards/more.py. `--task mine` means one module of your own that offers both halves,
+`--task my.samples,my.rewards` two. Nothing is registered: a name that can be imported is enough. `--rewards mine` puts a
+reward of yours in the place of the task's.
 """
 import difflib
 import hashlib
 import importlib
+import importlib.util
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
-# What the programs call. A task may also offer, for sft.annotate:
+# What the programs call. `load` gets, besides folder and split, whichever settings of the program it has parameters for,
+# and seen_size, (width, height) of an image → as the model sees it. A sample with a `system` has a system turn.
+# A task may also offer, for sft.annotate:
 #   data half: expert_prompt(sample) -> str, normalise_response(response, sample) -> str
 #   rewards half: fault(completion, sample) -> str | None, what breaks the structure
 # and for grpo.predict, in the data half, sample_from(…) with any of these by name: image, text, box, entity, data;
@@ -28,16 +33,16 @@ class Task(NamedTuple):
     rewards: ModuleType
 
 
-def resolve_task(name: str) -> Task:
+def resolve_task(name: str, rewards: str = "") -> Task:
     """Import the task's two halves. ValueError, one line, for an unknown name or a half that lacks a name."""
     data_name, comma, rewards_name = (part.strip() for part in name.partition(","))
     if not comma:
-        plain = "." not in name
-        data_name, rewards_name = (f"data.{name}", f"rewards.{name}") if plain else (name, name)
+        here = "." not in name and (Path(__file__).with_name(f"{name}.py").is_file() or not _is_yours(name))
+        data_name, rewards_name = (f"data.{name}", f"rewards.{name}") if here else (name, name)
     task = Task(_import(data_name, name), _import(rewards_name, name))
     _require(task.data, DATA_NAMES)
     _require(task.rewards, REWARD_NAMES)
-    return task
+    return Task(task.data, with_own_reward(task.rewards, rewards)) if rewards else task
 
 
 def sample_hash(task: Task, sample) -> str:
@@ -47,7 +52,48 @@ def sample_hash(task: Task, sample) -> str:
     return hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:8]
 
 
-def _import(module: str, name: str) -> ModuleType:
+def _is_yours(name: str) -> bool:
+    return name.isidentifier() and importlib.util.find_spec(name) is not None
+
+
+def with_own_reward(task: ModuleType, name: str) -> SimpleNamespace:
+    """A task's rewards half with what a module of yours has in its place: `reward`, and WEIGHTS if that gives several
+    parts; a `reward` that gives a number is one part of this name."""
+    own = load_module(name, "--rewards")
+    if not callable(getattr(own, "reward", None)):
+        raise ValueError(f"--rewards {name}: no function reward(completion, sample)")
+    halves = {**vars(task), **{key: value for key, value in vars(own).items() if key in vars(task)}}
+    if not hasattr(own, "WEIGHTS"):
+        halves |= {"WEIGHTS": {"reward": 1.0}, "reward": lambda *one, **options: {"reward": own.reward(*one, **options)}}
+    return SimpleNamespace(**{key: value for key, value in halves.items() if not key.startswith("__")}, __name__=name)
+
+
+def load_module(name: str, setting: str) -> ModuleType:
+    """A module of yours by its name or by the path of its .py file; ValueError where there is none."""
+    if not name.endswith(".py"):
+        return _import(name, name, f"{setting} {name}: no such module, nor a .py file")
+    if not Path(name).is_file():
+        raise ValueError(f"{setting} {name}: no such file")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_samples(task: Task, settings, split: str, seen_size: Callable | None = None) -> list:
+    """The samples of a split. ValueError, naming both, for two of one id: answers are told apart by it."""
+    takes = inspect.signature(task.data.load).parameters
+    given = {name: value for name, value in {**vars(settings), "seen_size": seen_size}.items() if name in takes}
+    given = {name: value for name, value in given.items() if name not in ("data", "split")}
+    samples, places = task.data.load(settings.data, split, **given), {}
+    for place, sample in enumerate(samples, 1):
+        if (before := places.setdefault(sample.id, place)) != place:
+            raise ValueError(f"{settings.data}: samples {before} and {place} of split {split} have the same id {sample.id!r}; "
+                             f"each needs its own")
+    return samples
+
+
+def _import(module: str, name: str, complaint: str = "") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as problem:
@@ -60,7 +106,7 @@ def _import(module: str, name: str) -> ModuleType:
                              f"of that name, which needs another one") from None
     except (ValueError, TypeError):  # an empty name, or one that begins with a dot
         pass
-    raise ValueError(f"unknown task {name!r}: no module {module}; {_nearest(name)}")
+    raise ValueError(complaint or f"unknown task {name!r}: no module {module}; {_nearest(name)}")
 
 
 def _nearest(name: str) -> str:

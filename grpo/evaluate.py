@@ -24,7 +24,6 @@ class Settings(CommonSettings):
     samples: int = setting(1, "completions a sample; of several the most frequent answer counts", top=True, least=1)
     top_p: float = setting(1.0, "keep the smallest set of tokens this likely", group="sampling", above=0, most=1)
     top_k: int = setting(0, "keep this many tokens; 0 for all", group="sampling", least=0)
-    reasoning: bool = setting(True, "ask for <think>…</think>; off for zero-shot and label-only prompts", top=True)
     reward_options: str = setting("", "options of the task's reward, name=number[,name=number]", group="reward")
 
     def check(self) -> None:
@@ -40,8 +39,9 @@ class Settings(CommonSettings):
 
 refuse_early(Settings, __name__)
 
-from data.task import resolve_task, sample_hash
+from data.task import load_samples, resolve_task, sample_hash
 from grpo.engine.encode import Encoder
+from grpo.engine.files import reasoning_of
 from grpo.engine.rollout import Sampling
 from grpo.engine.weights import load_policy
 from grpo.runtime.answer import Prompts, answer, check_reward_options
@@ -53,8 +53,8 @@ from grpo.runtime.run import read_ids, record_settings
 from rewards.vote import majority
 
 
-def chosen_samples(settings: Settings, task) -> list:
-    samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
+def chosen_samples(settings: Settings, task, encoder: Encoder) -> list:
+    samples = load_samples(task, settings, settings.split, encoder.seen_size)
     if settings.exclude:
         excluded = read_ids(settings.exclude, samples, task)
         samples = [sample for sample in samples if sample.id not in excluded]
@@ -88,11 +88,12 @@ def report_by_label(path: Path, task, samples: list, texts: list[str]) -> None:
 
 def main() -> None:
     settings = read_settings(Settings)
-    task, output = resolve_task(settings.task), Path(settings.output)
+    task, output = resolve_task(settings.task, settings.rewards), Path(settings.output)
     options = parse_options(settings.reward_options, "reward_options")
-    samples = chosen_samples(settings, task)
-    check_reward_options(task, samples, options)
+    settings.reasoning = reasoning_of(settings.model, settings.reasoning)
     encoder = Encoder(settings.model, settings.max_pixels)
+    samples = chosen_samples(settings, task, encoder)
+    check_reward_options(task, samples, options)
     sampling = settings.sampling(encoder)
     device, watch = start(), Stopwatch()
     policy = load_policy(settings.model, vocabulary=encoder.vocabulary).requires_grad_(False)

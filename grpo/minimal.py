@@ -16,7 +16,7 @@ class Settings:
     """GRPO in one file. The defaults are MORE-R1's."""
 
     model: str = required("checkpoint folder or hub name of the policy to start from, which is the reference too", path="model")
-    data: str = required("folder of the task's dataset", path="folder")
+    data: str = required("folder of the task's dataset, or its file", path="data")
     output: str = setting("", "folder for the trained model; empty: it is not kept")
     task: str = setting("more", "a task here (more, jmere) or a module of yours")
     rollouts: int = setting(20, "rollouts in all, of a shuffled training split")
@@ -38,9 +38,10 @@ refuse_early(Settings, __name__)  # before torch is imported: --help answers at 
 import torch  # noqa: E402
 
 from data.curriculum import epoch_batches  # noqa: E402
-from data.task import resolve_task  # noqa: E402
+from data.task import load_samples, resolve_task  # noqa: E402
 from grpo.advantage import group_advantages  # noqa: E402
 from grpo.engine.encode import Encoder  # noqa: E402
+from grpo.engine.files import reasoning_of  # noqa: E402
 from grpo.engine.policy import Policy  # noqa: E402
 from grpo.engine.rollout import Sampling, sample  # noqa: E402
 from grpo.engine.weights import export, load_policy  # noqa: E402
@@ -50,14 +51,15 @@ from grpo.objective import grpo_loss  # noqa: E402
 
 def train(s: Settings) -> Policy:
     task, encoder = resolve_task(s.task), Encoder(s.model, s.max_pixels)
-    samples = task.data.load(s.data, "train", missing_images="stop")
+    s.reasoning = reasoning_of(s.model)
+    samples = load_samples(task, s, "train", encoder.seen_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy, reference = (load_policy(s.model).to(device) for _ in range(2))
     policy.freeze_vision()
     optimizer = make_optimizer(policy, s)
     for number, batch in zip(range(s.rollouts), batches(samples, task, s)):
         # encode: each image goes through the vision encoder once, for rollout, reference and all updates
-        prompts = [encoder.encode(*task.data.build_prompt(one, reasoning=True), one, one.id) for one in batch]
+        prompts = [encoder.encode(*task.data.build_prompt(one, reasoning=s.reasoning), one, one.id) for one in batch]
         policy.keep_image_features(prompts)
 
         # sample: G continuations of every prompt, behind one prefill
@@ -82,7 +84,7 @@ def train(s: Settings) -> Policy:
             loss = update(policy, optimizer, packs, s)
         print(f"{number + 1}/{s.rollouts}  reward {rewards.mean():.3f}  loss {loss:.5f}", flush=True)
     if s.output:
-        export(policy.model, policy.model.state_dict(), s.model, s.output)
+        export(policy.model, policy.model.state_dict(), s.model, s.output, {"reasoning": s.reasoning})
     return policy
 
 

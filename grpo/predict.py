@@ -29,8 +29,8 @@ class Settings:
     entity: str = setting("", "MORE: the entity, as it stands in the text", top=True)
     exif_orientation: bool = setting(True, "turn a photo as its EXIF orientation says, as a phone means it to be seen; "
                                            "off: as it is stored, which is what the boxes of a dataset refer to")
-    data: str = setting("", "dataset with the candidate labels; empty: the model's, as it was trained", path="folder")
-    reasoning: bool = setting(True, "ask for <think>…</think>; off for a model that was trained on bare answers")
+    data: str = setting("", "dataset with the candidate labels; empty: the model's, as it was trained", path="data")
+    reasoning: bool | None = setting(None, "ask for <think>…</think>; none: as the model was trained, else True")
     temperature: float = setting(0.0, "0 is greedy", least=0)
     seed: int = setting(0, "random seed of the sampling")
     max_completion_tokens: int = setting(1024, "longest completion, end token included", least=1)
@@ -47,6 +47,7 @@ from data.images import upright_copy
 from data.read import read_json, shown
 from data.task import Task, resolve_task
 from grpo.engine.encode import Encoder
+from grpo.engine.files import reasoning_of
 from grpo.engine.rollout import Sampling, sample
 from grpo.engine.weights import load_policy
 from grpo.runtime.fsdp import compute_dtype
@@ -66,16 +67,16 @@ def trained_with(model: str) -> dict:
     return settings
 
 
-def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = ""):
+def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "", before: dict = {}):
     """The task's sample of what was given; ValueError for what it needs and did not get, or got and cannot use.
 
-    usual_data takes the place of --data where the task reads one and none is given.
+    usual_data takes the place of --data where the task reads one and none is given; before: the training run's settings.
     """
     if not hasattr(task.data, "sample_from"):
         raise ValueError(f"task {name} makes no samples of one's own: {task.data.__name__} has no sample_from(image, text, …), "
                          f"see docs/your-own-task.md; grpo.evaluate answers the samples of its dataset")
     parameters = inspect.signature(task.data.sample_from).parameters
-    takes = f"task {name} takes {', '.join(f'--{part}' for part in parameters)}"
+    takes = f"task {name} takes {', '.join(f'--{part}' for part in parameters if part in PARTS)}"
     for part, value in given.items():
         if value and part not in parameters:
             raise ValueError(f"--{part}: {takes}")
@@ -83,7 +84,8 @@ def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "
     for part, parameter in parameters.items():
         if parameter.default is parameter.empty and not given.get(part):
             raise ValueError(f"--{part} expected; {takes}")
-    return task.data.sample_from(**{part: given[part] for part in parameters if given.get(part)})
+    before = {name: value for name, value in before.items() if name not in PARTS}
+    return task.data.sample_from(**{name: value for name, value in {**before, **given}.items() if name in parameters and value})
 
 
 def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
@@ -103,13 +105,14 @@ def main(words: list[str] | None = None) -> None:
     before = trained_with(settings.model)
     name = settings.task or before.get("task", "more")
     task = resolve_task(name)
+    settings.reasoning = reasoning_of(settings.model, settings.reasoning)
     given = {part: getattr(settings, part) for part in PARTS}
     usual = before.get("data", "") if before.get("task") == name else ""
     settings.max_pixels = settings.max_pixels or before.get("max_pixels", CommonSettings.max_pixels)
     with tempfile.TemporaryDirectory() as scratch:
         if given["image"] and settings.exif_orientation:
             given["image"] = upright_copy(given["image"], scratch)
-        one = own_sample(task, name, given, usual if Path(usual).is_dir() else "")
+        one = own_sample(task, name, given, usual if Path(usual).is_dir() else "", before)
         completion, finished = complete(settings, task, one)
     print(completion)
     if not finished:

@@ -150,8 +150,8 @@ def metrics(completions: list[str], samples: list) -> dict[str, float]:
     pairs = [(answer or [], sample.quintuples) for answer, sample in zip(answers, samples)]
     total = max(len(pairs), 1)
     return {
+        **_micro(pairs, set),  # F1 first: it decides which checkpoint is the best
         "accuracy": sum(set(predicted) == set(gold) for predicted, gold in pairs) / total,
-        **_micro(pairs, set),
         **_micro(pairs, _order_free, after="_order_free"),
         **_micro(pairs, _entities, before="mner_"),
         "unparsable": sum(answer is None for answer in answers) / total,
@@ -173,6 +173,6 @@ def _micro(pairs: list, things, before: str = "", after: str = "") -> dict[str, 
     counted = [(things(predicted), things(gold)) for predicted, gold in pairs]
     right = sum(len(predicted & gold) for predicted, gold in counted)
     predicted, gold = sum(len(p) for p, _ in counted), sum(len(g) for _, g in counted)
-    values = {"precision": right / max(predicted, 1), "recall": right / max(gold, 1),
-              "f1": 2 * right / max(predicted + gold, 1)}
+    values = {"f1": 2 * right / max(predicted + gold, 1), "precision": right / max(predicted, 1),
+              "recall": right / max(gold, 1)}
     return {f"{before}{name}{after}": value for name, value in values.items()}

@@ -78,8 +78,8 @@ def metrics(completions: list[str], samples: list) -> dict[str, float]:
     predicted = sum(answer not in (None, "none") for answer in answers)
     gold = sum(label != "none" for label in golds)
     return {
+        **_scores(right, predicted, gold),  # F1 first: it decides which checkpoint is the best
         "accuracy": _share(sum(answer == gold for answer, gold in zip(answers, golds)), len(golds)),
-        **_scores(right, predicted, gold),
         "unparsable": _share(answers.count(None), len(answers)),
     }
 
@@ -108,7 +108,7 @@ def _answers(completions: list[str], samples: list) -> list[str | None]:
 def _scores(right: int, predicted: int, gold: int) -> dict[str, float]:
     precision, recall = _share(right, predicted), _share(right, gold)
     f1 = _share(2 * precision * recall, precision + recall)
-    return {"precision": precision, "recall": recall, "f1": f1}
+    return {"f1": f1, "precision": precision, "recall": recall}
 
 
 def _share(part: float, whole: float) -> float:

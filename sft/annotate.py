@@ -24,10 +24,10 @@ from pathlib import Path
 
 from data.curriculum import stratified_draw
 from data.read import read_json_lines, shown
-from data.task import Task, resolve_task, sample_hash
+from data.task import Task, load_samples, resolve_task, sample_hash
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
-from grpo.runtime.settings import read_settings, required, run_program, setting
+from grpo.runtime.settings import TaskSettings, read_settings, required, run_program, setting
 from sft.experts import ask_all, endpoint_from_environment, fill_template, read_template
 from sft.filters import (
     Ask,
@@ -47,20 +47,16 @@ filters, experts = (partial(setting, group=title) for title in ("filters", "expe
 
 
 @dataclass
-class Settings:
+class Settings(TaskSettings):
     """Cold-start data for Stage 1. The defaults are MORE-R1's."""
 
-    data: str = required("folder of the task's dataset", path="folder")
     expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, "
                            "openai:MODEL, asked at OPENAI_BASE_URL with OPENAI_API_KEY, "
                            "or local:MODEL, a checkpoint folder or hub name that runs here")
     output: str = required("JSONL to write; the drawn ids and the report go beside it")
-    task: str = setting("more", "a task here (more, jmere), a module of yours, or data_module,rewards_module", top=True)
     split: str = setting("train", "split to draw from", top=True)
     fraction: float = setting(0.25, "share of every stratum (MORE: of every relation) to draw", top=True)
     seed: int = setting(0, "random seed of the draw", top=True)
-    missing_images: str = setting("stop", "images that are not there: stop, drop the samples, or blank", top=True,
-                                  choices=("stop", "drop", "blank"))
     candidates: int = setting(1, "responses a sample; one of those that pass the filters is kept", top=True, least=1)
     repredict: bool = filters(False, "keep a candidate only if the expert finds the gold answer in its reasoning again "
                                      "(one more request a candidate)")
@@ -78,7 +74,7 @@ class Settings:
     timeout: float = experts(120.0, "openai: seconds to wait for a reply", above=0)
 
     def check(self) -> None:
-        task = resolve_task(self.task)
+        task = resolve_task(self.task, self.rewards)
         for name in ("repredict", "score"):
             if getattr(self, name) and not hasattr(task.data, f"{name}_prompt"):
                 raise ValueError(f"--{name}: task {self.task} has no {name}_prompt, which this filter asks with")
@@ -223,9 +219,9 @@ def print_report(report: dict) -> None:
 
 def main(words: list[str] | None = None) -> None:
     settings = read_settings(Settings, words)
-    task = resolve_task(settings.task)
+    task = resolve_task(settings.task, settings.rewards)
     expert = find_expert(settings)
-    samples = task.data.load(settings.data, settings.split, missing_images=settings.missing_images)
+    samples = load_samples(task, settings, settings.split)
     drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)
     output = Path(settings.output)
     # Before the expert is asked: the baseline on this quarter's bare labels needs the draw and no expert.

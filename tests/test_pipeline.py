@@ -111,7 +111,7 @@ BAD = {
     "no such data": (["--data", "nowhere"], "nowhere"),
     "no such model": (["--model", "nowhere/else"], "nowhere/else"),
     "a split that is not there": (["--split", "tarin"], "tarin"),
-    "an unknown metric": (["--valid_metric", "f2"], "--valid_metric f2: the task offers accuracy"),
+    "an unknown metric": (["--valid_metric", "f2"], "--valid_metric f2: the task offers f1"),
     "an unknown option of the reward": (["--reward_options", "min_lenth=3"], "min_lenth"),
     "greedy rollouts": (["--temperature", "0"], "--temperature is 0"),
     "an output that is a file": (["--output", __file__], "test_pipeline.py"),

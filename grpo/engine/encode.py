@@ -57,13 +57,15 @@ class Encoder:
         return self.tokenizer.get_vocab().get(token)
 
     def encode(self, images: list[Image.Image], text: str, sample: object = None, id: str = "") -> Prompt:
-        """One user turn, images first. ValueError, naming the sample, for what cannot be tokenised or preprocessed."""
+        """One user turn, images first, behind the system turn of a sample that has a `system`. ValueError, naming the
+        sample, for what cannot be tokenised or preprocessed."""
         if images and not self.sees:
             raise ValueError(f"{id or 'prompt'}: has {len(images)} images; a model of type {self.model_type} reads text alone")
-        if not is_unicode(text):
+        texts = text, getattr(sample, "system", "") or ""
+        if not all(map(is_unicode, texts)):
             raise ValueError(f"{id or 'prompt'}: its text holds half of a surrogate pair, which is no character")
-        stand_ins = self.stand_ins(text)
-        rendered = self.render(images, self.special_pattern.sub(lambda found: stand_ins[found[0]], text))
+        stand_ins = self.stand_ins("".join(texts))
+        rendered = self.render(images, *(self.special_pattern.sub(lambda found: stand_ins[found[0]], t) for t in texts))
         tokens = self.tokenize_rendered(rendered, {mark: token for token, mark in stand_ins.items()})
         if tokens.count(self.image_token) != len(images):
             raise ValueError(f"{id or 'prompt'}: the chat template writes {tokens.count(self.image_token)} "
@@ -75,11 +77,12 @@ class Encoder:
         positions = self.backbone.positions(self.image_processor, tokens, grids, self.image_token)
         return Prompt(tokens, positions, pixels, grids, None, sample, id)
 
-    def render(self, images: list, text: str) -> str:
+    def render(self, images: list, text: str, system: str = "") -> str:
+        turns = [("system", [], system)] * bool(system) + [("user", images, text)]
         # templates of text-only models expect a string
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}] if self.sees else text
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, date_string=DATE)
+        content = lambda images, text: [*({"type": "image"} for _ in images), {"type": "text", "text": text}] if self.sees else text
+        return self.tokenizer.apply_chat_template([{"role": role, "content": content(*parts)} for role, *parts in turns],
+                                                  tokenize=False, add_generation_prompt=True, date_string=DATE)
 
     def stand_ins(self, text: str) -> dict[str, str]:
         """{special token in the text: a private character that the text does not have}.
@@ -104,6 +107,12 @@ class Encoder:
     def tokenize_text(self, text: str) -> list[int]:
         """Letters alone, whatever they spell."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def seen_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of an image as the model sees it. ValueError if that sees nothing, or not an image so shaped."""
+        if not self.sees:
+            raise ValueError(f"has images; a model of type {self.model_type} reads text alone")
+        return self.backbone.seen_size(self.image_processor, width, height)
 
     def preprocess(self, images: list[Image.Image], id: str = "") -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Images → pixels, in the backbone's own shape, and (images, 3) grids."""

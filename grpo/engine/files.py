@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+TRAINING = "training.json"  # beside exported weights: how the next stage is to ask
+
 
 def model_file(model: str, name: str) -> Path:
     """Path of one small file of a checkpoint, local or from the hub; ValueError with the expected name if absent."""
@@ -29,6 +31,12 @@ def read_json(model: str, name: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def reasoning_of(model: str, given: bool | None = None) -> bool:
+    """Whether <think>…</think> is asked for: as given, else as the model was trained (of an export here), else yes."""
+    path = Path(model) / TRAINING
+    return given if given is not None else read_json(model, TRAINING).get("reasoning", True) if path.is_file() else True
 
 
 def replace_folder(new: Path, place: Path) -> None:

@@ -3,6 +3,7 @@
 Exports are written beside their place and renamed, so that a folder that is there is whole.
 """
 
+import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 from grpo.engine.backbones import backbone
 from grpo.engine.encode import load_tokenizer, vocabulary_size
-from grpo.engine.files import model_file, read_json, replace_folder
+from grpo.engine.files import TRAINING, model_file, read_json, replace_folder
 from grpo.engine.policy import Policy
 
 # What the encoder reads besides the weights: copied from the starting checkpoint, byte for byte.
@@ -55,8 +56,9 @@ def load_policy(model: str, dtype: torch.dtype = torch.float32, vocabulary: int 
     return policy
 
 
-def export(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str, place: Path) -> None:
-    """Write `weights` (whole, on CPU) as a checkpoint at `place`, with the encoder's files of `source`."""
+def export(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str, place: Path, training: dict = {}) -> None:
+    """Write `weights` (whole, on CPU) as a checkpoint at `place`, with the encoder's files of `source`, and `training`,
+    what the next stage is to know."""
     new = place.with_name(place.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -75,4 +77,5 @@ def export(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str
             shutil.copyfile(model_file(source, name), new / name)
         except ValueError:
             continue  # not every checkpoint has every one of them
+    (new / TRAINING).write_text(json.dumps(training) + "\n", encoding="utf-8")
     replace_folder(new, place)

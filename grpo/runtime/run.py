@@ -11,9 +11,9 @@ from typing import Callable
 import torch
 
 from data.read import read_json, read_json_lines, shown
-from data.task import Task, resolve_task, sample_hash
+from data.task import Task, load_samples, resolve_task, sample_hash
 from grpo.engine.encode import Encoder
-from grpo.engine.files import replace_folder
+from grpo.engine.files import reasoning_of, replace_folder
 from grpo.engine.lora import add_adapter, export_adapter, merged
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
@@ -118,22 +118,24 @@ def claim_folder(folder: Path) -> None:
 class Run:
     """One training run: its policy, its data halves, its folder, its best checkpoint so far."""
 
-    def __init__(self, settings: TrainingSettings, reasoning: bool = True):
+    def __init__(self, settings: TrainingSettings, reasoning: bool | None = None):
+        """reasoning: what --reasoning is where it is not given; None: as the model was trained."""
         settings.check()
         self.device = start(settings.hang_minutes)
         self.signals = StopSignals()
         self.settings, self.output = settings, Path(settings.output)
-        self.task: Task = resolve_task(settings.task)
+        self.task: Task = resolve_task(settings.task, settings.rewards)
+        settings.reasoning = reasoning_of(settings.model, reasoning if settings.reasoning is None else settings.reasoning)
+        self.encoder = Encoder(settings.model, settings.max_pixels)
         self.valid = self.load_valid()
         self.check_metric()
-        self.encoder = Encoder(settings.model, settings.max_pixels)
         self.checkpoints = Checkpoints(self.output, settings.checkpoints_kept)
         self.ran = broadcast_from_rank_0(lambda: what_ran(settings))
         self.saved = self.find_checkpoint()
         self.dtype = compute_dtype(settings.dtype, self.device)
         self.mesh = make_mesh(self.device, settings.shard_size)
         self.policy = one_rank_at_a_time(self.load_policy, settings.load_in_turns)
-        self.prompts = Prompts(self.encoder, self.task, reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
+        self.prompts = Prompts(self.encoder, self.task, settings.reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
         self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
         self.metrics_log = MetricsLog(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0), step=self.step)
         if rank() == 0:
@@ -215,7 +217,7 @@ class Run:
     # ── the parts of a run ───────────────────────────────────────────────────────────────────────────────────────
 
     def load(self, split: str) -> list:
-        return self.task.data.load(self.settings.data, split, missing_images=self.settings.missing_images)
+        return load_samples(self.task, self.settings, split, self.encoder.seen_size)
 
     def load_valid(self) -> list:
         settings = self.settings
@@ -227,7 +229,8 @@ class Run:
         return samples
 
     def check_metric(self) -> None:
-        known = self.task.rewards.metrics([""], self.valid[:1]) if self.valid else {self.settings.valid_metric: 0}
+        known = self.task.rewards.metrics([""] * len(self.valid), self.valid) if self.valid else {self.settings.valid_metric: 0}
+        self.settings.valid_metric = self.settings.valid_metric or next(iter(known))
         if self.settings.valid_metric not in known:
             raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(known)}")
 
@@ -276,7 +279,7 @@ class Run:
                 if settings.lora_rank:
                     export_adapter(self.policy, weights, settings.lora_targets, settings.model, self.output / names[1])
                     weights = merged(model, weights)
-                export(model, weights, settings.model, self.output / names[0])
+                export(model, weights, settings.model, self.output / names[0], {"reasoning": settings.reasoning})
 
     def close(self) -> None:
         """The last weights in <output>/last, and the line that says which step's stand in <output>/model."""

@@ -5,7 +5,7 @@ from a JSON object first; the command line overrides it. Besides its help text, 
 
     group     the title under which --help lists it; top=True: among those that are set first
     choices   what it may be; a number's `least`, `most`, or what it must be `above`
-    path      "file", "folder" or "model" that must be there, "output" for a folder to write
+    path      "file", "data" (a folder or a file) or "model" that must be there, "output" for a folder to write
     resume    where a run goes on: "free" may differ, "never" must not, anything else takes --resume changed
     family    a function, name → dataclass of further settings beside the program's own, with a `name` and a `source`
     positional  given without its name
@@ -62,22 +62,40 @@ def required(help: str, **more):
     return setting("", help, required=True, top=True, **more)
 
 
-inputs, validation, trained, optimizer = (
-    partial(setting, group=group) for group in ("data and model", "validation", "what trains", "optimizer"))
+inputs, from_file, validation, trained, optimizer = (
+    partial(setting, group=group)
+    for group in ("data and model", "questions from a file (--task jsonl)", "validation", "what trains", "optimizer"))
 speed, saving, ranks = (
     partial(setting, group=group, resume="free") for group in ("memory and speed", "checkpoints and logs", "ranks"))
 
 
 @dataclass
-class CommonSettings:
-    """What every program that runs a model on a task asks for."""
+class TaskSettings:
+    """Which samples there are, and what a right answer is."""
 
-    model: str = required("checkpoint folder or hub name: Qwen2.5-VL, Qwen3-VL, LLaVA-1.5", path="model", resume="free")
-    data: str = required("folder of the task's dataset", path="folder", resume="free")
-    output: str = required("folder for everything this run writes", path="output", resume="free")
-    task: str = setting("more", "more, jmere, your own module, or data_module,rewards_module", top=True, resume="never")
+    data: str = required("folder of the task's dataset; jsonl: a file, or a folder of one a split", path="data", resume="free")
+    task: str = setting("more", "more, jmere, jsonl (questions and answers from a file), your own module, or "
+                                "data_module,rewards_module", top=True, resume="never")
+    rewards: str = setting("", "a module or .py file of yours whose function reward(completion, sample) takes the place of "
+                               "the task's; empty: the task's", group="reward")
     missing_images: str = inputs("stop", "images that are not there: stop, drop the samples, or blank (a grey one)",
                                  choices=("stop", "drop", "blank"))
+    verifier: str = from_file("auto", "how answers are compared: exact, text (case, space, punctuation ignored), number, choice, "
+                                      "boxes (IoU), regex, my.module:function; auto: choice, number or text by the line")
+    tolerance: float = from_file(1e-6, "a number may be wrong by this share of the right one", least=0)
+    whole_answer: bool = from_file(False, "a completion with neither <answer></answer> nor \\boxed{} is an answer as a whole")
+    split_seed: int = from_file(0, "random seed that parts a single file into train, valid and test")
+
+
+@dataclass
+class CommonSettings(TaskSettings):
+    """What every program that runs a model on a task asks for."""
+
+    model: str = required("checkpoint folder or hub name: Llama, Qwen2.5, Qwen3, Qwen2.5-VL, Qwen3-VL, LLaVA-1.5", path="model",
+                          resume="free")
+    output: str = required("folder for everything this run writes", path="output", resume="free")
+    reasoning: bool | None = setting(None, "ask for <think>…</think> before the answer; none: as the model was trained, else "
+                                           "True (sft.train: whether there are --responses)", top=True)
     max_pixels: int = inputs(1280 * 28 * 28, "largest area of an image in pixels; 28 × 28 become one token "
                                              "(Qwen3-VL: 32 × 32; LLaVA-1.5 has one size and does not ask)")
     max_completion_tokens: int = setting(1024, "longest completion, end token included", top=True, above=0)
@@ -98,7 +116,7 @@ class TrainingSettings(CommonSettings):
     split: str = inputs("train", "split to train on", resume="never")
     valid_split: str = validation("valid", "split for validation; empty for none, then the last weights are kept")
     valid_samples: int = validation(0, "validate on this many, drawn by the seed; 0 for all", least=0)
-    valid_metric: str = validation("f1", "which of the task's metrics decides the best checkpoint")
+    valid_metric: str = validation("", "which of the task's metrics decides the best checkpoint; empty: its first")
     cache_gigabytes: float = speed(4.0, "memory for encoded images that are kept between epochs, on each rank")
     keep_features: bool = speed(False, "keep a frozen vision encoder's features between epochs, not the pixels: it "
                                        "sees no image twice; two runs then agree to rounding, not to the bit")
@@ -356,21 +374,19 @@ def check_values(settings) -> None:
 
 def check_paths(settings) -> None:
     """ValueError for what is not there; a fork's task may make of --data what it likes."""
-    task = getattr(settings, "task", "")
-    own = not set(task) & {".", ","}
+    task, rewards = getattr(settings, "task", ""), getattr(settings, "rewards", "")
+    ours = not set(task) & {".", ","} and (not task or resolve_task(task, rewards).data.__name__ == f"data.{task}")
     for one in options(settings):
         kind = one.about.get("path")
-        if not kind or not one.value or one.name == "data" and not own:
+        if not kind or not one.value or one.name == "data" and not ours:
             continue
         path = Path(one.value)
         if kind == "output" and any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
             raise ValueError(f"{one.flag} {path}: a file; a folder expected")
-        if kind == "file" and not path.is_file() or kind == "folder" and not path.is_dir():
-            raise ValueError(f"{one.flag} {path}: no such {kind}")
+        if kind == "file" and not path.is_file() or kind == "data" and not path.exists():
+            raise ValueError(f"{one.flag} {path}: no such {'file' if kind == 'file' else 'folder or file'}")
         if kind == "model" and not path.exists() and not maybe_on_hub(one.value):
             raise ValueError(f"{one.flag} {path}: no such folder, nor a model of the hub")
-    if task and own:
-        resolve_task(task)
 
 
 def maybe_on_hub(model: str) -> bool:

@@ -11,6 +11,7 @@
 and, unless its IMAGE_TOKEN is None because it reads text alone,
     load_image_processor, preprocess  images → pixels and grids
     image_token_counts                what an image costs in tokens
+    seen_size                         (width, height) of an image as the model sees it, in pixels
     features                          pixels → features
 
 `layout_attention` works on any language model whose attention is one of transformers' registered functions.

@@ -35,6 +35,11 @@ def preprocess(processor: LlavaImageProcessorPil, images: list[Image.Image]) -> 
     return processor(images, return_tensors="pt")["pixel_values"], torch.tensor([processor.grid] * len(images))
 
 
+def seen_size(processor: LlavaImageProcessorPil, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of the image itself in its square, which it fills in one direction."""
+    return tuple(max(1, round(length * processor.crop_size["height"] / max(width, height))) for length in (width, height))
+
+
 def image_token_counts(processor: LlavaImageProcessorPil, grids: Tensor) -> list[int]:
     return (grids.prod(-1) + processor.class_tokens).tolist()
 

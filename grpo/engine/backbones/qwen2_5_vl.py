@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration as Network
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from grpo.engine.files import read_json
 from grpo.engine.rope import rope_positions
@@ -46,6 +46,15 @@ def at_least(image: Image.Image, side: int) -> Image.Image:
     if scale <= 1:
         return image
     return image.resize([max(side, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+
+
+def seen_size(processor: Qwen2VLImageProcessorPil, width: int, height: int) -> tuple[int, int]:
+    """(width, height) after `preprocess`, from those before: what a box is measured in. ValueError beyond 200:1."""
+    side = processor.patch_size * processor.merge_size
+    scale = max(1, side / min(width, height))
+    sides = (max(side, round(length * scale)) if scale > 1 else length for length in (height, width))
+    height, width = smart_resize(*sides, side, processor.size["shortest_edge"], processor.size["longest_edge"])
+    return width, height
 
 
 def image_token_counts(processor: Qwen2VLImageProcessorPil, grids: Tensor) -> list[int]:

@@ -17,6 +17,7 @@ from grpo.engine.backbones.qwen2_5_vl import (  # noqa: F401  (the same in both)
     load_image_processor,
     positions,
     preprocess,
+    seen_size,
     visual,
 )
 
