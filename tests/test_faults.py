@@ -197,7 +197,7 @@ def test_an_update_that_is_not_a_number_is_skipped_and_counted(folder, tmp_path)
     assert line["bad_updates"] == 1 and line["grad_norm"] != line["grad_norm"]
     assert all(torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
     assert not any(trainer.optimizer.state.values())
-    line = trainer.step(samples[2:4], 1, [1e-3])
+    line = trainer.step(samples[2:14], 1, [1e-3])
     assert line["bad_updates"] == 1 and line["grad_norm"] > 0
     assert any(not torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
 

@@ -306,8 +306,8 @@ def test_the_same_seed_gives_the_same_run_with_dropout_too(folder, tmp_path):
 
 @pytest.mark.parametrize("words,expected", [
     (["--train_vision", "True", "--lora_rank", "4"], "--train_vision with --lora_rank"),
-    (["--lora_rank", "-1"], "--lora_rank is -1"), (["--lora_alpha", "0"], "--lora_alpha 0.0"),
-    (["--lora_dropout", "1"], "--lora_dropout 1.0"),
+    (["--lora_rank", "-1"], "--lora_rank is -1"), (["--lora_alpha", "0"], "--lora_alpha is 0.0"),
+    (["--lora_dropout", "1"], "--lora_dropout is 1.0"),
 ])
 def test_settings_that_make_no_adapter_are_refused(words, expected):
     from sft.train import Settings

@@ -51,7 +51,7 @@ run_stage() {
         without_*)
             title "ablation: the data $1"
             filtered "_$1"
-            cot_sft "warm_up_$1" cot_sft "_$1"
+            run "warm_up_$1" sft.train cot_sft --model "$model" --responses "$output/mp_cot_$1.jsonl"
             train "$1" grpo.train grpo test --model "$output/warm_up_$1/model" ;;
         cot_sft_without_*)
             title "ablation: SFT on the data ${1#cot_sft_}, 20 epochs"
