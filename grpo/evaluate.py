@@ -43,13 +43,12 @@ from data.task import load_samples, resolve_task, sample_hash
 from grpo.engine.encode import Encoder
 from grpo.engine.files import reasoning_of
 from grpo.engine.rollout import Sampling
-from grpo.engine.weights import load_policy
 from grpo.runtime.answer import Prompts, answer, check_reward_options
 from grpo.runtime.dist import finish, rank, start
 from grpo.runtime.files import write_json
-from grpo.runtime.fsdp import compute_dtype, shard
+from grpo.runtime.fsdp import compute_dtype
 from grpo.runtime.log import Stopwatch, say, table
-from grpo.runtime.run import read_ids, record_settings
+from grpo.runtime.run import load_frozen, read_ids, record_settings
 from rewards.vote import majority
 
 
@@ -96,8 +95,7 @@ def main() -> None:
     check_reward_options(task, samples, options)
     sampling = settings.sampling(encoder)
     device, watch = start(), Stopwatch()
-    policy = load_policy(settings.model, vocabulary=encoder.vocabulary).requires_grad_(False)
-    shard(policy, compute_dtype(settings.dtype, device), device)
+    policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device, encoder.vocabulary)
     several = answer(policy, Prompts(encoder, task, settings.reasoning), samples, sampling, group_size=settings.samples)
     if rank() == 0:
         output.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ class Settings:
     """Answer one sample."""
 
     model: str = required("checkpoint folder or hub name of the weights", path="model")
+    adapter: str = setting("", "an adapter of the model in PEFT's format", path="folder")
     task: str = setting("", "a task here (more, jmere) or a module of yours; empty: the model's, else more", top=True)
     image: str = setting("", "the image's file", top=True, path="file")
     text: str = setting("", "the text that goes with it", top=True)
@@ -49,12 +50,12 @@ from data.task import Task, resolve_task
 from grpo.engine.encode import Encoder
 from grpo.engine.files import reasoning_of
 from grpo.engine.rollout import Sampling, sample
-from grpo.engine.weights import load_policy
 from grpo.runtime.fsdp import compute_dtype
+from grpo.runtime.run import load_frozen
 
 
 def trained_with(model: str) -> dict:
-    """The settings that stand beside a trained model's folder; {} where there are none."""
+    """The settings that stand beside a trained model's or adapter's folder; {} where there are none."""
     path = Path(model).parent / "settings.json"
     if not Path(model).is_dir() or not path.is_file():
         return {}
@@ -95,14 +96,14 @@ def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
     encoder = Encoder(settings.model, settings.max_pixels)
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature,
                         seed=f"{settings.seed}/predict")
-    policy = load_policy(settings.model, compute_dtype(settings.dtype, device), encoder.vocabulary).requires_grad_(False).to(device)
+    policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device, encoder.vocabulary)
     group, = sample(policy, [encoder.encode(images, text, one, one.id)], 1, sampling)
     return encoder.decode(group.completions[0]), group.finished[0]
 
 
 def main(words: list[str] | None = None) -> None:
     settings = read_settings(Settings, words)
-    before = trained_with(settings.model)
+    before = trained_with(settings.adapter or settings.model)
     name = settings.task or before.get("task", "more")
     task = resolve_task(name)
     settings.reasoning = reasoning_of(settings.model, settings.reasoning)

@@ -12,9 +12,9 @@ import torch
 
 from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling, sample
-from grpo.engine.weights import load_policy
 from grpo.runtime.fsdp import compute_dtype
 from grpo.runtime.log import progress, say
+from grpo.runtime.run import load_frozen
 from sft.experts import answered_before, cost_line, request_digest
 from sft.filters import Request
 
@@ -51,7 +51,7 @@ def ask_all(model: str, requests: list[Request], path: Path, *, options: dict, t
 def answers_of(model: str, requests: list[Request], options: dict, max_pixels: int) -> Iterator[tuple[Request, dict]]:
     """(request, its answer) of every request, some at a time."""
     device, encoder = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Encoder(model, max_pixels)
-    policy = load_policy(model, compute_dtype("auto", device)).requires_grad_(False).to(device)
+    policy = load_frozen(model, "", compute_dtype("auto", device), device)
     sampling = Sampling(int(options["max_tokens"]), encoder.end_tokens, options["temperature"], options["top_p"],
                         int(options["top_k"]), rows=AT_ONCE, seed=f"{options['seed']}/expert")
     with progress(len(requests), "expert", "response") as bar:

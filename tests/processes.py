@@ -31,6 +31,14 @@ def run_processes(function, world: int, *arguments) -> None:
     assert not any(status for status, _ in ends), "\n".join(text for _, text in ends)
 
 
+def gather_weights(policy) -> dict:
+    """All weights, unsharded; every process must call it."""
+    from torch.distributed.tensor import DTensor
+
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+            for name, tensor in policy.model.state_dict().items()}
+
+
 if __name__ == "__main__":
     from grpo.runtime.dist import finish, start
 

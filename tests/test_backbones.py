@@ -14,13 +14,14 @@ from grpo.engine.backbones import MODEL_TYPES, backbone
 from grpo.engine.encode import Encoder
 from grpo.engine.lora import adapted, adapter_off, add_adapter
 from grpo.engine.rollout import Sampling, sample
-from grpo.engine.weights import export, load_policy
+from grpo.engine.weights import load_policy
 from grpo.group import Group
 from grpo.runtime.dist import split_across_ranks
-from grpo.runtime.fsdp import gather_weights, shard
+from grpo.runtime.export import export
+from grpo.runtime.fsdp import shard
 from grpo.runtime.optim import set_gradient_checkpointing
 from grpo.runtime.settings import LORA_TARGETS
-from processes import run_processes
+from processes import gather_weights, run_processes
 from programs import COMMON, ROOT, lines, succeed, tensors
 from tiny import update
 
@@ -197,7 +198,7 @@ def test_llava_loads_from_the_hubs_names_and_its_export_in_stock_transformers_gi
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    export(policy.model, policy.model.state_dict(), str(llava), tmp_path / "model")
+    export(policy, str(llava), tmp_path / "model")
     names = lambda folder: set(safe_open(folder / "model.safetensors", "pt").keys())
     assert names(tmp_path / "model") == names(llava) and "language_model.model.layers.0.mlp.up_proj.weight" in names(llava)
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()

@@ -108,8 +108,8 @@ def test_a_worker_that_hangs_is_named_instead_of_silence(folder, tmp_path):
 
 
 def test_a_worker_that_hangs_is_restarted_and_the_run_ends_with_the_same_result(folder, undisturbed, tmp_path):
-    """Neither loading in turns nor rollouts layer by layer change a bit of it."""
-    words = words_of(folder, tmp_path, "--hang_minutes", 0.15, "--load_in_turns", True, "--rollout_weights", "layers")
+    """Rollouts layer by layer change no bit of it."""
+    words = words_of(folder, tmp_path, "--hang_minutes", 0.15, "--rollout_weights", "layers")
     status, text = end(begin(words, restarts=1, faults="update:hang@0"))
     assert status == 0 and "rank 1" in text, text
     same_run(undisturbed, tmp_path)

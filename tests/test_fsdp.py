@@ -1,13 +1,15 @@
 """Many processes do what one does: gradients, completions, counts of collectives."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
 from grpo.engine.rollout import Sampling, sample
 from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks
-from grpo.runtime.fsdp import encode_images_unsharded, gather_weights, sample_unsharded, shard
-from processes import run_processes
+from grpo.runtime.fsdp import compute_dtype, encode_images_unsharded, sample_unsharded, shard
+from processes import gather_weights, run_processes
 from tiny import END, packs, tiny_groups, tiny_policy, tiny_prompt, update
 
 LENGTHS = ((5, 1, 9), (3, 4, 2), (6, 2, 2), (4, 4, 4))
@@ -97,6 +99,60 @@ def check_bfloat16(path):
 
 def test_compute_is_bfloat16_and_masters_float32_so_that_a_step_of_1e_6_is_not_lost(tmp_path):
     run_processes(check_bfloat16, 2, None)
+
+
+def in_float32(policy, device):
+    """As it was before frozen weights were kept in the compute type: everything float32, cast for every layer."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    precision = dict(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    for module in (*policy.trunk_layers, policy):
+        fully_shard(module, **precision)
+    return policy
+
+
+def check_frozen(path):
+    from grpo.engine.lora import adapter_off
+    from test_lora import lora_policy
+
+    def vision_frozen():
+        policy = tiny_policy()
+        policy.freeze_vision()
+        return policy
+
+    groups, device = split_across_ranks(tiny_groups(lengths=LENGTHS)), torch.device("cpu")
+    for make in (lora_policy, vision_frozen):
+        new, old = shard(make(), torch.bfloat16, device), in_float32(make(), device)
+        assert {p.dtype for p in new.parameters() if not p.requires_grad} == {torch.bfloat16}
+        scores = [policy.score(groups, 0.8).logp for policy in (new, old)]
+        assert torch.equal(*scores)
+        for logp in scores:
+            logp.sum().backward()
+        expected = dict(old.named_parameters())
+        for name, parameter in new.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.dtype == torch.float32 and torch.equal(parameter.grad.to_local(), expected[name].grad.to_local()), name
+        with torch.no_grad():
+            assert torch.equal(*(policy.score(groups, 0.8).logp for policy in (new, old)))
+        with torch.no_grad(), adapter_off(new), adapter_off(old):
+            assert torch.equal(*(policy.score(groups, 0.8).logp for policy in (new, old)))
+    frozen = shard(tiny_policy().requires_grad_(False), torch.bfloat16, device)
+    assert torch.equal(frozen.score(groups).logp, in_float32(tiny_policy().requires_grad_(False), device).score(groups).logp)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_frozen_weights_in_the_compute_type_change_no_bit_of_values_and_gradients(world):
+    run_processes(check_frozen, world, None)
+
+
+def test_auto_is_bfloat16_only_where_the_card_computes_in_it(monkeypatch):
+    asked, cuda = [], SimpleNamespace(type="cuda")
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+        asked.append(compute_dtype("auto", cuda))
+    assert asked == [torch.bfloat16, torch.float32] and compute_dtype("auto", torch.device("cpu")) == torch.float32
+    with pytest.raises(ValueError, match="--dtype float16: .*does not scale losses; bfloat16"):
+        compute_dtype("float16", cuda)
 
 
 def test_shares_come_back_in_order():

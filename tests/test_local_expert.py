@@ -55,7 +55,7 @@ def test_a_run_that_was_cut_off_goes_on_behind_its_last_answer(folder, requests,
     answers = ask(folder, requests, temperature=0.8)
     assert (folder / "answers.jsonl").read_text().startswith(first) and len(answers) == 3
     assert "2 of 3 responses are there already" in capsys.readouterr().out
-    monkeypatch.setattr(local_expert, "load_policy", None)  # nothing is left to ask: no weights are loaded
+    monkeypatch.setattr(local_expert, "load_frozen", None)  # nothing is left to ask: no weights are loaded
     assert ask(folder, requests, temperature=0.8) == answers
 
 

@@ -1,20 +1,28 @@
 """The adapter: what it computes, what trains, what is exported, how many processes share it."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from test_fsdp import LENGTHS, TOKENS
+from test_weights import SMALL, WORDS, in_bfloat16
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grpo.engine.lora import LoraLinear, adapted, adapter_off, add_adapter, export_adapter, merged
+from data.toy.model import write_tiny_model
+from grpo.engine.lora import LoraLinear, adapted, adapter_off, add_adapter
 from grpo.engine.rollout import Sampling, sample
 from grpo.engine.weights import load_policy
 from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks
-from grpo.runtime.fsdp import gather_weights, sample_unsharded, shard
+from grpo.runtime.export import export, export_adapter
+from grpo.runtime.fsdp import sample_unsharded, shard
 from grpo.runtime.optim import make_optimizer, set_gradient_checkpointing
+from grpo.runtime.provenance import fingerprint
+from grpo.runtime.run import load_frozen
 from grpo.runtime.settings import LORA_TARGETS, parse
-from processes import run_processes
+from processes import gather_weights, run_processes
 from programs import COMMON, lines, succeed, tensors
 from tiny import END, pack_of, packs, plain_logp, tiny_groups, tiny_model, tiny_policy, tiny_prompt, update
 
@@ -29,6 +37,14 @@ def lora_policy(rank=4, alpha=6.0, targets=LORA_TARGETS, dropout=0.0, seed=0, mo
     return policy
 
 
+def merged(model, weights):
+    """Whole weights with adapter → without, in one go."""
+    plain = {name: tensor for name, tensor in weights.items() if not name.endswith((".lora_A", ".lora_B"))}
+    for name, layer in adapted(model).items():
+        plain[f"{name}.weight"] = plain[f"{name}.weight"] + layer.scale * (weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"])
+    return plain
+
+
 def trained(policy):
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
@@ -38,7 +54,8 @@ def trained(policy):
 
 def test_the_layer_is_the_base_plus_alpha_over_rank_b_a():
     base = nn.Linear(6, 5)
-    layer = LoraLinear(base, 2, 3.0, 0.0, torch.Generator().manual_seed(0))
+    layer = LoraLinear(base, 2, 3.0, 0.0)
+    nn.init.normal_(layer.lora_A)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(4, 6)
     torch.testing.assert_close(layer(x), x @ (base.weight + 1.5 * layer.lora_B @ layer.lora_A).T + base.bias)
@@ -160,14 +177,14 @@ def test_dropout_falls_in_the_update_pass_and_nowhere_else():
 def in_peft(policy, tmp_path, **more):
     """Our adapter, written to a folder and loaded by peft on the stock model."""
     peft = pytest.importorskip("peft", reason="parity with peft: pip install -e '.[peft]'")
-    export_adapter(policy, policy.model.state_dict(), LORA_TARGETS, "some/checkpoint", tmp_path / "adapter")
+    export_adapter(policy, LORA_TARGETS, "some/checkpoint", "", tmp_path / "adapter")
     return peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", **more)
 
 
 def test_the_adapters_folder_is_whole_and_holds_every_matrix_under_pefts_names(tmp_path):
     policy = lora_policy()
     for _ in range(2):  # the second takes the first one's place
-        export_adapter(policy, policy.model.state_dict(), LORA_TARGETS, "some/checkpoint", tmp_path / "adapter")
+        export_adapter(policy, LORA_TARGETS, "some/checkpoint", "", tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6.0, "some/checkpoint")
@@ -201,6 +218,137 @@ def test_pefts_merge_equals_ours(tmp_path):
     assert set(theirs) == set(ours)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+
+
+# ── adapters as inputs ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A checkpoint in bfloat16, its policy with an adapter that has moved by little, and that adapter's folder."""
+    write_tiny_model(tmp_path / "base", WORDS, **SMALL)
+    in_bfloat16(tmp_path / "base")
+    policy = add_adapter(load_policy(str(tmp_path / "base")), 4, 6.0, LORA_TARGETS)
+    for layer in adapted(policy).values():
+        nn.init.normal_(layer.lora_B.data, std=1e-4)
+    model_hash = fingerprint(tmp_path / "base")
+    export_adapter(policy, LORA_TARGETS, str(tmp_path / "base"), model_hash, tmp_path / "run" / "adapter")
+    return tmp_path / "base", policy, tmp_path / "run" / "adapter"
+
+
+def rename_adapter(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(change(tensors), folder / "adapter_model.safetensors")
+
+
+def words_alone(lengths=((4, 2),)):
+    """Groups without images, of a vocabulary of 300."""
+    groups = tiny_groups(seed=2, lengths=lengths)
+    for group in groups:
+        group.prompt = tiny_prompt(2, ())
+    return groups
+
+
+def frozen(folder, adapter):
+    return load_frozen(str(folder), str(adapter or ""), torch.float32, torch.device("cpu"))
+
+
+def test_an_adapters_folder_gives_the_policy_that_wrote_it(base):
+    folder, policy, adapter = base
+    expected = policy.score(words_alone()).logp
+    assert torch.equal(frozen(folder, adapter).score(words_alone()).logp, expected)
+    assert not torch.equal(frozen(folder, None).score(words_alone()).logp, expected)
+    # names as PEFT writes them under the transformers of 2025
+    rename_adapter(adapter, lambda w: {name.replace("model.language_model.", "model."): tensor for name, tensor in w.items()})
+    assert torch.equal(frozen(folder, adapter).score(words_alone()).logp, expected)
+
+
+@pytest.mark.parametrize("change,expected", [
+    (lambda w: {n: t[:, :-1].contiguous() if "up_proj.lora_A" in n else t for n, t in w.items()},
+     r".*up_proj.lora_A has the shape \[4, 31\]; \[4, 32\] expected"),
+    (lambda w: {n: t for n, t in w.items() if "layers.1.mlp.up_proj.lora_B" not in n}, "it has no .*layers.1.mlp.up_proj.lora_B"),
+    (lambda w: w | {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)},
+     "the language model has no model.layers.7.mlp.up_proj.lora_A"),
+])
+def test_an_adapter_of_another_model_is_refused_by_what_does_not_fit(base, change, expected):
+    folder, _, adapter = base
+    rename_adapter(adapter, change)
+    with pytest.raises(ValueError, match=f"adapter: an adapter of another model: {expected}"):
+        frozen(folder, adapter)
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(base, tmp_path):
+    folder, policy, adapter = base
+    write_tiny_model(tmp_path / "other", WORDS, seed=1, **SMALL)
+    with pytest.raises(ValueError, match=f"--adapter {adapter}: it was trained on {folder}, .* --model {tmp_path / 'other'}"):
+        frozen(tmp_path / "other", adapter)
+    shutil.copytree(folder, tmp_path / "moved")
+    frozen(tmp_path / "moved", adapter)  # another place is the same base
+
+
+@pytest.mark.parametrize("config,expected", [
+    ({"use_dora": True}, "an adapter with use_dora True; expected a plain one"), ({"r": None}, "expected numbers r and lora_alpha"),
+    ({"modules_to_save": ["lm_head"]}, "an adapter with modules_to_save"),
+])
+def test_an_adapter_that_is_more_than_one_is_refused(base, config, expected):
+    folder, _, adapter = base
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(ValueError, match=expected):
+        frozen(folder, adapter)
+
+
+def test_a_merge_begins_with_the_sources_numbers_and_is_written_in_float32(base, tmp_path):
+    folder, policy, _ = base
+    expected = merged(policy.model, policy.model.state_dict())
+    policy.requires_grad_(False)
+    trained = [layer for layer in adapted(policy).values()]
+    policy = shard(policy, torch.bfloat16, torch.device("cpu"))  # frozen weights of any type: they are not what is merged
+    assert trained[0].weight.dtype == torch.bfloat16
+    export(policy, str(folder), tmp_path / "merged")
+    found = load_policy(str(tmp_path / "merged")).model.state_dict()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["torch_dtype"] == "float32"
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_merge_in_bfloat16_says_what_share_of_the_update_survives(base, tmp_path, capsys):
+    folder, policy, _ = base
+    export(policy, str(folder), tmp_path / "merged", "bfloat16")
+    share = float(re.search(r"update (\d+\.\d)% of the entries survive the rounding to bfloat16", capsys.readouterr().out)[1])
+    before, after = load_policy(str(folder)).model.state_dict(), load_policy(str(tmp_path / "merged")).model.state_dict()
+    names = [f"{name}.weight" for name in adapted(policy.model)]
+    differ = sum(int((before[name] != after[name]).sum()) for name in names) / sum(before[name].numel() for name in names)
+    assert share == pytest.approx(100 * differ, abs=0.06) and 0 < share < 50
+
+
+def test_stage_2_goes_on_with_stage_1s_adapter_and_its_reference_is_stage_1(folder, tmp_path):
+    from test_loop import make
+
+    first, _, samples = make(folder, tmp_path / "a", "--lora_rank", 4, "--lora_alpha", 8)
+    first.step(samples[:2], 0, [1e-2, 1e-2])
+    first.run.save()
+    second, _, _ = make(folder, tmp_path / "b", "--adapter", tmp_path / "a" / "adapter", "--updates", 1)
+    assert second.settings.lora_rank == 4 and second.reference is second.policy
+    for name, parameter in trained(first.policy).items():
+        assert torch.equal(parameter, trained(second.policy)[name])
+    groups = second.sample(samples[:2], 0)
+    expected = first.policy.score(groups, 0.8).logp
+    for turn in range(2):
+        with adapter_off(second.policy):
+            assert torch.equal(second.policy.score(groups, 0.8).logp, expected)
+        line = second.step(samples[:2], turn, [1e-2])
+        assert line["ratio_mean"] == 1 and (line["kl"] == 0) == (turn == 0)
+    assert not torch.equal(second.policy.score(groups, 0.8).logp, expected)
+
+
+def test_a_rank_that_is_not_the_adapters_is_refused(base):
+    from sft.train import Settings
+
+    folder, _, adapter = base
+    words = ["--model", folder, "--data", "d", "--output", "o", "--adapter", adapter]
+    with pytest.raises(ValueError, match="--lora_rank is 8; --adapter .*adapter has rank 4"):
+        parse(Settings, [str(word) for word in (*words, "--lora_rank", 8)]).check()
 
 
 # ── many processes ───────────────────────────────────────────────────────────────────────────────────────────────

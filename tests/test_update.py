@@ -1,12 +1,12 @@
 """One step: its rate, its clipping, what decays, and what a process does that has nothing to do."""
 
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grpo.runtime import memory
 from grpo.runtime.optim import make_optimizer
 from tiny import tiny_groups, tiny_policy, update
 
@@ -93,17 +93,20 @@ def raise_(error):
     raise error
 
 
-def test_moments_that_wait_in_host_memory_are_with_the_weights_for_the_step(monkeypatch):
+def test_moments_that_wait_in_host_memory_visit_the_device_one_parameter_at_a_time(monkeypatch):
     """Host and device are told apart by the order of the moves: there is no device here."""
-    policy, moves = tiny_policy(), []
-    settings = SimpleNamespace(weight_decay=0.0, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95, offload_optimizer=True)
-    optimizer = make_optimizer(policy, settings)
-    step(policy, [tiny_groups()], optimizer=optimizer)
-    moments = {id(value) for state in optimizer.state.values() for value in state.values() if value.ndim}
-    real = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: moves.append((id(self), a)) or real(self, *a, **k))
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "adam", lambda *_, **__: moves.append("step"))
-    optimizer.step()
-    before, after = moves[: moves.index("step")], moves[moves.index("step") + 2 :]  # a step for matrices, one for vectors
-    assert {name for name, _ in before} >= moments and all(a == (torch.device("cpu"),) for _, a in before)
-    assert {name for name, _ in after} >= moments and all(a == ("cpu",) for _, a in after)
+    ends, moves, real = [], [], memory.move_state
+    monkeypatch.setattr(memory, "move_state", lambda state, parameter, device: moves.append((id(parameter), str(device), len(state))) or real(state, parameter, device))
+    for offload in (False, True):
+        policy = tiny_policy()
+        settings = SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95, offload_optimizer=offload)
+        optimizer = make_optimizer(policy, settings)
+        for _ in range(2):
+            step(policy, [tiny_groups()], optimizer=optimizer)
+        ends.append([p.detach().clone() for p in policy.parameters()])
+        assert len(optimizer.param_groups) == 2 and len(optimizer.param_groups[0]["params"]) > 9
+    assert all(torch.equal(a, b) for a, b in zip(*ends))  # the numbers are AdamW's own, decay and rate too
+    second = moves[len(moves) // 2 :]
+    assert len(second) == 2 * len(ends[0])
+    for (one, there, held), (same, back, _) in zip(second[::2], second[1::2]):
+        assert one == same and there == back == "cpu" and held == 3

@@ -7,7 +7,12 @@ from safetensors.torch import save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data.toy.model import write_tiny_model
-from grpo.engine.weights import export, load_policy, replace_folder
+from grpo.engine.files import replace_folder
+from grpo.engine.weights import Checkpoint, empty_policy, fill, load_policy
+from grpo.runtime import export as exporting
+from grpo.runtime.export import export
+from grpo.runtime.fsdp import shard
+from processes import gather_weights, run_processes
 from tiny import plain_logp, tiny_groups, tiny_model, tiny_policy
 
 WORDS = ["one two three Step 1: <think> the label is none"] * 3
@@ -34,7 +39,7 @@ def test_exported_weights_load_in_stock_transformers_and_give_the_same_logits(fo
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    export(policy.model, policy.model.state_dict(), str(folder), tmp_path / "model")
+    export(policy, str(folder), tmp_path / "model")
     names = set(safe_open(tmp_path / "model" / "model.safetensors", "pt").keys())
     assert {"model.layers.0.mlp.up_proj.weight", "visual.patch_embed.proj.weight", "lm_head.weight"} <= names  # the Hub's
     exported = stock(tmp_path / "model")
@@ -70,7 +75,7 @@ def test_a_tied_head_is_absent_from_the_file_and_loads(tmp_path):
     write_tiny_model(tmp_path / "tied", WORDS, tied=True, **SMALL)
     policy = load_policy(str(tmp_path / "tied"))
     assert policy.model.lm_head.weight is policy.model.get_input_embeddings().weight
-    export(policy.model, policy.model.state_dict(), str(tmp_path / "tied"), tmp_path / "model")
+    export(policy, str(tmp_path / "tied"), tmp_path / "model")
     assert "lm_head.weight" not in set(safe_open(tmp_path / "model" / "model.safetensors", "pt").keys())
     torch.testing.assert_close(logits(stock(tmp_path / "model")), logits(stock(tmp_path / "tied")))
 
@@ -113,25 +118,103 @@ def test_the_policy_is_the_stock_model_untouched():
     assert set(tiny_policy().model.state_dict()) == set(tiny_model().state_dict())
 
 
-def test_a_checkpoint_whose_weights_are_missing_is_refused_by_its_name(folder):
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="source: the weights cannot be loaded"):
-        load_policy(str(folder))
-
-
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_rather_than_filled_with_random_numbers(folder):
+def rewrite(folder, change):
+    """The folder's tensors, changed."""
     file = safe_open(folder / "model.safetensors", "pt")
-    weights = {name: file.get_tensor(name) for name in file.keys() if "layers.1.mlp" not in name}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="3 tensors are missing from the weights, model.*layers.1.mlp.down_proj.weight first"):
+    weights = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_checkpoint_without_weights_is_refused_by_name(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="source/model.safetensors: missing"):
         load_policy(str(folder))
 
 
-def test_weights_that_are_cut_off_are_refused_in_one_line(folder):
+@pytest.mark.parametrize("change,expected", [
+    (lambda w: {n: t for n, t in w.items() if "layers.1.mlp" not in n},
+     "source: 3 tensors are missing from the weights, model.language_model.layers.1.mlp.gate_proj.weight first"),
+    (lambda w: w | {"model.layers.7.mlp.up_proj.weight": torch.zeros(2, 2)},
+     "source: 1 tensors in the weights that its config.json has no place for, model.layers.7.mlp.up_proj.weight first"),
+    (lambda w: w | {"model.language_model.norm.weight": torch.zeros(32)}, "1 tensors in the weights that .* first"),
+    (lambda w: w | {"visual.merger.ln_q.weight": torch.zeros(31)},
+     r"source: visual.merger.ln_q.weight has the shape \[31\] in the weights; config.json makes it \[32\]"),
+], ids=["missing", "too many", "twice", "another shape"])
+def test_weights_that_do_not_fit_the_config_are_refused_by_name(folder, change, expected):
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=expected):
+        load_policy(str(folder))
+
+
+def test_weights_that_are_cut_off_are_refused_by_name(folder):
     content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="source: the weights cannot be loaded"):
+    for length in (4, 1000, len(content) - 1):
+        (folder / "model.safetensors").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="source/model.safetensors: not a whole safetensors file"):
+            load_policy(str(folder))
+
+
+def test_an_index_that_names_a_file_that_is_not_there_is_refused_by_name(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-1-of-1.safetensors"}}')
+    with pytest.raises(ValueError, match="source/model-1-of-1.safetensors: missing"):
         load_policy(str(folder))
+    (folder / "model.safetensors.index.json").write_text('{}')
+    with pytest.raises(ValueError, match="index.json: no weight_map"):
+        load_policy(str(folder))
+
+
+def test_a_pickle_is_refused_with_how_to_convert_it(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: a pickle, .* convert it: python -c .*save_pretrained"):
+        load_policy(str(folder))
+
+
+def test_what_is_loaded_is_what_stock_transformers_loads_buffers_too(folder):
+    ours, theirs = load_policy(str(folder)).model, stock(folder)
+    for kind in ("named_parameters", "named_buffers"):
+        found, expected = dict(getattr(ours, kind)()), dict(getattr(theirs, kind)())
+        assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_names_of_today_load_as_those_of_the_hub(folder, tmp_path):
+    expected = load_policy(str(folder)).model.state_dict()
+    new = {"lm_head": "lm_head", "visual": "model.visual", "model": "model.language_model"}
+    rewrite(folder, lambda w: {new[name.partition(".")[0]] + "." + name.partition(".")[2]: t for name, t in w.items()})
+    found = load_policy(str(folder)).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+# ── many ranks ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_and_export(folder, place, dtype, shard_size):
+    """Loaded, sharded, changed as a whole by 1, exported; the frozen encoder is left alone."""
+    device = torch.device("cpu")
+    policy = empty_policy(str(folder))
+    policy.freeze_vision()
+    fill(shard(policy, dtype, device, shard_size=shard_size), Checkpoint(str(folder)), device)
+    whole, expected = gather_weights(policy), load_policy(str(folder)).model.state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(whole[name], tensor.to(whole[name].dtype)), name
+        assert whole[name].dtype == (dtype if "visual" in name else torch.float32)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += 1.0
+    export(policy, str(folder), place)
+
+
+@pytest.mark.parametrize("world,shard_size,tied", [(3, 0, True), (2, 1, False)], ids=["three, uneven rows, tied", "two copies"])
+def test_any_number_of_ranks_loads_its_rows_and_exports_the_whole(tmp_path, world, shard_size, tied, monkeypatch):
+    monkeypatch.setattr(exporting, "PIECE", 300)  # of one process; several pieces a tensor
+    write_tiny_model(tmp_path / "source", WORDS, tied=tied, **SMALL)
+    run_processes(load_and_export, world, tmp_path / "source", tmp_path / "model", torch.bfloat16, shard_size)
+    before, after = ({n: f.get_tensor(n) for n in f.keys()} for f in
+                     (safe_open(tmp_path / place / "model.safetensors", "pt") for place in ("source", "model")))
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor if name.startswith("visual.") else tensor + 1.0), name
 
 
 def test_what_a_killed_export_left_behind_is_in_nobodys_way(folder, tmp_path):
@@ -139,16 +222,103 @@ def test_what_a_killed_export_left_behind_is_in_nobodys_way(folder, tmp_path):
     for left in ("model", "model.new", "model.old"):
         (tmp_path / "run" / left).mkdir(parents=True)
         (tmp_path / "run" / left / "stale").write_text("")
-    export(policy.model, policy.model.state_dict(), str(folder), place)
+    export(policy, str(folder), place)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"] and not (place / "stale").exists()
-    export(policy.model, policy.model.state_dict(), str(folder), tmp_path / "not" / "yet" / "there")
+    export(policy, str(folder), tmp_path / "not" / "yet" / "there")
     assert (tmp_path / "not" / "yet" / "there" / "config.json").is_file()
 
 
-def test_the_weights_that_are_exported_are_the_ones_that_are_given(folder, tmp_path):
+# ── what an export looks like ────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_bfloat16(folder):
+    rewrite(folder, lambda w: {name: tensor.bfloat16() for name, tensor in w.items()})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+
+
+def test_an_export_has_the_sources_type_names_and_config_byte_for_byte(folder, tmp_path):
+    in_bfloat16(folder)
+    (folder / "generation_config.json").write_text('{"temperature":  0.1}')
     policy = load_policy(str(folder))
-    export(policy.model, {n: torch.zeros_like(w) for n, w in policy.model.state_dict().items()}, str(folder), tmp_path / "model")
-    assert not any(parameter.any() for parameter in stock(tmp_path / "model").parameters())
+    export(policy, str(folder), tmp_path / "model")
+    for path in folder.iterdir():  # weights too: nothing has trained
+        if path.name != "model.safetensors":
+            assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes(), path.name
+    before, after = (safe_open(place / "model.safetensors", "pt") for place in (folder, tmp_path / "model"))
+    assert all(torch.equal(before.get_tensor(name), after.get_tensor(name)) for name in before.keys())
+    assert after.get_tensor("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_an_export_of_another_type_says_so_in_its_config(folder, tmp_path):
+    in_bfloat16(folder)
+    policy = load_policy(str(folder))
+    policy.model.lm_head.weight.data += 1e-6
+    export(policy, str(folder), tmp_path / "model", "float32")
+    found = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype="auto")
+    assert torch.equal(found.lm_head.weight, policy.model.lm_head.weight)
+    before, after = (json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "model"))
+    assert after == before | {"torch_dtype": "float32"}
+
+
+def test_an_export_has_the_sources_files_and_index_and_cuts_what_is_too_large(folder, tmp_path, monkeypatch):
+    test_a_checkpoint_in_several_files_with_an_index_loads(folder)
+    policy, index = load_policy(str(folder)), "model.safetensors.index.json"
+    names = lambda place: {path.name for path in place.glob("*.safetensors")}
+    export(policy, str(folder), tmp_path / "model")
+    assert names(tmp_path / "model") == names(folder) and (tmp_path / "model" / index).read_bytes() == (folder / index).read_bytes()
+    monkeypatch.setattr(exporting, "FILE_LIMIT", 160_000)
+    export(policy, str(folder), tmp_path / "cut")
+    assert len(names(tmp_path / "cut")) > 2 and max(p.stat().st_size for p in (tmp_path / "cut").glob("*.safetensors")) < 165_000
+    torch.testing.assert_close(logits(stock(tmp_path / "cut")), logits(stock(folder)))
+
+
+def test_an_odd_number_of_narrow_numbers_does_not_misalign_wider_ones(folder, tmp_path):
+    rewrite(folder, lambda w: {"rotary.inv_freq": torch.ones(3).bfloat16(), **w})
+    export(load_policy(str(folder)), str(folder), tmp_path / "model")
+    assert torch.equal(logits(stock(folder)), logits(stock(tmp_path / "model")))
+
+
+def test_the_weights_that_are_exported_are_the_policys_and_of_the_frozen_ones_the_sources(folder, tmp_path):
+    policy = load_policy(str(folder))
+    policy.freeze_vision()
+    for parameter in policy.parameters():
+        parameter.data.zero_()
+    export(policy, str(folder), tmp_path / "model")
+    for name, parameter in stock(tmp_path / "model").named_parameters():
+        assert parameter.ndim < 2 or bool(parameter.any()) == name.startswith("model.visual"), name
+
+
+class FullDisk:
+    """A file with room for so many bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        self.room -= len(memoryview(content).cast("B"))
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+        return self.file.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def export_twice(folder, place):
+    device = torch.device("cpu")
+    policy = fill(shard(empty_policy(str(folder)), torch.float32, device), Checkpoint(str(folder)), device)
+    export(policy, str(folder), place)
+    exporting.open = lambda path, mode: FullDisk(open(path, mode), 40_000)
+    with pytest.raises(OSError, match="model: the weights cannot be written .*No space left.*; what was there before still is"):
+        export(policy, str(folder), place)  # on every rank
+    del exporting.open
+
+
+def test_a_disk_that_fills_during_an_export_is_said_on_every_rank_and_what_was_there_stays(folder, tmp_path):
+    run_processes(export_twice, 2, folder, tmp_path / "run" / "model")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
+    torch.testing.assert_close(logits(stock(tmp_path / "run" / "model")), logits(stock(folder)))
 
 
 def test_the_last_export_is_whole_until_the_next_one_stands(tmp_path, monkeypatch):

@@ -1,29 +1,29 @@
 """LoRA (arXiv 2106.09685): frozen matrices W and a trained update of low rank, y = W x + (α / r) B A x.
 
-Where the adapter goes after a run is a choice. Here it is merged into the exported <output>/model, an ordinary
-checkpoint, and saved once more by itself in PEFT's file format, for the checkpoint that the run began with. So
-Stage 2, evaluation and stock transformers need not know of adapters, and Stage 2 begins with a fresh one on the
-merged weights: "adapter off" is then the Stage-1 policy exactly, and the reference costs no second copy. Keeping
-Stage 1's adapter as a second, frozen layer would say the same with more work in every forward.
+After a run the adapter stands alone in <output>/adapter, in PEFT's file format, and merged in <output>/model, an
+ordinary checkpoint. The next stage may begin with either. With --adapter it goes on with A and B themselves, and the
+reference is the same network with A and B as they were. From the merged checkpoint it begins with a fresh adapter, and
+the reference is the network with the adapter off. Neither costs a second copy of the weights.
 
 The language model alone is adapted, never the vision encoder, whose MLP has matrices of the same names.
 """
 
-import json
 import math
-import re
-import shutil
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.engine.files import replace_folder
+from grpo.engine.files import model_file, read_json
 from grpo.engine.policy import Policy
 from grpo.engine.sizes import target_names
+from grpo.engine.weights import local, network_name, open_weights, rows_of
+
+PEFT = "base_model.model."  # before every name in PEFT's files
+# What PEFT can do besides: what it stands at where it is not used.
+UNUSED = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
+          "alpha_pattern": {}}
 
 
 class LoraLinear(nn.Linear):
@@ -34,12 +34,11 @@ class LoraLinear(nn.Linear):
     in sampling, reference or evaluation. (`training` cannot tell: gradient checkpointing wants it on throughout.)
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, random: torch.Generator):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=random)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=base.weight.device))
         self.scale, self.dropout, self.on = alpha / rank, dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,12 +52,10 @@ class LoraLinear(nn.Linear):
 def add_adapter(policy: Policy, rank: int, alpha: float, targets: str, dropout: float = 0.0, seed: int = 0) -> Policy:
     """Freeze everything and put an update beside each matrix whose name ends in one of `targets` (comma-separated).
 
-    Before sharding: A depends on `seed` alone, so every process draws the same. ValueError names a target that is
-    no linear layer of the language model.
+    Before sharding. On the meta device `begin_adapter` or `AdapterFile.fill` gives it numbers once there is memory.
+    ValueError names a target that is no linear layer of the language model.
     """
     policy.requires_grad_(False)
-    random = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # of dropout: nothing else draws from torch's own generator
     layers = policy.language_model
     linear = {name: module for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     known, wanted = sorted({name.split(".")[-1] for name in linear}), target_names(targets)
@@ -67,8 +64,58 @@ def add_adapter(policy: Policy, rank: int, alpha: float, targets: str, dropout: 
     for name, module in linear.items():
         parent, _, end = name.rpartition(".")
         if end in wanted:
-            setattr(layers.get_submodule(parent), end, LoraLinear(module, rank, alpha, dropout, random))
+            setattr(layers.get_submodule(parent), end, LoraLinear(module, rank, alpha, dropout))
+    if not policy.device.type == "meta":
+        begin_adapter(policy, seed)
     return policy
+
+
+@torch.no_grad()
+def begin_adapter(policy: Policy, seed: int) -> None:
+    """A at random, B zero. A depends on `seed` alone: every rank draws all of it and keeps its rows."""
+    random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # of dropout: nothing else draws from torch's own generator
+    for layer in adapted(policy).values():
+        start, stop = rows_of(layer.lora_A)
+        whole = nn.init.kaiming_uniform_(torch.empty(layer.lora_A.shape), a=math.sqrt(5), generator=random)
+        local(layer.lora_A).copy_(whole[start:stop])
+        local(layer.lora_B).zero_()
+
+
+class AdapterFile:
+    """A folder in PEFT's format: rank, alpha and targets of an adapter, and its rows. ValueError where it holds more
+    than a plain adapter of linear layers."""
+
+    def __init__(self, folder: str):
+        config, self.folder = read_json(folder, "adapter_config.json"), folder
+        for name, unused in UNUSED.items():
+            if config.get(name) not in (unused, None):
+                raise ValueError(f"{folder}: an adapter with {name} {config[name]!r}; expected a plain one ({unused!r})")
+        try:
+            self.rank, self.alpha = int(config["r"]), float(config["lora_alpha"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder}: adapter_config.json: expected numbers r and lora_alpha, as PEFT writes them") from None
+        file = open_weights(model_file(folder, "adapter_model.safetensors"))
+        self.slices = {name.removeprefix(PEFT).removesuffix(".weight"): file.get_slice(name) for name in file.keys()}
+        self.targets = ",".join(sorted({name.rpartition(".")[0].rpartition(".")[2] for name in self.slices}))
+
+    @torch.no_grad()
+    def fill(self, policy: Policy) -> None:
+        """This rank's rows of A and B. ValueError names what does not fit the model."""
+        wanted = {f"{name}.{part}": getattr(layer, part) for name, layer in adapted(policy.model).items()
+                  for part in ("lora_A", "lora_B")}
+        found = {network_name(name, wanted): name for name in self.slices}
+        if None in found or len(found) < len(self.slices):
+            raise ValueError(f"{self.folder}: an adapter of another model: the language model has no {found.get(None, 'such names')}")
+        for name, parameter in wanted.items():
+            if name not in found:
+                raise ValueError(f"{self.folder}: an adapter of another model: it has no {name}")
+            rows, (start, stop) = self.slices[found[name]], rows_of(parameter)
+            if rows.get_shape() != list(parameter.shape):
+                raise ValueError(f"{self.folder}: an adapter of another model: {found[name]} has the shape {rows.get_shape()}; "
+                                 f"{list(parameter.shape)} expected")
+            if start < stop:
+                local(parameter).copy_(rows[start:stop])
 
 
 def adapted(model: nn.Module) -> dict[str, LoraLinear]:
@@ -76,44 +123,29 @@ def adapted(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def keep_start(policy: Policy) -> None:
+    """From here on `adapter_off` goes back to the adapter as it is now, not to the base."""
+    parameters = [parameter for layer in adapted(policy).values() for parameter in (layer.lora_A, layer.lora_B)]
+    policy.adapter_start = {parameter: local(parameter).detach().clone() for parameter in parameters}
+
+
 @contextmanager
 def adapter_off(policy: Policy):
     """Inside, the policy is what the run began with; a policy without an adapter is left as it is."""
-    layers = adapted(policy).values()
+    layers, start = adapted(policy).values(), policy.adapter_start
+    now = {parameter: local(parameter).detach().clone() for parameter in start}
+    exchange(start)
     for layer in layers:
-        layer.on = False
+        layer.on = bool(start)
     try:
         yield policy
     finally:
+        exchange(now)
         for layer in layers:
             layer.on = True
 
 
-def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole weights with adapter → without: W + (α / r) B A, under the names of an ordinary checkpoint."""
-    plain = {name: tensor for name, tensor in weights.items() if not name.endswith((".lora_A", ".lora_B"))}
-    for name, layer in adapted(model).items():
-        update = layer.scale * (weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"])
-        plain[f"{name}.weight"] = plain[f"{name}.weight"] + update
-    return plain
-
-
-def export_adapter(policy: Policy, weights: dict[str, Tensor], targets: str, source: str, place: Path) -> None:
-    """Write the adapter of whole `weights` for PEFT: `PeftModel.from_pretrained(model of source, place)`."""
-    layers = adapted(policy.model)
-    layer = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": source, "inference_mode": True,
-        "r": len(layer.lora_A), "lora_alpha": layer.scale * len(layer.lora_A), "lora_dropout": layer.dropout,
-        "bias": "none",
-        # a pattern and not a list, which PEFT would look for in the vision encoder too
-        "target_modules": re.escape(policy.backbone.LANGUAGE_MODEL) + rf"\..*\.({'|'.join(target_names(targets))})",
-    }
-    tensors = {f"base_model.model.{name}.{part}.weight": weights[f"{name}.{part}"].contiguous()
-               for name in layers for part in ("lora_A", "lora_B")}
-    new = place.with_name(place.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
-    replace_folder(new, place)
+@torch.no_grad()
+def exchange(values: dict[Tensor, Tensor]) -> None:
+    for parameter, value in values.items():
+        local(parameter).copy_(value)

@@ -46,8 +46,9 @@ class Policy(nn.Module):
         text._attn_implementation = "layout"
         make_lean(model)
         self.banned = self.backbone.banned(self.config)
-        self.vocabulary = len(model.lm_head.weight)  # ids from here on are impossible too, see `load_policy`
-        self.rollout_weights, self.compute_dtype = "auto", torch.float32  # set by sharding.shard
+        self.vocabulary = len(model.lm_head.weight)  # ids from here on are impossible too, see `empty_policy`
+        self.rollout_weights, self.compute_dtype = "auto", torch.float32  # set by fsdp.shard
+        self.adapter_start: dict[Tensor, Tensor] = {}  # set by lora.keep_start
 
     @property
     def visual(self) -> nn.Module:

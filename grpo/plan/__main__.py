@@ -67,7 +67,6 @@ class Settings:
     offload_optimizer: bool = as_trained("offload_optimizer")
     shard_size: int = as_trained("shard_size")
     rollout_weights: str = as_trained("rollout_weights")
-    load_in_turns: bool = as_trained("load_in_turns")
     json: str = setting("", "file for all the numbers; empty for none", group="output")
 
     def check(self) -> None:
@@ -219,7 +218,7 @@ def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
         f"{s.model}: {shape.total / 1e9:.3f} billion parameters, "
         f"{Costs(shape, s, 1).trained / 1e9:.3f} billion of them train",
         f"{shown.gpus} {devices(s, shown.gpus)}, GiB on each, {shown.limit / GIB:.0f} to be had\n" + by_phase(shown),
-        f"host memory of a machine: {shown.host['loading'] * (1 if s.load_in_turns else machine) / GIB:.0f} GiB while it loads, "
+        f"host memory of a machine: {shown.host['loading'] * machine / GIB:.0f} GiB while it loads, "
         f"{shown.host['waiting'] * machine / GIB:.0f} for what waits there, "
         f"{shown.host['checkpoint'] * machine / GIB:.0f} more while a checkpoint is written",
         f"a step is one rollout and {s.updates} updates\n{by_gpus(plans)}"]

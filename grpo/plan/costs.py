@@ -124,38 +124,47 @@ class Costs:
     # ── what stays ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def weights(self) -> float:
-        return MASTER * self.total / self.shards
+        """Float32 masters of what trains; what is frozen in the compute type."""
+        return (MASTER * self.trained + self.width * (self.total - self.trained)) / self.shards
 
     def optimizer(self) -> float:
         """Adam's two moments, wherever they wait."""
         return 2 * MASTER * self.trained / self.shards
 
+    def visiting(self) -> float:
+        """Both moments of the largest parameter that trains."""
+        largest = self.s.lora_rank * self.shape.intermediate if self.s.lora_rank else self.shape.table
+        return 2 * MASTER * largest / self.shards
+
     def reference(self) -> float:
         """The frozen copy's shard, wherever it waits; an adapter needs none, nor a KL of weight 0."""
-        return 0.0 if self.s.lora_rank or not self.s.beta else MASTER * self.shape.total / self.shards
+        return 0.0 if self.s.lora_rank or not self.s.beta else self.width * self.shape.total / self.shards
 
     def gathered(self, whole: bool) -> float:
-        """Compute-dtype copies: all of them, or the root's, a layer's and the next one's, fetched ahead."""
+        """Compute-dtype copies: all of them, or the root's, a layer's and the next one's, fetched ahead. One process
+        makes them of what trains alone."""
         if not self.sharded:
             return 0.0
-        root = self.total - self.shape.layers * self.layer
-        return self.width * (self.total if whole else root + 2 * self.layer)
+        every, layer = self.total, self.layer
+        if self.gpus == 1:
+            every, layer = self.trained, self.adapter / self.shape.layers if self.s.lora_rank else self.layer
+        return self.width * (every if whole else every - (self.shape.layers - 2) * layer)
 
-    def resident(self, optimizer: bool = False) -> dict[str, float]:
-        """Between the phases. `optimizer`: the moments are here even if they usually wait in host memory."""
+    def resident(self, step: bool = False) -> dict[str, float]:
+        """Between the phases, or in an optimizer's `step`, where moments that wait in host memory visit one by one."""
         s, images = self.s, self.prompts * self.s.image_tokens
         features = images * self.shape.hidden * self.width  # kept from the rollout to the last update
         pixels = 0 if self.on_gpu else images * self.shape.patches * self.shape.patch_values * 4
         return {
             "weights": self.weights(), "activations": features + pixels,
-            "optimizer": self.optimizer() if optimizer or not (s.offload_optimizer and self.on_gpu) else 0.0,
+            "optimizer": self.visiting() * step if s.offload_optimizer and self.on_gpu else self.optimizer(),
             "reference": 0.0 if s.offload_reference and self.on_gpu else self.reference()}
 
     def host(self) -> dict[str, float]:
         """Of one process in its machine's memory: while it loads; what waits there; a checkpoint's copy of its shard."""
         waiting = self.optimizer() * self.s.offload_optimizer + self.reference() * self.s.offload_reference
         copied = 1 if self.s.offload_optimizer else 3  # weights, and two moments that are not there already
-        return {"loading": MASTER * self.total, "waiting": waiting,
+        return {"loading": MASTER * self.shape.table / self.shards, "waiting": waiting,  # one tensor's rows at a time
                 "checkpoint": copied * MASTER * self.trained / self.shards}
 
     # ── activations ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -261,20 +270,20 @@ class Costs:
                           head=3 * 4 * self.rows * x.vocabulary),
             "reference": self.reference_pass(layered),
             "passes": max(self.moments(layered), key=total),
-            "step": add(self.resident(optimizer=True), gradients=MASTER * self.trained / self.shards),
+            "step": add(self.resident(step=True), gradients=MASTER * self.trained / self.shards),
         }
         return {name: {part: phase.get(part, 0.0) for part in COMPONENTS} for name, phase in phases.items()}
 
     def loading(self) -> dict[str, float]:
-        """Whole weights wait in host memory. Here are the shards, and whole what is sharded next: a layer, or the root."""
-        unit = MASTER * max(self.layer, self.total - self.shape.layers * self.layer) if self.sharded else 0.0
-        reference = 0.0 if self.s.offload_reference and self.on_gpu else self.reference()
-        return {"weights": self.weights(), "reference": reference, "gathered": unit}
+        """Each tensor is read into its place."""
+        return {"weights": self.weights(), "reference": 0.0 if self.s.offload_reference and self.on_gpu else self.reference()}
 
     def reference_pass(self, layered: float) -> dict[str, float]:
         if not self.s.beta:
             return self.resident()
         hidden = (self.tokens + self.scored) * self.shape.hidden * self.width
+        if self.gpus == 1 and not self.s.lora_rank:  # a frozen copy is used as it is, unless it comes from the host
+            layered = self.width * (self.shape.root + 2 * self.shape.layer) * (self.s.offload_reference and self.on_gpu)
         return max(add(self.resident(), gathered=layered, activations=self.forward_bytes(self.tokens)),
                    add(self.resident(), gathered=layered, activations=hidden, head=self.head_forward()), key=total)
 

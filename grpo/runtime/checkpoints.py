@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from grpo.engine.files import replace_folder
 from grpo.engine.policy import Policy
+from grpo.engine.weights import local, rows_of
 from grpo.runtime.dist import all_gather, broadcast_from_rank_0, rank, world_size
 from grpo.runtime.files import sync, write_json
 from grpo.runtime.fsdp import is_first_replica
@@ -118,10 +118,11 @@ class Checkpoints:
         faults = all_gather(mine)
         return faults[0] if faults else ""
 
-    def load(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """Weights, optimizer and random states of the newest good checkpoint into this run."""
+    def load(self, policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> None:
+        """Weights, optimizer and random states of the newest good checkpoint into this run. on_host: the optimizer's
+        state into host memory."""
         with heartbeat_during():
-            read_parts([self.good / name for name in self.parts], policy, optimizer)
+            read_parts([self.good / name for name in self.parts], policy, optimizer, on_host)
 
     def forget(self) -> None:
         """Begin anew: what an earlier run has left goes away."""
@@ -131,20 +132,6 @@ class Checkpoints:
 
 
 # ── one rank's part ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def rows_of(parameter: Tensor) -> tuple[int, int]:
-    """[start, stop) of the first dimension that this rank holds; FSDP2 cuts it as torch.chunk does."""
-    if not isinstance(parameter, DTensor):
-        return 0, len(parameter)
-    mesh = parameter.device_mesh  # its last dimension shards, one before it copies
-    size = -(-len(parameter) // mesh.size(mesh.ndim - 1))
-    start = min(mesh.get_local_rank(mesh.ndim - 1) * size, len(parameter))
-    return start, start + len(local(parameter))
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
@@ -172,8 +159,8 @@ def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
     return path.name, path.stat().st_size, sha256(path)
 
 
-def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """The rows that this rank holds, from whichever parts have them."""
+def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> None:
+    """The rows that this process holds, from whichever parts have them."""
     parts = [safe_open(path, "pt") for path in paths]
     rows = [json.loads(part.metadata()["rows"]) for part in parts]
     holders_of: dict[str, dict[str, list[int]]] = {}  # parameter → kind → the parts that have rows of it
@@ -189,7 +176,7 @@ def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimiz
             if key not in rows[holders[0]]:  # a number, Adam's count of steps
                 optimizer.state[parameter][kind] = parts[holders[0]].get_tensor(key).to(local(parameter).device)
                 continue
-            target = parameter.detach() if kind == "weight" else torch.zeros_like(parameter)
+            target = parameter.detach() if kind == "weight" else torch.zeros_like(parameter, device="cpu" if on_host else parameter.device)
             fill(local(target), rows_of(parameter), [(rows[i][key], parts[i].get_slice(key)) for i in holders], key)
             if kind != "weight":
                 optimizer.state[parameter][kind] = target

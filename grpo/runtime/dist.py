@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo.runtime.liveness import Watchdog, heartbeat_during, joined_collective, stop_watching
+from grpo.runtime.liveness import Watchdog, joined_collective, stop_watching
 from grpo.runtime.rendezvous import connect, rendezvous
 
 
@@ -48,19 +48,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def one_rank_at_a_time(load, one_by_one: bool):
-    """`load()` on every rank; one_by_one: on those of a machine one after the other, so that its memory holds one
-    set of unsharded weights and not one for each."""
-    place, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    ranks = max(all_gather([ranks]))  # machines may have unequal numbers, and every turn is a collective
-    for turn in range(ranks if one_by_one else 1):
-        if turn == place or not one_by_one:
-            with heartbeat_during():
-                loaded = load()
-        all_gather([])
-    return loaded
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -28,32 +26,46 @@ from grpo.runtime.memory import enough_memory
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 on a GPU that has it, else float32; masters are float32 always."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    """"auto" is bfloat16 on a GPU that computes in it natively, else float32; masters are float32 always."""
+    if name == "float16":
+        raise ValueError("--dtype float16: gradients of 1e-8 are zero in it, and this trainer does not scale losses; "
+                         "bfloat16 has float32's range, float32 runs everywhere")
+    if name == "auto":  # before Ampere bfloat16 is emulated, slower than float32
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False, shard_size: int = 0,
           rollout_weights: str = "auto", mesh: DeviceMesh | None = None) -> Policy:
-    """Spread float32 masters over all processes; compute in `dtype`; gradients are reduced in float32.
+    """Split float32 masters over all ranks; compute in `dtype`; gradients are reduced in float32.
 
+    What is frozen is kept in `dtype`: a float32 copy would be cast to the same numbers in every layer. On one rank it
+    is left as it is, whole, and FSDP only casts what trains.
     offload: on a GPU, the weights wait in host memory and each layer's visit the device for its turn.
-    shard_size: hybrid sharding, weights spread over so many processes and the same again in the next so many, which
+    shard_size: hybrid sharding, weights split over so many ranks and the same again in the next so many, which
     exchange gradients alone: for a fast link within a machine and a slow one between machines. 0: over all.
     rollout_weights: how `sample_unsharded` and `encode_images_unsharded` hold the weights, see `unsharded_fits`.
-    mesh: of `make_mesh`, whose making every process must join; with one given there is no collective here.
+    mesh: of `make_mesh`, whose making every rank must join; with one given there is no collective here.
 
-    The weights come from host memory: a GPU sees, beside its shard, one layer at a time or the root's own.
+    Weights on the meta device stay there and are filled afterwards, see weights.fill.
     """
     policy.rollout_weights, policy.compute_dtype = rollout_weights, dtype
-    offload = offload and device.type == "cuda"
-    if world_size() == 1 and dtype == torch.float32 and not offload:
-        return policy.to(device)
+    offload, parameters = offload and device.type == "cuda", set(policy.parameters())
+    frozen = {parameter for parameter in parameters if not parameter.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(dtype)
+    if world_size() == 1 and not offload:
+        if not policy.device.type == "meta":
+            policy.to(device)
+        if dtype == torch.float32 or frozen == parameters:
+            return policy
     options = dict(mesh=mesh or make_mesh(device, shard_size),
                    mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     if offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    elif world_size() == 1:
+        options["ignored_params"] = frozen
     for layer in policy.trunk_layers:
         fully_shard(layer, **options)
     fully_shard(policy, **options)
@@ -106,7 +118,7 @@ def unsharded_fits(policy: Policy, more_bytes: int) -> bool:
         return policy.rollout_weights != "layers"
     free, _ = torch.cuda.mem_get_info(policy.device)
     free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
-    weights = sum(p.numel() for p in policy.parameters()) * policy.compute_dtype.itemsize
+    weights = sum(p.numel() for p in policy.parameters() if isinstance(p, DTensor)) * policy.compute_dtype.itemsize
     return not any_rank(weights + more_bytes >= 0.9 * free, policy.device)
 
 
@@ -144,8 +156,3 @@ def clip_gradients(policy: Policy, limit: float) -> float:
     """Norm over all processes' gradients; they are scaled down to `limit` if it is larger."""
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], limit)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def gather_weights(policy: Policy) -> dict[str, Tensor]:
-    """All weights, unsharded, on the CPU of the first process (empty elsewhere). Every process must call it."""
-    return get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -17,14 +17,26 @@ def enough_memory(what: str, lower: str):
 
 
 def keep_state_on_host(optimizer: torch.optim.Optimizer) -> None:
-    """Adam's two moments wait in host memory and visit the device for the step alone, when no activation is there."""
-    optimizer.register_step_pre_hook(lambda *_: move_state(optimizer, to_host=False))
-    optimizer.register_step_post_hook(lambda *_: move_state(optimizer, to_host=True))
+    """Adam's two moments wait in host memory; in a step those of one parameter after the other visit the device."""
+    step_all = optimizer.step
+
+    def step() -> None:
+        groups = optimizer.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    optimizer.param_groups = [{**group, "params": [parameter]}]
+                    move_state(optimizer.state[parameter], parameter, parameter.device)
+                    step_all()
+                    move_state(optimizer.state[parameter], parameter, "cpu")
+        finally:
+            optimizer.param_groups = groups
+
+    optimizer.step = step
 
 
-def move_state(optimizer: torch.optim.Optimizer, to_host: bool) -> None:
-    """What the optimizer keeps of each parameter, to host memory or to where the parameter is."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                state[name] = value.to("cpu" if to_host else parameter.device)
+def move_state(state: dict, parameter: torch.Tensor, device) -> None:
+    """What the optimizer keeps of one parameter."""
+    for name, value in state.items():
+        if torch.is_tensor(value) and value.shape == parameter.shape:
+            state[name] = value.to(device)

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from grpo.engine.files import model_file
+from grpo.engine.files import model_file, read_json
 from grpo.runtime.settings import as_dict
 
 PIECE = 2**20  # bytes hashed at either end of a file
 CONTENTS = 256  # files of which contents are hashed, the largest first
-FILES = ("responses", "samples", "predictions")  # settings that name a file which decides what is learned
+BASE = "base.json"  # beside an adapter: the checkpoint that it belongs to
+FILES = ("responses", "samples", "predictions", "adapter")  # settings that name a file which decides what is learned
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 
@@ -32,6 +33,13 @@ def what_ran(settings) -> dict:
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
+
+
+def check_base(adapter: str, model: str) -> None:
+    """ValueError where an adapter was trained here on another checkpoint than `model`; PEFT's own files do not say."""
+    path = Path(adapter) / BASE
+    if path.is_file() and (base := read_json(adapter, BASE)).get("model_hash") != fingerprint(model_file(model, "config.json").parent):
+        raise ValueError(f"--adapter {adapter}: it was trained on {base.get('model')}, whose files are not those of --model {model}")
 
 
 def commit(root: Path = Path(__file__).parent.parent) -> str | None:
@@ -51,7 +59,9 @@ def commit(root: Path = Path(__file__).parent.parent) -> str | None:
 
 
 def file_hash(path: str) -> str:
-    """The first 16 hexadecimal digits of the sha256 of its contents."""
+    """The first 16 hexadecimal digits of the sha256 of its contents, or of a folder's adapter."""
+    if Path(path).is_dir():
+        path = Path(path) / "adapter_model.safetensors"
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

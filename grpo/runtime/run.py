@@ -14,21 +14,21 @@ from data.read import read_json, read_json_lines, shown
 from data.task import Task, load_samples, resolve_task, sample_hash
 from grpo.engine.encode import Encoder
 from grpo.engine.files import reasoning_of, replace_folder
-from grpo.engine.lora import add_adapter, export_adapter, merged
+from grpo.engine.lora import AdapterFile, add_adapter, begin_adapter, keep_start
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
-from grpo.engine.weights import export, load_policy
+from grpo.engine.weights import Checkpoint, empty_policy, fill
 from grpo.runtime.answer import Prompts, answer
 from grpo.runtime.checkpoints import Checkpoints, differences, refusal
-from grpo.runtime.dist import all_gather, all_reduce_max, broadcast_from_rank_0, finish, one_rank_at_a_time, rank, start
+from grpo.runtime.dist import all_gather, all_reduce_max, broadcast_from_rank_0, finish, rank, start
+from grpo.runtime.export import export, export_adapter
 from grpo.runtime.files import copy_folder, hold_lock, write_json
-from grpo.runtime.fsdp import compute_dtype, gather_weights, make_mesh, shard
+from grpo.runtime.fsdp import compute_dtype, make_mesh, shard
 from grpo.runtime.liveness import StopSignals, heartbeat, heartbeat_during
 from grpo.runtime.log import say
-from grpo.runtime.memory import move_state
 from grpo.runtime.metrics import MetricsLog
 from grpo.runtime.optim import set_gradient_checkpointing
-from grpo.runtime.provenance import what_ran
+from grpo.runtime.provenance import check_base, what_ran
 from grpo.runtime.settings import TrainingSettings, resume_rules
 
 BEST, LAST = ("model", "adapter"), ("last", "last_adapter")  # folders of the best and of the last weights in <output>
@@ -115,6 +115,31 @@ def claim_folder(folder: Path) -> None:
                          f"machines share")
 
 
+def load_frozen(model: str, adapter: str, dtype: torch.dtype, device: torch.device, vocabulary: int | None = None,
+                offload: bool = False, **sharding) -> Policy:
+    """A policy that does not train, in the compute type, with an adapter from a folder, "" for none."""
+    policy = empty_policy(model, vocabulary)
+    if adapter:
+        file = AdapterFile(adapter)
+        check_base(adapter, model)
+        add_adapter(policy, file.rank, file.alpha, file.targets)
+    shard(policy.requires_grad_(False), dtype, device, offload, **sharding)
+    with heartbeat_during():
+        fill(policy, Checkpoint(model), torch.device("cpu") if offload else device)
+        if adapter:
+            file.fill(policy)
+    return policy
+
+
+def take_adapter(settings: TrainingSettings) -> None:
+    """Rank, α and targets are those of --adapter. ValueError for another rank, or an adapter of another model."""
+    file = AdapterFile(settings.adapter)
+    check_base(settings.adapter, settings.model)
+    if settings.lora_rank not in (0, file.rank):
+        raise ValueError(f"--lora_rank is {settings.lora_rank}; --adapter {settings.adapter} has rank {file.rank}, with which training goes on")
+    settings.lora_rank, settings.lora_alpha, settings.lora_targets = file.rank, file.alpha, file.targets
+
+
 class Run:
     """One training run: its policy, its data halves, its folder, its best checkpoint so far."""
 
@@ -124,8 +149,10 @@ class Run:
         self.device = start(settings.hang_minutes)
         self.signals = StopSignals()
         self.settings, self.output = settings, Path(settings.output)
+        if settings.adapter:
+            take_adapter(settings)
         self.task: Task = resolve_task(settings.task, settings.rewards)
-        settings.reasoning = reasoning_of(settings.model, reasoning if settings.reasoning is None else settings.reasoning)
+        settings.reasoning = reasoning_of(settings.adapter or settings.model, reasoning if settings.reasoning is None else settings.reasoning)
         self.encoder = Encoder(settings.model, settings.max_pixels)
         self.valid = self.load_valid()
         self.check_metric()
@@ -134,7 +161,7 @@ class Run:
         self.saved = self.find_checkpoint()
         self.dtype = compute_dtype(settings.dtype, self.device)
         self.mesh = make_mesh(self.device, settings.shard_size)
-        self.policy = one_rank_at_a_time(self.load_policy, settings.load_in_turns)
+        self.policy = self.load_policy()
         self.prompts = Prompts(self.encoder, self.task, settings.reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
         self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
         self.metrics_log = MetricsLog(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0), step=self.step)
@@ -145,7 +172,8 @@ class Run:
         self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
 
     def load_policy(self) -> Policy:
-        settings, policy = self.settings, load_policy(self.settings.model, vocabulary=self.encoder.vocabulary)
+        """What trains is decided on shapes; then every rank reads its own rows."""
+        settings, policy = self.settings, empty_policy(self.settings.model, self.encoder.vocabulary)
         if settings.train_vision and not self.encoder.sees:
             raise ValueError(f"--train_vision: {settings.model} reads text alone, it has no vision encoder")
         if not settings.train_vision:
@@ -153,10 +181,17 @@ class Run:
         if settings.lora_rank:
             self.add_adapter(policy)
         set_gradient_checkpointing(policy, settings.gradient_checkpointing)
-        return self.shard(policy)
+        with heartbeat_during():
+            fill(self.shard(policy), Checkpoint(settings.model), self.device)
+        if settings.adapter:
+            AdapterFile(settings.adapter).fill(policy)
+            keep_start(policy)
+        elif settings.lora_rank:
+            begin_adapter(policy, settings.seed)
+        return policy
 
-    def shard(self, policy: Policy, offload: bool = False) -> Policy:
-        return shard(policy, self.dtype, self.device, offload, rollout_weights=self.settings.rollout_weights, mesh=self.mesh)
+    def shard(self, policy: Policy) -> Policy:
+        return shard(policy, self.dtype, self.device, rollout_weights=self.settings.rollout_weights, mesh=self.mesh)
 
     # ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -183,9 +218,7 @@ class Run:
         """Weights, optimizer and random states as they were, where this run goes on; the trainer's own progress."""
         if not self.saved:
             return {}
-        self.checkpoints.load(self.policy, optimizer)
-        if self.settings.offload_optimizer:
-            move_state(optimizer, to_host=True)
+        self.checkpoints.load(self.policy, optimizer, on_host=self.settings.offload_optimizer)
         return self.saved["progress"]
 
     def checkpoint(self, optimizer, step: int, progress: Callable[[], dict], last: bool = False) -> None:
@@ -246,8 +279,8 @@ class Run:
         """What the run began with: the policy itself, whose adapter is off for it, or a frozen copy, sharded alike."""
         if self.settings.lora_rank:
             return self.policy
-        return one_rank_at_a_time(lambda: self.shard(load_policy(model, vocabulary=self.encoder.vocabulary).requires_grad_(False),
-                                                     self.settings.offload_reference), self.settings.load_in_turns)
+        return load_frozen(model, "", self.dtype, self.device, self.encoder.vocabulary, self.settings.offload_reference,
+                           mesh=self.mesh)
 
     def validate(self, step: int) -> dict:
         """Greedy metrics on the validation samples; a new best is exported to <output>/model."""
@@ -273,13 +306,11 @@ class Run:
 
     def save(self, names: tuple[str, str] = BEST) -> None:
         """<output>/model: a checkpoint that stock transformers loads; with --lora_rank <output>/adapter beside it."""
-        model, settings, weights = self.policy.model, self.settings, gather_weights(self.policy)
-        if rank() == 0:
-            with heartbeat_during():
-                if settings.lora_rank:
-                    export_adapter(self.policy, weights, settings.lora_targets, settings.model, self.output / names[1])
-                    weights = merged(model, weights)
-                export(model, weights, settings.model, self.output / names[0], {"reasoning": settings.reasoning})
+        settings, training = self.settings, {"reasoning": self.settings.reasoning}
+        if settings.lora_rank:
+            base = {"model": settings.model, "model_hash": self.ran["model_hash"]}
+            export_adapter(self.policy, settings.lora_targets, settings.model, self.output / names[1], training | base)
+        export(self.policy, settings.model, self.output / names[0], settings.export_dtype, training)
 
     def close(self) -> None:
         """The last weights in <output>/last, and the line that says which step's stand in <output>/model."""

@@ -44,6 +44,7 @@ BOUNDS = {"least": (ge, "at least"), "above": (gt, "above"), "most": (le, "at mo
 RENAMED = {
     "journal_every": "rollout_log_every", "journal_groups": "rollout_log_groups", "picture_tokens": "image_tokens",
     "journal_megabytes": "rollout_log_megabytes", "flat_groups": "zero_variance_groups"}
+GONE = {"load_in_turns": "every rank reads its own rows alone, and no turns are needed"}
 ELSEWHERE = {  # ours: what other trainers call it
     "model": "model_name_or_path", "data": "dataset dataset_name", "output": "output_dir", "learning_rate": "lr",
     "prompts_per_rollout": "batch batch_size train_batch_size rollout_batch_size per_device_train_batch_size",
@@ -94,14 +95,16 @@ class CommonSettings(TaskSettings):
     model: str = required("checkpoint folder or hub name: Llama, Qwen2.5, Qwen3, Qwen2.5-VL, Qwen3-VL, LLaVA-1.5", path="model",
                           resume="free")
     output: str = required("folder for everything this run writes", path="output", resume="free")
+    adapter: str = inputs("", "adapter of --model in PEFT's format, <output>/adapter of a stage before; training goes on "
+                              "with it, and GRPO's reference is the model with it", path="folder", resume="never")
     reasoning: bool | None = setting(None, "ask for <think>…</think> before the answer; none: as the model was trained, else "
                                            "True (sft.train: whether there are --responses)", top=True)
     max_pixels: int = inputs(1280 * 28 * 28, "largest area of an image in pixels; 28 × 28 become one token "
                                              "(Qwen3-VL: 32 × 32; LLaVA-1.5 has one size and does not ask)")
     max_completion_tokens: int = setting(1024, "longest completion, end token included", top=True, above=0)
     rollout_rows: int = speed(64, "completions written at once on each rank; changes memory use only", above=0)
-    dtype: str = inputs("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it",
-                        choices=("auto", "float32", "bfloat16"))
+    dtype: str = inputs("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it natively; "
+                                "float16 is refused", choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = inputs(0, "random seed: data order, curriculum, sampling noise")
 
     def check(self) -> None:
@@ -147,10 +150,11 @@ class TrainingSettings(CommonSettings):
     hang_minutes: float = ranks(30.0, "end, and name the missing rank, after so long without progress", above=0)
     shard_size: int = ranks(0, "shard the weights over so many ranks and keep a copy in each further so many (hybrid "
                                "sharding, for slow links between machines); 0: over all", least=0)
-    load_in_turns: bool = ranks(False, "the ranks of a machine load one after the other: host memory for one set of "
-                                       "float32 weights instead of one each, for as many times the time")
     rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once; layers: one by one, for "
                                          "every token; auto: whole if it fits", choices=("auto", "whole", "layers"))
+    export_dtype: str = saving("auto", "type of the weights in <output>/model. auto: as in --model; float32 for a merged "
+                                       "adapter, most of whose update bfloat16 rounds away",
+                               choices=("auto", "float32", "bfloat16", "float16"))
     tensorboard: str = saving("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
                               choices=("auto", "on", "off"))
 
@@ -159,8 +163,8 @@ class TrainingSettings(CommonSettings):
         super().check()
         if not self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout is {self.lora_dropout}; it must be below 1")
-        if self.lora_rank and self.train_vision:
-            raise ValueError("--train_vision with --lora_rank: an adapter leaves all else frozen; give one of the two")
+        if (self.lora_rank or self.adapter) and self.train_vision:
+            raise ValueError(f"--train_vision with {'--adapter' if self.adapter else '--lora_rank'}: an adapter leaves all else frozen; give one of the two")
 
 
 # ── command line → settings ──────────────────────────────────────────────────────────────────────────────────────
@@ -339,6 +343,8 @@ def no_setting(word: str, known) -> str:
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     if RENAMED.get(name) in known:
         return f"setting {name} has a new name: {RENAMED[name]}"
+    if name in GONE:
+        return f"setting {name} is gone: {GONE[name]}"
     close = [ours for ours, theirs in ELSEWHERE.items() if ours in known and name in theirs.split()]
     close = close or difflib.get_close_matches(name.removeprefix("no_"), list(known), n=1, cutoff=0.5)
     return f"no setting {' '.join(word.split())[:60]}" + (f"; did you mean {close[0]}?" if close else "")
