@@ -20,7 +20,7 @@ from grpo.runtime.export import export, export_adapter
 from grpo.runtime.fsdp import sample_unsharded, shard
 from grpo.runtime.optim import make_optimizer, set_gradient_checkpointing
 from grpo.runtime.provenance import fingerprint
-from grpo.runtime.run import load_frozen
+from grpo.runtime.run import load_frozen, take_adapter
 from grpo.runtime.settings import LORA_TARGETS, parse
 from processes import gather_weights, run_processes
 from programs import COMMON, lines, succeed, tensors
@@ -348,7 +348,9 @@ def test_a_rank_that_is_not_the_adapters_is_refused(base):
     folder, _, adapter = base
     words = ["--model", folder, "--data", "d", "--output", "o", "--adapter", adapter]
     with pytest.raises(ValueError, match="--lora_rank is 8; --adapter .*adapter has rank 4"):
-        parse(Settings, [str(word) for word in (*words, "--lora_rank", 8)]).check()
+        take_adapter(parse(Settings, [str(word) for word in (*words, "--lora_rank", 8)]))
+    take_adapter(settings := parse(Settings, [str(word) for word in words]))
+    assert (settings.lora_rank, settings.lora_alpha, set(settings.lora_targets.split(","))) == (4, 6.0, set(LORA_TARGETS.split(",")))
 
 
 # ── many processes ───────────────────────────────────────────────────────────────────────────────────────────────
