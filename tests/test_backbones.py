@@ -254,7 +254,7 @@ def test_qwen3_vl_loads_from_the_hubs_names_and_its_export_in_stock_transformers
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    export(policy.model, policy.model.state_dict(), str(qwen3_vl), tmp_path / "model")
+    export(policy, str(qwen3_vl), tmp_path / "model")
     names = lambda folder: set(safe_open(folder / "model.safetensors", "pt").keys())
     assert names(tmp_path / "model") == names(qwen3_vl) and "model.visual.pos_embed.weight" in names(qwen3_vl)
     stock = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()

@@ -326,18 +326,18 @@ def test_stage_2_goes_on_with_stage_1s_adapter_and_its_reference_is_stage_1(fold
     from test_loop import make
 
     first, _, samples = make(folder, tmp_path / "a", "--lora_rank", 4, "--lora_alpha", 8)
-    first.step(samples[:2], 0, [1e-2, 1e-2])
+    first.step(samples[:8], 0, [1e-2, 1e-2])
     first.run.save()
     second, _, _ = make(folder, tmp_path / "b", "--adapter", tmp_path / "a" / "adapter", "--updates", 1)
     assert second.settings.lora_rank == 4 and second.reference is second.policy
     for name, parameter in trained(first.policy).items():
         assert torch.equal(parameter, trained(second.policy)[name])
-    groups = second.sample(samples[:2], 0)
+    groups = second.sample(samples[:8], 0)
     expected = first.policy.score(groups, 0.8).logp
     for turn in range(2):
         with adapter_off(second.policy):
             assert torch.equal(second.policy.score(groups, 0.8).logp, expected)
-        line = second.step(samples[:2], turn, [1e-2])
+        line = second.step(samples[:8], turn, [1e-2])
         assert line["ratio_mean"] == 1 and (line["kl"] == 0) == (turn == 0)
     assert not torch.equal(second.policy.score(groups, 0.8).logp, expected)
 

@@ -14,17 +14,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.engine.backbones import MODEL_TYPES, backbone
 from grpo.engine.encode import Encoder
-from grpo.engine.lora import adapted, adapter_off, add_adapter, export_adapter
+from grpo.engine.lora import adapted, adapter_off, add_adapter
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling, sample
-from grpo.engine.weights import export, load_policy
+from grpo.engine.weights import load_policy
 from grpo.group import Group
 from grpo.plan.__main__ import Settings as PlanSettings, plan
 from grpo.plan.costs import read_shape
-from grpo.runtime.fsdp import gather_weights, shard
+from grpo.runtime.export import export, export_adapter
+from grpo.runtime.fsdp import shard
 from grpo.runtime.optim import set_gradient_checkpointing
 from grpo.runtime.settings import LORA_TARGETS
-from processes import run_processes
+from processes import gather_weights, run_processes
 
 TEXTS = ["How much is two and three? <answer>five</answer> Step 1: one, two, three, four."] * 3
 every_text_model = pytest.mark.parametrize("name", TEXT_ONLY)
@@ -71,7 +72,7 @@ def test_it_loads_from_the_hubs_names_and_its_export_in_stock_transformers_gives
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    export(policy.model, policy.model.state_dict(), str(source), tmp_path / "model")
+    export(policy, str(source), tmp_path / "model")
     names = lambda folder: set(safe_open(folder / "model.safetensors", "pt").keys())
     assert names(tmp_path / "model") == names(source) and "model.layers.0.mlp.up_proj.weight" in names(source)
     assert ("lm_head.weight" in names(source)) == (name != "llama")
@@ -98,7 +99,7 @@ def test_an_adapter_fits_its_reference_is_exact_and_peft_finds_its_names(name, t
     assert not torch.equal(policy.score(groups).logp, before)
     with torch.no_grad(), adapter_off(policy):
         assert torch.equal(policy.score(groups).logp, before)
-    export_adapter(policy, policy.model.state_dict(), LORA_TARGETS, "some/model", tmp_path / "adapter")
+    export_adapter(policy, LORA_TARGETS, "some/model", "", tmp_path / "adapter")
     pattern = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
     linear = [path for path, module in text_network(name).named_modules() if isinstance(module, torch.nn.Linear)]
     assert sum(bool(re.fullmatch(pattern, path)) for path in linear) == 21 == len(linear) - 1  # all but the head
