@@ -89,7 +89,7 @@ def main() -> None:
     settings = read_settings(Settings)
     task, output = resolve_task(settings.task, settings.rewards), Path(settings.output)
     options = parse_options(settings.reward_options, "reward_options")
-    settings.reasoning = reasoning_of(settings.model, settings.reasoning)
+    settings.reasoning = reasoning_of(settings.adapter or settings.model, settings.reasoning)
     encoder = Encoder(settings.model, settings.max_pixels)
     samples = chosen_samples(settings, task, encoder)
     check_reward_options(task, samples, options)

@@ -7,6 +7,7 @@ It is the real one: from the same checkpoint, settings and seed its weights are 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from grpo.runtime.settings import read_settings, refuse_early, required, run_program, setting
 
@@ -44,9 +45,10 @@ from grpo.engine.encode import Encoder  # noqa: E402
 from grpo.engine.files import reasoning_of  # noqa: E402
 from grpo.engine.policy import Policy  # noqa: E402
 from grpo.engine.rollout import Sampling, sample  # noqa: E402
-from grpo.engine.weights import export, load_policy  # noqa: E402
+from grpo.engine.weights import load_policy  # noqa: E402
 from grpo.group import Pack, make_packs, pad_rows  # noqa: E402
 from grpo.objective import grpo_loss  # noqa: E402
+from grpo.runtime.export import export  # noqa: E402
 
 
 def train(s: Settings) -> Policy:
@@ -84,7 +86,7 @@ def train(s: Settings) -> Policy:
             loss = update(policy, optimizer, packs, s)
         print(f"{number + 1}/{s.rollouts}  reward {rewards.mean():.3f}  loss {loss:.5f}", flush=True)
     if s.output:
-        export(policy.model, policy.model.state_dict(), s.model, s.output, {"reasoning": s.reasoning})
+        export(policy, s.model, Path(s.output), training={"reasoning": s.reasoning})
     return policy
 
 

@@ -106,7 +106,7 @@ def main(words: list[str] | None = None) -> None:
     before = trained_with(settings.adapter or settings.model)
     name = settings.task or before.get("task", "more")
     task = resolve_task(name)
-    settings.reasoning = reasoning_of(settings.model, settings.reasoning)
+    settings.reasoning = reasoning_of(settings.adapter or settings.model, settings.reasoning)
     given = {part: getattr(settings, part) for part in PARTS}
     usual = before.get("data", "") if before.get("task") == name else ""
     settings.max_pixels = settings.max_pixels or before.get("max_pixels", CommonSettings.max_pixels)

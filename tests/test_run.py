@@ -158,7 +158,7 @@ def test_a_checkpoint_that_takes_long_is_no_hang(tmp_path, monkeypatch, name):
     assert moved and all(moved)
 
 
-@pytest.mark.parametrize("name", ["export", "load_policy"])
+@pytest.mark.parametrize("name", ["export", "fill"])
 def test_neither_is_an_export_nor_a_load(folder, tmp_path, monkeypatch, name):
     moved = []
     monkeypatch.setattr(grpo.runtime.liveness, "BEAT", 0.01)

@@ -99,7 +99,7 @@ def test_a_setting_of_a_fork_cannot_take_the_name_of_one_of_ours():
 def test_what_may_differ_when_a_run_goes_on_is_said_by_the_setting():
     rules = resume_rules(GRPOSettings()) | resume_rules(SFTSettings())
     assert {name for name, rule in rules.items() if rule == "never"} == {
-        "task", "split", "lora_rank", "lora_alpha", "lora_targets", "train_vision"}
+        "task", "split", "lora_rank", "lora_alpha", "lora_targets", "train_vision", "adapter"}
     free = {name for name, rule in rules.items() if rule == "free"}
     assert {"output", "tokens_per_pass", "shard_size", "predictions", "responses", "rollout_log_every"} <= free
     assert not free & {"learning_rate", "beta", "seed", "dtype", "prompts_per_rollout", "max_completion_tokens"}

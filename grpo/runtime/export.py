@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from grpo.engine.files import replace_folder
+from grpo.engine.files import TRAINING, replace_folder
 from grpo.engine.lora import PEFT, LoraLinear, adapted
 from grpo.engine.policy import Policy
 from grpo.engine.sizes import target_names
@@ -29,9 +29,7 @@ from grpo.engine.weights import INDEX, SINGLE, Checkpoint, find, local
 from grpo.group import within
 from grpo.runtime.dist import broadcast_from_rank_0, rank
 from grpo.runtime.files import sync, write_json
-from grpo.runtime.liveness import heartbeat
 from grpo.runtime.log import say
-from grpo.runtime.provenance import BASE
 
 FILE_LIMIT = 5 * 10**9  # bytes
 PIECE = 2**26  # numbers that are on their way at once
@@ -189,8 +187,9 @@ class Content:
             write_json(folder / INDEX, {"metadata": {"total_size": sum(self.bytes.values())}, "weight_map": places})
 
 
-def export(policy: Policy, source: str, place: Path, dtype: str = "auto") -> None:
-    """The policy, a merged adapter with it, as a checkpoint at `place`. Every rank must call it.
+def export(policy: Policy, source: str, place: Path, dtype: str = "auto", training: dict = {}) -> None:
+    """The policy, a merged adapter with it, as a checkpoint at `place`, and `training`, what the next stage is to know.
+    Every rank must call it.
 
     dtype: "auto" is the source's own, tensor by tensor, and float32 for a merged adapter.
     OSError, on every rank, where it cannot be written; what was at `place` before then still is.
@@ -201,23 +200,24 @@ def export(policy: Policy, source: str, place: Path, dtype: str = "auto") -> Non
         writing.do(writing.open, file)
         writing.do(lambda: writing.file.write(content.header(names)))
         for name in names:
-            heartbeat()
             for rows in content.rows(name):
                 writing.do(lambda: writing.file.write(rows.contiguous().view(-1).view(torch.uint8).numpy()))
         writing.do(writing.close)
     writing.do(content.write_rest, writing.new)
+    writing.do(write_json, writing.new / TRAINING, training)
     writing.end()
     if content.moved and dtype in ("bfloat16", "float16"):
         say(f"{place}: of the adapter's update {content.kept / content.moved:.1%} of the entries survive the rounding to "
             f"{dtype}; {place.with_name('adapter')} holds all of it")
 
 
-def export_adapter(policy: Policy, targets: str, source: str, model_hash: str, place: Path) -> None:
-    """The adapter alone, for PEFT: `PeftModel.from_pretrained(model of source, place)`. Every rank must call it."""
+def export_adapter(policy: Policy, targets: str, training: dict, place: Path) -> None:
+    """The adapter alone, for PEFT, and `training`, what the next stage is to know, the model that it belongs to too.
+    Every rank must call it."""
     layers = adapted(policy.model)
     layer = next(iter(layers.values()))
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": source, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": training["model"], "inference_mode": True,
         "r": len(layer.lora_A), "lora_alpha": layer.scale * len(layer.lora_A), "lora_dropout": layer.dropout,
         "bias": "none",
         # a pattern and not a list, which PEFT would look for in the vision encoder too
@@ -227,6 +227,6 @@ def export_adapter(policy: Policy, targets: str, source: str, model_hash: str, p
                for part in ("lora_A", "lora_B")}
     writing = Writing(place)
     writing.do(write_json, writing.new / "adapter_config.json", config)
-    writing.do(write_json, writing.new / BASE, {"model": source, "model_hash": model_hash})
+    writing.do(write_json, writing.new / TRAINING, training)
     writing.do(lambda: save_file(tensors, writing.new / "adapter_model.safetensors", metadata={"format": "pt"}))
     writing.end()

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from grpo.engine.files import model_file, read_json
+from grpo.engine.files import TRAINING, model_file, read_json
 from grpo.runtime.settings import as_dict
 
 PIECE = 2**20  # bytes hashed at either end of a file
 CONTENTS = 256  # files of which contents are hashed, the largest first
-BASE = "base.json"  # beside an adapter: the checkpoint that it belongs to
 FILES = ("responses", "samples", "predictions", "adapter")  # settings that name a file which decides what is learned
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -37,9 +36,9 @@ def what_ran(settings) -> dict:
 
 def check_base(adapter: str, model: str) -> None:
     """ValueError where an adapter was trained here on another checkpoint than `model`; PEFT's own files do not say."""
-    path = Path(adapter) / BASE
-    if path.is_file() and (base := read_json(adapter, BASE)).get("model_hash") != fingerprint(model_file(model, "config.json").parent):
-        raise ValueError(f"--adapter {adapter}: it was trained on {base.get('model')}, whose files are not those of --model {model}")
+    base = read_json(adapter, TRAINING) if (Path(adapter) / TRAINING).is_file() else {}
+    if base.get("model_hash") not in (None, fingerprint(model_file(model, "config.json").parent)):
+        raise ValueError(f"--adapter {adapter}: it was trained on {base['model']}, whose files are not those of --model {model}")
 
 
 def commit(root: Path = Path(__file__).parent.parent) -> str | None:

@@ -307,10 +307,11 @@ class Run:
     def save(self, names: tuple[str, str] = BEST) -> None:
         """<output>/model: a checkpoint that stock transformers loads; with --lora_rank <output>/adapter beside it."""
         settings, training = self.settings, {"reasoning": self.settings.reasoning}
-        if settings.lora_rank:
-            base = {"model": settings.model, "model_hash": self.ran["model_hash"]}
-            export_adapter(self.policy, settings.lora_targets, settings.model, self.output / names[1], training | base)
-        export(self.policy, settings.model, self.output / names[0], settings.export_dtype, training)
+        with heartbeat_during():
+            if settings.lora_rank:
+                base = {"model": settings.model, "model_hash": self.ran["model_hash"]}
+                export_adapter(self.policy, settings.lora_targets, training | base, self.output / names[1])
+            export(self.policy, settings.model, self.output / names[0], settings.export_dtype, training)
 
     def close(self) -> None:
         """The last weights in <output>/last, and the line that says which step's stand in <output>/model."""
