@@ -177,14 +177,14 @@ def test_dropout_falls_in_the_update_pass_and_nowhere_else():
 def in_peft(policy, tmp_path, **more):
     """Our adapter, written to a folder and loaded by peft on the stock model."""
     peft = pytest.importorskip("peft", reason="parity with peft: pip install -e '.[peft]'")
-    export_adapter(policy, LORA_TARGETS, "some/checkpoint", "", tmp_path / "adapter")
+    export_adapter(policy, LORA_TARGETS, {"model": "some/checkpoint"}, tmp_path / "adapter")
     return peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", **more)
 
 
 def test_the_adapters_folder_is_whole_and_holds_every_matrix_under_pefts_names(tmp_path):
     policy = lora_policy()
     for _ in range(2):  # the second takes the first one's place
-        export_adapter(policy, LORA_TARGETS, "some/checkpoint", "", tmp_path / "adapter")
+        export_adapter(policy, LORA_TARGETS, {"model": "some/checkpoint"}, tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6.0, "some/checkpoint")
@@ -232,7 +232,7 @@ def base(tmp_path):
     for layer in adapted(policy).values():
         nn.init.normal_(layer.lora_B.data, std=1e-4)
     model_hash = fingerprint(tmp_path / "base")
-    export_adapter(policy, LORA_TARGETS, str(tmp_path / "base"), model_hash, tmp_path / "run" / "adapter")
+    export_adapter(policy, LORA_TARGETS, {"model": str(tmp_path / "base"), "model_hash": model_hash}, tmp_path / "run" / "adapter")
     return tmp_path / "base", policy, tmp_path / "run" / "adapter"
 
 

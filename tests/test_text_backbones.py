@@ -99,7 +99,7 @@ def test_an_adapter_fits_its_reference_is_exact_and_peft_finds_its_names(name, t
     assert not torch.equal(policy.score(groups).logp, before)
     with torch.no_grad(), adapter_off(policy):
         assert torch.equal(policy.score(groups).logp, before)
-    export_adapter(policy, LORA_TARGETS, "some/model", "", tmp_path / "adapter")
+    export_adapter(policy, LORA_TARGETS, {"model": "some/model"}, tmp_path / "adapter")
     pattern = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
     linear = [path for path, module in text_network(name).named_modules() if isinstance(module, torch.nn.Linear)]
     assert sum(bool(re.fullmatch(pattern, path)) for path in linear) == 21 == len(linear) - 1  # all but the head
