@@ -1,6 +1,7 @@
 """Every preset is what its paper says, from rewards to gradient; a fork's objective takes its place."""
 
 import dataclasses
+import inspect
 import random
 
 import pytest
@@ -8,7 +9,7 @@ import scalar_reference
 import torch
 
 from grpo.advantage import group_advantages
-from grpo.objective import grpo_loss
+from grpo.objective import grpo_loss, sapo_surrogate, vespo_surrogate
 from grpo.variants import PRESETS, Preset, load_objective, loss_options, resolve
 
 LIMIT = 7  # tokens a completion may have
@@ -92,6 +93,15 @@ def test_what_a_preset_asks_of_the_loop(name):
     settings = dataclasses.asdict(resolve(name))
     expected = usual | LOOPS.get(name, {})
     assert {key: settings[key] for key in expected} == expected
+
+
+def test_what_a_preset_tells_the_loss_are_its_keywords_with_the_same_defaults():
+    """The two places of an objective's setting: a field of its preset, a keyword of the loss."""
+    functions = grpo_loss, sapo_surrogate, vespo_surrogate  # the last two take what is theirs from the first
+    known = {name: one.default for function in functions for name, one in inspect.signature(function).parameters.items()}
+    for preset in PRESETS.values():
+        options = loss_options(type(preset)(), LIMIT)
+        assert {name: known[name] for name in options} == options
 
 
 def test_settings_can_be_replaced_one_by_one():
