@@ -71,6 +71,7 @@ class Pack:
     advantages  (N,)
     ref_logp    (N, L) log-probabilities under the reference, None without one
     old_logp    (N, L) under the policy that drew them: those of the first update's pass
+    loss        this pass's share of the last update's loss
     """
 
     groups: list[Group]
@@ -78,6 +79,7 @@ class Pack:
     advantages: Tensor | None = None
     ref_logp: Tensor | None = None
     old_logp: Tensor | None = None
+    loss: Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -86,6 +88,15 @@ class Pack:
     @property
     def packed_tokens(self) -> int:
         return sum(group.packed_tokens for group in self.groups)
+
+    def not_finite(self) -> list[str]:
+        """If the loss is not finite, the ids of the samples that a log-probability of is not; all where each one is."""
+        if self.loss is None or self.loss.isfinite():
+            return []
+        given = [logp.masked_fill(~self.mask, 0.0) for logp in (self.old_logp, self.ref_logp) if logp is not None]
+        good = torch.stack([logp.isfinite().all(1) for logp in given]).all(0).tolist() if given else []
+        ids = [group.prompt.id for group in self.groups for _ in group.completions]
+        return list(dict.fromkeys(id for id, one in zip(ids, good) if not one) or dict.fromkeys(ids))
 
 
 def idle_pack(device=None) -> Pack:

@@ -229,14 +229,15 @@ class Trainer:
                             logp, pack.old_logp, ref_logp, pack.advantages, pack.mask, denominator=denominator,
                             entropy=pad_rows(scores.entropy, scores.lengths), **self.loss_options)
                         backward(loss)
-                    loss_of_update += loss.detach()
+                    pack.loss = loss.detach()
+                    loss_of_update += pack.loss
                     sums.add({"loss": loss / len(rates), **statistics})
                     bar.update()
                 norms.append(optimizer_step(self.policy, self.optimizer, loss_of_update, self.settings.max_grad_norm, rate))
         statistics = sums.over_ranks()
         good = [norm for norm in norms if math.isfinite(norm)]
         return {"loss": statistics.pop("loss"), "grad_norm": sum(good) / len(good) if good else math.nan,
-                "learning_rate": rates[-1], **self.run.judge(norms), **mean_statistics(statistics)}
+                "learning_rate": rates[-1], **self.run.judge(norms, packs), **mean_statistics(statistics)}
 
     def progress(self) -> dict:
         """What a run that goes on must know besides weights and optimizer."""

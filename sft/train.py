@@ -78,16 +78,19 @@ def step(run: Run, optimizer, groups: list[Group], rate: float) -> dict:
     if run.settings.keep_features and run.policy.vision_is_frozen:
         encode_images_unsharded(run.policy, prompts)
     total = torch.zeros((), device=run.device)
-    for pack in equal_passes(make_packs(groups, run.settings.tokens_per_pass, run.device), run.device):
+    packs = equal_passes(make_packs(groups, run.settings.tokens_per_pass, run.device), run.device)
+    for pack in packs:
         with packed_pass(pack):
             scores = run.policy.score(pack.groups)
-            loss = -(pad_rows(scores.logp, scores.lengths) * pack.mask).sum() / tokens
+            logp = pad_rows(scores.logp, scores.lengths)
+            loss = -(logp * pack.mask).sum() / tokens
             backward(loss)
-        total += loss.detach()
+        pack.old_logp, pack.loss = logp.detach(), loss.detach()
+        total += pack.loss
     norm = optimizer_step(run.policy, optimizer, total, run.settings.max_grad_norm, rate)
     run.prompts.release_features(prompts)
     return {"loss": float(all_reduce_sum(total)), "grad_norm": norm, "learning_rate": rate, "num_tokens": tokens,
-            **run.judge([norm])}
+            **run.judge([norm], packs)}
 
 
 def train(run: Run, pairs: list[tuple]) -> None:

@@ -6,6 +6,8 @@ import resource
 import signal
 import subprocess
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ from test_loop import make
 import grpo.train
 import sft.train
 from grpo.runtime.checkpoints import Checkpoints
+from grpo.group import Pack
 from grpo.runtime.liveness import verdict
+from grpo.runtime.run import Run
 import programs
 from programs import COMMON, ROOT, end, lines
+from tiny import IMAGE, tiny_groups, tiny_policy
 
 def words_of(folder, output, *more):
     return ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", output, "--max_rollouts", 5,
@@ -189,17 +194,46 @@ def poisoned(trainer, updates):
     trainer.loss = loss
 
 
-def test_an_update_that_is_not_a_number_is_skipped_and_counted(folder, tmp_path):
+def test_an_update_that_is_not_a_number_is_skipped_and_counted(folder, tmp_path, capsys):
     trainer, _, samples = make(folder, tmp_path, "--updates", 1)
     poisoned(trainer, {1})
     before = {name: p.detach().clone() for name, p in trainer.run.policy.named_parameters()}
     line = trainer.step(samples[:2], 0, [1e-3])
     assert line["bad_updates"] == 1 and line["grad_norm"] != line["grad_norm"]
+    said = capsys.readouterr().out
+    assert all(sample.id in said for sample in samples[:2]), said
     assert all(torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
     assert not any(trainer.optimizer.state.values())
     line = trainer.step(samples[2:14], 1, [1e-3])
     assert line["bad_updates"] == 1 and line["grad_norm"] > 0
     assert any(not torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
+
+
+def test_an_infinite_loss_names_its_samples(capsys):
+    run = SimpleNamespace(policy=tiny_policy(), device="cpu", prompts=SimpleNamespace(release_features=lambda prompts: None),
+                          settings=SimpleNamespace(tokens_per_pass=10**6, keep_features=True, max_grad_norm=1.0, max_bad_updates=2),
+                          bad_in_a_row=0, bad_updates=0, checkpoints=SimpleNamespace(last_good=lambda: "none"))
+    run.judge = partial(Run.judge, run)
+    groups = tiny_groups(lengths=((5,), (3,), (4,)))
+    groups[1].completions[0][1] = IMAGE  # which nothing can have sampled
+    optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.1)
+    assert sft.train.step(run, optimizer, groups, 0.1)["bad_updates"] == 1
+    assert capsys.readouterr().out == f"update skipped: its loss is not finite at {groups[1].prompt.id} (1 in a row)\n"
+    with pytest.raises(ValueError, match=f"2 updates in a row .*; the last: its loss is not finite at {groups[1].prompt.id}"):
+        sft.train.step(run, optimizer, groups, 0.1)
+    assert "bad_updates" in sft.train.step(run, optimizer, groups[2:], 0.1) and run.bad_in_a_row == 0
+
+
+def test_where_the_objective_alone_is_infinite_all_samples_of_the_pass_are_named():
+    groups, mask = tiny_groups(lengths=((5, 1), (3, 3))), torch.ones(4, 5, dtype=torch.bool)
+    pack = Pack(groups, mask, loss=torch.tensor(1.0), old_logp=torch.zeros(4, 5), ref_logp=torch.zeros(4, 5))
+    assert pack.not_finite() == []
+    pack.loss = torch.tensor(float("inf"))
+    assert pack.not_finite() == [group.prompt.id for group in groups]
+    pack.ref_logp[3, 2] = float("-inf")
+    assert pack.not_finite() == [groups[1].prompt.id]
+    mask[3, 2] = False  # behind its end
+    assert pack.not_finite() == [group.prompt.id for group in groups]
 
 
 def test_a_run_of_them_ends_it_and_names_the_last_good_checkpoint(folder, tmp_path):

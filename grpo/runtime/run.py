@@ -18,6 +18,7 @@ from grpo.engine.lora import AdapterFile, add_adapter, begin_adapter, keep_start
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
 from grpo.engine.weights import Checkpoint, empty_policy, fill
+from grpo.group import Pack
 from grpo.runtime.answer import Prompts, answer
 from grpo.runtime.checkpoints import Checkpoints, differences, refusal
 from grpo.runtime.dist import all_gather, all_reduce_max, broadcast_from_rank_0, finish, rank, start
@@ -235,16 +236,20 @@ class Run:
             finish()
             sys.exit(128 + stopping)
 
-    def judge(self, norms: list[float]) -> dict:
-        """Updates with a loss or gradient that is not finite were skipped: count them, and end a run of them."""
+    def judge(self, norms: list[float], packs: list[Pack]) -> dict:
+        """Updates with a loss or gradient that is not finite were skipped: count them, name the samples of such a loss, and
+        end a run of them."""
         for norm in norms:
             self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
             self.bad_updates += not math.isfinite(norm)
         if self.bad_in_a_row:
-            say(f"update skipped: its loss or gradient is not finite ({self.bad_in_a_row} in a row)")
+            ids = all_gather([id for pack in packs for id in pack.not_finite()])
+            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+            at = f"its loss is not finite at {', '.join(ids[:5])}{more}" if ids else "its gradient is not finite"
+            say(f"update skipped: {at} ({self.bad_in_a_row} in a row)")
         if self.bad_in_a_row >= self.settings.max_bad_updates:
             raise ValueError(f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not finite "
-                             f"(--max_bad_updates); {self.checkpoints.last_good()}; lower --learning_rate or check the rewards")
+                             f"(--max_bad_updates; the last: {at}); {self.checkpoints.last_good()}; lower --learning_rate or check the rewards")
         return {"bad_updates": self.bad_updates} if self.bad_updates else {}
 
     # ── the parts of a run ───────────────────────────────────────────────────────────────────────────────────────
