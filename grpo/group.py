@@ -44,6 +44,8 @@ class Group:
     finished     G flags: True where the completion ended by itself, False where the limit cut it
     parts        (G, K) reward parts, unweighted
     rewards      (G,) the one number that each completion is judged by
+    counted      (G,) bool: False where the reward failed and the completion is left out (--reward_failures mask)
+    earlier      how often its sample came before in the same rollout
     """
 
     prompt: Prompt
@@ -52,6 +54,12 @@ class Group:
     finished: list[bool] = field(default_factory=list)
     parts: Tensor | None = None
     rewards: Tensor | None = None
+    counted: Tensor | None = None  # None: all of them
+    earlier: int = 0
+
+    def __post_init__(self):
+        if self.counted is None:
+            self.counted = torch.ones(len(self.completions), dtype=torch.bool)
 
     @property
     def lengths(self) -> list[int]:

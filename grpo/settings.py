@@ -30,6 +30,10 @@ class Settings(TrainingSettings):
     last_batch: str = curriculum("fill", "an epoch's incomplete last rollout", choices=LAST_BATCHES)
     reward_weights: str = reward("", "name=number[,name=number]; others keep the task's weight")
     reward_options: str = reward("", "options of the task's reward, name=number[,name=number]")
+    reward_seconds: float = reward(60.0, "longest call of the reward", above=0, resume="free")
+    reward_failures: str = reward("stop", "a call that raises, takes too long or gives no finite number: stop the run; "
+                                          "zero: all its parts; mask: leave the completion out",
+                                  choices=("stop", "zero", "mask"))
     validate_every: int = validation(0, "rollouts between validations; 0: at the end of every epoch", least=0)
     rollout_log_every: int = saving(10, "rollouts between records of whole groups in rollouts.jsonl", least=1)
     rollout_log_groups: int = saving(4, "groups of one record; 0 for no log of rollouts", least=0)

@@ -37,13 +37,13 @@ from grpo.runtime.answer import check_reward_options, roll_out
 from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
 from grpo.runtime.fsdp import reshard
 from grpo.runtime.liveness import Phases
-from grpo.runtime.log import progress, say
+from grpo.runtime.log import Means, progress, say
 from grpo.runtime.metrics import MetricsLog
 from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optimizer, optimizer_step, packed_pass
-from grpo.runtime.reward_calls import reward_parts, reward_weights
+from grpo.runtime.reward_calls import RewardCalls, reward_weights
 from grpo.runtime.rollout_log import RolloutLog
 from grpo.runtime.run import Run, read_lines
-from grpo.runtime.step_metrics import Sums, Symptoms, readable, rollout_metrics
+from grpo.runtime.step_metrics import Sums, Symptoms, outcome, readable, rollout_metrics
 from grpo.variants import load_objective, loss_options
 
 # ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -100,11 +100,13 @@ class Trainer:
         self.optimizer = make_optimizer(run.policy, settings)
         self.reference: Policy | None = run.reference(settings.model) if self.preset.beta else None
         self.weights = reward_weights(run.task.rewards.WEIGHTS, settings.reward_weights)  # of each reward part, by name
-        self.reward_options = parse_options(settings.reward_options, "reward_options")
+        self.call_reward = RewardCalls(run.task.rewards, run.encoder.decode, list(self.weights),
+                                       parse_options(settings.reward_options, "reward_options"),
+                                       settings.reward_seconds, settings.reward_failures)
         before = run.restore(self.optimizer)
         if rank() == 0:  # counts of all ranks until then go on with the first one's
             run.prompts.too_long, run.prompts.longest = before.get("too_long", 0), before.get("longest", 0)
-        self.learned = before.get("learned", False)
+        self.learned, self.without_signal = before.get("learned", False), before.get("without_signal", 0)
         self.rollout_log = RolloutLog(
             run, self.preset.temperature, settings.rollout_log_every * before.get("rollout_log_thinned", 1),
             settings.rollout_log_groups, int(settings.rollout_log_megabytes * 2**20), run.step)
@@ -113,7 +115,8 @@ class Trainer:
         """Rollout `number` on `samples`, and one update for each learning rate: the line for the metrics log."""
         phase = Phases()
         with phase("rollout"):  # sample G completions a prompt, and judge them
-            drawn = self.draw(split_across_ranks(samples), number)
+            drawn = self.draw(split_across_ranks(samples), number, split_across_ranks(earlier_appearances(samples)))
+            failures = self.call_reward.count_failures()
         groups = [group for group in drawn if self.preset.zero_variance_groups == "kept" or not zero_variance(group)]
         packs = equal_passes(self.pack(groups), self.run.device)
         with phase("reference"):  # what the policy that the run began with says to them
@@ -127,47 +130,57 @@ class Trainer:
         self.run.prompts.release_features([group.prompt for group in drawn])
         self.learned |= bool(learned)
         drawn_metrics = rollout_metrics(drawn, len(groups), self.run.prompts.too_long, list(self.weights))
+        self.without_signal += drawn_metrics.get("frac_reward_zero_std", 1) == 1
+        drawn_metrics |= {"rollouts_without_signal": self.without_signal, "reward_failures": failures}
         return {**drawn_metrics, **learned, **phase.metrics()}
 
     # ── sample and reward ────────────────────────────────────────────────────────────────────────────────────────
 
-    def draw(self, samples: list, number: int | str) -> list[Group]:
-        """This rank's groups with their rewards. With zero_variance_groups=resampled, groups that teach nothing are drawn
+    def draw(self, samples: list, number: int | str, earlier: list[int] = ()) -> list[Group]:
+        """This rank's groups with their rewards; `earlier` as in `sample`. With zero_variance_groups=resampled, groups that teach nothing are drawn
         again with other noise: DAPO's dynamic sampling."""
-        groups = self.reward(self.sample(samples, number))
+        groups = self.reward(self.sample(samples, number, earlier))
         tries = self.settings.resample_tries if self.preset.zero_variance_groups == "resampled" else 0
         for attempt in range(tries):  # every rank goes through every try: gathering weights is a collective
             again = [i for i, group in enumerate(groups) if zero_variance(group)]
-            new = self.reward(self.sample([groups[i].prompt.sample for i in again], f"{number}/{attempt}"))
+            new = self.reward(self.sample([groups[i].prompt.sample for i in again], f"{number}/{attempt}",
+                                          [groups[i].earlier for i in again]))
             for i, group in zip(again, new):
                 groups[i] = group
         return groups
 
-    def sample(self, samples: list, number: int | str) -> list[Group]:
-        """G completions for each sample whose prompt is short enough."""
+    def sample(self, samples: list, number: int | str, earlier: list[int] = ()) -> list[Group]:
+        """G completions for each sample whose prompt is short enough. earlier: how often each sample came before in this
+        rollout, over all ranks (empty: never); its completions then have noise of their own."""
         settings = self.settings
         prompts = self.run.prompts.short_enough(samples, settings.max_prompt_tokens)
+        short = {id(prompt.sample) for prompt in prompts}
+        earlier = tuple(count for sample, count in zip(samples, earlier) if id(sample) in short)
         sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, self.preset.temperature,
-                            rows=settings.rollout_rows, seed=f"{settings.seed}/{number}")
-        return roll_out(self.policy, prompts, self.preset.group_size, sampling)
+                            rows=settings.rollout_rows, seed=f"{settings.seed}/{number}", earlier=earlier)
+        groups = roll_out(self.policy, prompts, self.preset.group_size, sampling)
+        for group, count in zip(groups, earlier):
+            group.earlier = count
+        return groups
 
     def reward(self, groups: list[Group]) -> list[Group]:
         """The groups, with (G, K) reward parts and (G,) rewards."""
         weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
         for group in groups:
-            group.parts = reward_parts(group, self.run.task.rewards.reward, self.run.encoder.decode, list(self.weights),
-                                       self.reward_options)
-            group.rewards = combine_rewards(group.parts[None], weights, self.preset.combine)[0]
+            group.parts, group.counted = self.call_reward(group)
+            group.rewards = combine_rewards(group.parts[None], weights, self.preset.combine, counted=group.counted[None])[0]
         return groups
 
     # ── reference and advantage ──────────────────────────────────────────────────────────────────────────────────
 
     def pack(self, groups: list[Group]) -> list[Pack]:
-        """Groups for one pass each. Completions cut by the limit do not train if the objective says so."""
+        """Groups for one pass each. Completions whose reward failed do not train, and those cut by the limit if the
+        objective says so."""
         packs = make_packs(groups, self.settings.tokens_per_pass, self.run.device)
         for pack in packs:
             cut = torch.tensor([not finished for group in pack.groups for finished in group.finished], device=self.run.device)
-            pack.mask = truncation_mask(pack.mask, cut, self.preset.truncated)
+            counted = torch.cat([group.counted for group in pack.groups]).to(self.run.device)
+            pack.mask = truncation_mask(pack.mask, cut, self.preset.truncated) & counted[:, None]
         return packs
 
     @torch.no_grad()
@@ -186,10 +199,12 @@ class Trainer:
         waiting = [pack for pack in packs if pack.advantages is None]  # all but the idle ones
         mine = [row for pack in waiting for row in self.rewards_of(pack).tolist()]
         before, everyone = sum(all_gather([len(mine)])[: rank()]), all_gather(mine)
+        counted = all_gather([group.counted.tolist() for pack in waiting for group in pack.groups])
         if not everyone:
             return
         preset, everyone = self.preset, torch.tensor(everyone, dtype=torch.float64)
-        rows = group_advantages(everyone, preset.scale, preset.ddof, preset.eps)[before:].to(self.run.device, torch.float32)
+        rows = group_advantages(everyone, preset.scale, preset.ddof, preset.eps, torch.tensor(counted))[before:]
+        rows = rows.to(self.run.device, torch.float32)
         for pack in waiting:
             pack.advantages, rows = rows[: len(pack.groups)].flatten(), rows[len(pack.groups):]
 
@@ -243,12 +258,17 @@ class Trainer:
         """What a run that goes on must know besides weights and optimizer."""
         prompts = self.run.prompts
         return {"too_long": sum(all_gather([prompts.too_long])), "longest": max(all_gather([prompts.longest])),
-                "learned": any(all_gather([self.learned])),
+                "learned": any(all_gather([self.learned])), "without_signal": self.without_signal,
                 "rollout_log_thinned": self.rollout_log.every // self.settings.rollout_log_every}
 
 
+def earlier_appearances(samples: list) -> list[int]:
+    """How often each one came before in the list: twice in a rollout, a sample is to be answered in two ways."""
+    return [sum(other is sample for other in samples[:i]) for i, sample in enumerate(samples)]
+
+
 def zero_variance(group: Group) -> bool:
-    return bool(zero_variance_groups(group.rewards[None]))
+    return bool(zero_variance_groups(group.rewards[None], group.counted[None]))
 
 
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -261,7 +281,7 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
     split = f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy" if settings.predictions else len(curriculum.hard)
     say(f"{split} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
-    trainer.rollout_log.last, symptoms = rollouts - 1, Symptoms()
+    trainer.rollout_log.last, symptoms, means = rollouts - 1, Symptoms(), Means(rollouts)
     if not run.step:
         run.metrics_log.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
@@ -272,15 +292,18 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
             step, last = done + 1, done + 1 == rollouts
             line = {"step": step, "epoch": epoch, **trainer.step(batch, done, rates, epoch)}
             bar.update()
-            if last or (step % settings.validate_every == 0 if settings.validate_every else last_of_epoch):
+            if validated := last or (step % settings.validate_every == 0 if settings.validate_every else last_of_epoch):
                 line |= run.validate(step)
             run.metrics_log.write(line)
-            say("\n".join([readable(line, rollouts), *symptoms.found(line)]))
+            found = symptoms.found(line)
+            if mean := means.add(line, due=validated or bool(found)):
+                say("\n".join([readable(mean, rollouts), *found]))
             run.checkpoint(trainer.optimizer, step, trainer.progress, last)
     if not sum(all_gather([trainer.learned])):
         raise ValueError(f"nothing was learned: {sum(all_gather([run.prompts.too_long]))} prompts are longer than --max_prompt_tokens "
                          f"{settings.max_prompt_tokens} (the longest has {max(all_gather([run.prompts.longest]))} tokens), the rest gave "
                          f"zero-variance groups")
+    say(outcome(run.metrics_log.values("reward"), settings.valid_metric if run.valid else "", run.best_step))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ SFT is `score` with one continuation a prompt and the loss −log p. Without --r
 the target: the label-only baseline.
 """
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ from grpo.group import Group, make_packs, pad_rows
 from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
 from grpo.runtime.fsdp import encode_images_unsharded
 from grpo.runtime.liveness import heartbeat
-from grpo.runtime.log import Stopwatch, progress, say
+from grpo.runtime.log import Means, Stopwatch, progress, say
 from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optimizer, optimizer_step, packed_pass
 from grpo.runtime.run import Run, read_ids, read_lines
 
@@ -102,7 +103,7 @@ def train(run: Run, pairs: list[tuple]) -> None:
     steps, done, in_vain = per_epoch * settings.epochs, run.step, before["in_vain"]
     trained = before["trained"] if rank() == 0 else 0
     minutes = lambda: (before["seconds"] + clock.total()) / 60
-    over = before["over"]
+    over, means = before["over"], Means(steps)
     while done < steps and not over:
         epoch, index = divmod(done, per_epoch)
         order = random.Random(f"{settings.seed}/{epoch}").sample(pairs, len(pairs))
@@ -118,7 +119,8 @@ def train(run: Run, pairs: list[tuple]) -> None:
                 done += 1
                 run.metrics_log.write({"step": done, "epoch": epoch, **line, "step_time": watch.total()})
                 bar.update()
-                say(f"{done}/{steps}  loss {line.get('loss', float('nan')):.4f}  rate {rate:.2g}  {watch.total():.1f} s")
+                if mean := means.add({"loss": math.nan, **line, "step_time": watch.total()}, due=done == steps):
+                    say(f"{done}/{steps}  loss {mean['loss']:.4f}  rate {rate:.2g}  {mean['step_time']:.1f} s")
                 if done % per_epoch == 0:
                     report_dropped(epoch, int(all_reduce_sum(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
                     trained, (in_vain, over) = 0, end_epoch(run, epoch, done, in_vain, minutes())

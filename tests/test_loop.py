@@ -14,7 +14,7 @@ from grpo.objective import grpo_loss
 from grpo.runtime.run import Run
 from grpo.runtime.settings import parse
 from grpo.runtime.step_metrics import readable
-from grpo.train import Curriculum, Settings, Trainer
+from grpo.train import Curriculum, Settings, Trainer, earlier_appearances
 from grpo.variants import PRESETS, Preset, setting
 from programs import COMMON, lines
 from tiny import pack_of
@@ -86,6 +86,20 @@ def test_a_rollout_of_flat_groups_alone_moves_nothing_without_a_kl(folder, tmp_p
     assert all(torch.equal(before[name], p) for name, p in trainer.run.policy.named_parameters())
 
 
+def test_a_rollout_without_signal_moves_the_weights_further_than_their_decay(folder, tmp_path, monkeypatch):
+    """Adam divides the KL's gradient by its own size, however small it is."""
+    trainer, _, samples = make(folder, tmp_path, "--updates", 1, "--beta", 1e-3, "--learning_rate", 1e-4)
+    lines = [trainer.step(samples[2 * i : 2 * i + 2], i, [1e-4]) for i in range(3)]
+    before = weights(trainer)
+    monkeypatch.setattr(trainer.run.task.rewards, "reward", lambda *_, **__: dict.fromkeys(trainer.weights, 0.0))
+    line = trainer.step(samples[:2], 3, [1e-4])
+    distance = lambda tensors: sum(float(tensor.norm() ** 2) for tensor in tensors) ** 0.5
+    decay = distance(1e-4 * 0.1 * before[name] for name, p in trainer.policy.named_parameters() if p.requires_grad and p.ndim > 1)
+    moved = distance(p.detach() - before[name] for name, p in trainer.policy.named_parameters())
+    assert line["rollouts_without_signal"] == lines[-1]["rollouts_without_signal"] + 1 and line["frac_reward_zero_std"] == 1
+    assert moved > 5 * decay
+
+
 def test_dropped_flat_groups_leave_a_step_that_says_so(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
     line = trainer.step(samples[:2], 0, [1e-3, 1e-3])
@@ -99,6 +113,7 @@ def test_a_run_in_which_no_group_teaches_points_to_the_training_guide_once(folde
     said = capsys.readouterr().out.splitlines()
     pointer, = [i for i, text in enumerate(said) if text.startswith("All groups have zero variance") and "training-guide" in text]
     assert said[pointer - 1].startswith("3/5")
+    assert [line["rollouts_without_signal"] for line in lines(tmp_path / "metrics.jsonl")[1:]] == [1, 2, 3, 4, 5]
 
 
 def test_the_first_update_of_a_rollout_is_exactly_on_policy(folder, tmp_path):
@@ -161,15 +176,43 @@ def test_rloo_without_a_kl_needs_no_reference(folder, tmp_path):
     assert trainer.reference is None and trainer.step(samples[:2], 0, [1e-3])["prompts"] == 2
 
 
-def test_a_reward_that_raises_or_is_not_a_number_names_the_sample(folder, tmp_path, monkeypatch):
-    trainer, _, samples = make(folder, tmp_path)
-    monkeypatch.setattr(trainer.run.task.rewards, "reward", lambda text, sample, **_: 1 / 0)
-    with pytest.raises(ValueError, match=f"{samples[0].id}: its reward raised ZeroDivisionError"):
-        trainer.step(samples[:2], 0, [1e-3])
-    parts = {"format": 1.0, "length": float("nan"), "answer": 0.0}
-    monkeypatch.setattr(trainer.run.task.rewards, "reward", lambda text, sample, **_: parts)
-    with pytest.raises(ValueError, match=f"{samples[0].id}: reward .*nan"):
-        trainer.step(samples[:2], 0, [1e-3])
+def test_a_completion_whose_reward_failed_is_left_out_counted_and_not_trained(folder, tmp_path, monkeypatch, capsys):
+    trainer, _, samples = make(folder, tmp_path, "--reward_failures", "mask", "--beta", 0, "--weight_decay", 0)
+    real, seen = trainer.run.task.rewards.reward, []
+
+    def reward(text, sample, **options):
+        seen.append(text)
+        return None if len(seen) in (2, 5) else {**real(text, sample, **options), "length": float(len(seen))}
+
+    monkeypatch.setattr(trainer.run.task.rewards, "reward", reward)
+    packs, fill = [], trainer.fill_advantages
+    monkeypatch.setattr(trainer, "fill_advantages", lambda p: (fill(p), packs.extend(p)))
+    line = trainer.step(samples[:2], 0, [1e-3])
+    assert line["reward_failures"] == 2 and line["rewards/length/mean"] == sum((1, 3, 4, 6, 7, 8)) / 6
+    mask, advantages = torch.cat([pack.mask.any(dim=1) for pack in packs]), torch.cat([pack.advantages for pack in packs])
+    assert mask.tolist() == [True, False, True, True, False, True, True, True] and (advantages[~mask] == 0).all()
+    assert abs(advantages[:4].sum()) < 1e-6 and line["grad_norm"] > 0
+    assert "2 rewards failed (--reward_failures mask); the first: " in capsys.readouterr().out
+    assert trainer.step(samples[:2], 1, [1e-3])["reward_failures"] == 0
+
+
+def test_a_sample_that_comes_twice_in_a_rollout_is_answered_in_two_ways(folder, tmp_path, monkeypatch):
+    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "resampled", "--reward_weights", "format=0,length=0,answer=0",
+                               "--resample_tries", 1)
+    assert earlier_appearances([samples[0], samples[1], samples[0], samples[0]]) == [0, 0, 1, 2]
+    written = lambda groups: [[completion.tolist() for completion in group.completions] for group in groups]
+    alone = written(trainer.sample(samples[:2], 0))
+    monkeypatch.setattr(trainer.settings, "max_prompt_tokens", max(len(trainer.run.prompts(sample)) for sample in samples[:2]))
+    too_long = next(sample for sample in samples if len(trainer.run.prompts(sample)) > trainer.settings.max_prompt_tokens)
+    batch = [samples[0], too_long, samples[0], samples[1]]
+    drawn = trainer.sample(batch, 0, earlier_appearances(batch))
+    first, again, other = written(drawn)
+    assert [first, other] == alone and [group.earlier for group in drawn] == [0, 1, 0]
+    assert not any(completion in first for completion in again)
+    other_rank = written(trainer.sample([samples[0]], 0, [1]))  # the second appearance falls to another rank
+    assert other_rank == [again]
+    first, again, other = written(trainer.draw(batch, 0, earlier_appearances(batch)))  # all are drawn again, these two apart
+    assert [first, other] != alone and not any(completion in first for completion in again)
 
 
 def test_the_same_seed_gives_the_same_run(folder, tmp_path):

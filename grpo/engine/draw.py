@@ -18,8 +18,9 @@ BLOCK = 512
 class Sampling:
     """How to continue a prompt.
 
-    temperature 0 is greedy. `seed` and the prompt's id make each completion's own noise, so that it depends
-    neither on who else is in the batch nor on the number of processes. `rows` live at once (memory, not result).
+    temperature 0 is greedy. `seed`, the prompt's id and the completion's number make its own noise, so that it depends
+    neither on who else is in the batch nor on the number of ranks. `earlier` says of each prompt how often it came
+    before in the same rollout (empty: never): its completions are then numbered on, from G or 2G. `rows` live at once (memory, not result).
     top_p and top_k are for evaluation: in training rollouts they are refused (see `check_training`).
     """
 
@@ -30,6 +31,7 @@ class Sampling:
     top_k: int = 0
     rows: int = 64
     seed: str = "0"
+    earlier: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.max_tokens < 1:

@@ -137,7 +137,8 @@ class Rollout:
             self.prefill(new)
         hidden_of = {slot.prompt: slot.last_hidden for slot in self.slots}
         for p, i in entering:
-            row = Row(p, i, noise(self.sampling.seed, self.prompts[p].id, i, self.sampling.max_tokens))
+            number = i + self.group_size * (self.sampling.earlier[p] if self.sampling.earlier else 0)
+            row = Row(p, i, noise(self.sampling.seed, self.prompts[p].id, number, self.sampling.max_tokens))
             row.draft = self.speculation.draft(p, i, row.tokens) if self.speculation else None
             self.rows.append(row)
         entered = torch.stack([hidden_of[p] for p, _ in entering])

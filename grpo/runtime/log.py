@@ -1,6 +1,7 @@
 """What a run says while it works: a progress bar for long work, one line an update, tables. Imports neither torch nor
 transformers before a bar is drawn, so that a message costs nothing."""
 
+import math
 import os
 import shutil
 import sys
@@ -58,6 +59,28 @@ class PlainProgress:
             left = round(max(0, self.total - self.n) / rate)
             print(f"{self.what}: {self.n}/{self.total} {self.unit}s, {rate:.3g} a second, "
                   f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
+
+
+class Means:
+    """Lines about a run's updates: the first, the last, and between them at most LINES, SECONDS apart at least. Each is the
+    mean since the one before: single updates are noise, and every one of them is in metrics.jsonl."""
+
+    LINES, SECONDS = 50, 10.0
+
+    def __init__(self, total: int):
+        self.total, self.since, self.said = total, [], 0.0
+
+    def add(self, line: dict, due: bool = False) -> dict | None:
+        """The mean of this update and those before it that no line has told, where it is time for a line or one is due;
+        of whole numbers and of what is no number the last one."""
+        self.since.append(line)
+        now, few = time.monotonic(), len(self.since) < self.total / self.LINES
+        if not due and self.said and (few or now - self.said < self.SECONDS):
+            return None
+        told, self.since, self.said = self.since, [], now
+        names = {name: [entry[name] for entry in told if isinstance(entry.get(name), float) and math.isfinite(entry[name])]
+                 for entry in told for name in entry}
+        return {name: sum(values) / len(values) if values else told[-1].get(name) for name, values in names.items()}
 
 
 class Stopwatch:

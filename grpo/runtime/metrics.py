@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one JSON object an update, and the same numbers as TensorBoard events."""
 
+import json
 from pathlib import Path
 
 from grpo.runtime.dist import rank
@@ -31,6 +32,11 @@ class MetricsLog:
                     if name != "step" and isinstance(value, (int, float)):
                         self.events.add_scalar(name, value, line.get("step", 0))
                 self.events.flush()
+
+    def values(self, name: str) -> list[float]:
+        """A metric of all updates so far that have it, of those before a restart too."""
+        with self.path.open(encoding="utf-8") as file:
+            return [line[name] for line in map(json.loads, file) if line.get(name) is not None]
 
 
 def open_events(folder: Path, choice: str, step: int = 0):

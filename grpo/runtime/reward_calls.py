@@ -1,13 +1,45 @@
-"""The task's reward, called for every completion of a rollout: whatever it does wrong names its sample."""
+"""The task's reward, called for every completion of a rollout: what hangs, raises or gives no number names its sample.
 
+A rollout is seeded: the same command meets the same failure again, so what happens then is a setting.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
 from typing import Callable
 
 import torch
 from torch import Tensor
 
 from grpo.group import Group
+from grpo.runtime.dist import all_gather
 from grpo.runtime.liveness import heartbeat
+from grpo.runtime.log import say
 from grpo.runtime.settings import parse_options
+
+# No thread of ours runs while a reward holds the interpreter (a loop in C), and no signal is heeded: so another process
+# has the clock. A line begins a call, "seconds what to say", an empty one ends it.
+CLOCK = """
+import os, select, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+line = ""
+while True:
+    seconds, _, message = line.partition(" ")
+    if not select.select([0], [], [], float(seconds) if seconds else None)[0]:
+        print(message, file=sys.stderr, flush=True)
+        os.kill(int(sys.argv[1]), signal.SIGKILL)
+        break
+    read = os.read(0, 1 << 16).decode(errors="replace")
+    if not read:
+        break
+    line = read.split("\\n")[-2]
+"""
 
 
 def reward_weights(known: dict[str, float], given: str) -> dict[str, float]:
@@ -18,19 +50,91 @@ def reward_weights(known: dict[str, float], given: str) -> dict[str, float]:
     return weights
 
 
-def reward_parts(group: Group, reward: Callable, decode: Callable, names: list[str], options: dict) -> Tensor:
-    """(G, K) float64: what `reward(text, sample, **options)` gives for each of K named parts, unweighted.
+class TookTooLong(BaseException):
+    """No Exception: a reward that catches all of those is interrupted too."""
 
-    Raises ValueError, naming the sample: an error in the reward, a part that is missing or not a finite number.
-    """
-    sample, rows = group.prompt.sample, []
-    for completion in group.completions:
-        heartbeat()
+
+@functools.cache
+def clock():
+    """The clock's standard input; it ends with this process."""
+    command = [sys.executable, "-S", "-E", "-c", CLOCK, str(os.getpid())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True).stdin
+
+
+def set_clock(line: str) -> None:
+    with contextlib.suppress(OSError):  # a clock that is gone is missed only where a reward hangs
+        clock().write(line.replace("\n", " ").encode(errors="replace")[:2000] + b"\n")
+
+
+def within_seconds(seconds: float, what: str, call: Callable):
+    """`call()`, or TookTooLong after so many seconds. Where it holds the interpreter the process is ended, after twice as
+    many, in one line that says `what`."""
+    def alarm(*_):
+        raise TookTooLong
+
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        return call()
+    set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be interrupted; the "
+              f"process is ended (--reward_seconds)")
+    before = signal.signal(signal.SIGALRM, alarm)
+    try:
         try:
-            given = reward(decode(completion), sample, **options)
-            rows.append([float(given[name]) for name in names])
+            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again, should the call catch it
+            return call()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # whatever the last alarm has interrupted
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        set_clock("")
+
+
+class RewardCalls:
+    """Calls a task's `rewards.reward(text, sample, **options)`, which gives K named parts, for each completion of a group.
+
+    A call fails that raises, takes more than `seconds`, or gives no finite number for a part. failures: "stop" is a
+    ValueError that names sample and completion; "zero" gives it parts of 0; "mask" takes the completion out of its
+    group's mean and std and does not train it.
+    """
+
+    def __init__(self, rewards, decode: Callable, names: list[str], options: dict, seconds: float, failures: str):
+        self.rewards, self.decode, self.names, self.options = rewards, decode, names, options
+        self.seconds, self.failures, self.failed = seconds, failures, []
+
+    def __call__(self, group: Group) -> tuple[Tensor, Tensor]:
+        """(G, K) float64 parts, unweighted, and (G,) bool: which of the completions count."""
+        rows, counted = [], []
+        for i, completion in enumerate(group.completions):
+            heartbeat()
+            text = self.decode(completion)
+            what = f"{group.prompt.sample.id}, completion {i} ({text[:60]!r}): its reward"
+            parts, fault = self.parts(text, group.prompt.sample, what)
+            if fault and self.failures == "stop":
+                raise ValueError(f"{what} {fault}; --reward_failures zero or mask goes on without it")
+            self.failed += [f"{what} {fault}"] if fault else []
+            rows.append(parts)
+            counted.append(not fault or self.failures == "zero")
+        return torch.tensor(rows, dtype=torch.float64), torch.tensor(counted)
+
+    def parts(self, text: str, sample, what: str) -> tuple[list[float], str]:
+        """(K parts, "") or (zeros, what is wrong)."""
+        try:
+            given = within_seconds(self.seconds, what, lambda: self.rewards.reward(text, sample, **self.options))
+        except TookTooLong:
+            fault = f"took more than {self.seconds:g} seconds (--reward_seconds)"
         except Exception as error:
-            raise ValueError(f"{sample.id}: its reward raised {type(error).__name__}: {error}") from error
-        if not torch.tensor(rows[-1]).isfinite().all():
-            raise ValueError(f"{sample.id}: reward {given}; every part must be a finite number")
-    return torch.tensor(rows, dtype=torch.float64)
+            fault = f"raised {type(error).__name__}: {error}"
+        else:
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                parts = [float(given[name]) for name in self.names]
+                if all(map(math.isfinite, parts)):
+                    return parts, ""
+            fault = f"gave {given!r:.200}; expected a finite number for each of {', '.join(self.names)}"
+        return [0.0] * len(self.names), fault
+
+    def count_failures(self) -> int:
+        """Those since the last call, over all ranks; the first is said."""
+        every, self.failed = all_gather(self.failed), []
+        if every:
+            say(f"{len(every)} rewards failed (--reward_failures {self.failures}); the first: {every[0]}")
+        return len(every)

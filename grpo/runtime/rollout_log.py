@@ -67,7 +67,7 @@ class RolloutLog:
         """Groups that teach before zero-variance ones, else those with the smallest hash of their sample's id, whichever
         rank drew them: a choice without taste, and one sample is preferred whenever it comes round, to be followed."""
         groups = [group for pack in packs for group in pack.groups if group.rewards is not None]  # an idle pack's has none
-        flat = zero_variance_groups(torch.stack([group.rewards for group in groups])).tolist() if groups else []
+        flat = [bool(zero_variance_groups(group.rewards[None], group.counted[None])) for group in groups]
         names = [hashlib.sha256(group.prompt.id.encode()).hexdigest() for group in groups]
         order = [(flat[i], names[i], rank(), i) for i in range(len(groups))]
         return [groups[i] for *_, owner, i in sorted(all_gather(order))[: self.groups] if owner == rank()]

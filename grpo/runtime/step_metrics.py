@@ -29,6 +29,7 @@ def rollout_metrics(groups: list[Group], kept: int, too_long: int, names: list[s
     too_long, kept = (sum(all_gather([count])) for count in (too_long, kept))
     G = max(all_gather([len(group.completions) for group in groups]), default=1)
     rewards = together([group.rewards.tolist() for group in groups], G)
+    counted = together([group.counted.tolist() for group in groups], G).bool()
     parts = together([row for group in groups for row in group.parts.tolist()], len(names))
     lengths = together([length for group in groups for length in group.lengths])
     finished = together([float(flag) for group in groups for flag in group.finished])
@@ -38,10 +39,10 @@ def rollout_metrics(groups: list[Group], kept: int, too_long: int, names: list[s
         "prompts": len(rewards),
         "prompts_too_long": too_long,
         "groups_dropped": len(rewards) - kept,
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(dim=1).mean().item(),
-        "frac_reward_zero_std": zero_variance_groups(rewards).double().mean().item(),
-        **{f"rewards/{name}/mean": parts[:, k].mean().item() for k, name in enumerate(names)},
+        "reward": rewards[counted].mean().item(),
+        "reward_std": torch.stack([row[known].std() for row, known in zip(rewards, counted)]).nanmean().item(),
+        "frac_reward_zero_std": zero_variance_groups(rewards, counted).double().mean().item(),
+        **{f"rewards/{name}/mean": parts[counted.flatten(), k].mean().item() for k, name in enumerate(names)},
         "completions/mean_length": lengths.mean().item(),
         "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": 1 - finished.mean().item(),
@@ -49,14 +50,25 @@ def rollout_metrics(groups: list[Group], kept: int, too_long: int, names: list[s
 
 
 def readable(line: dict, rollouts: int) -> str:
-    """One rollout and its updates as one line for people."""
+    """One rollout and its updates, or the mean of several, as one line for people."""
     if "loss" not in line:
         return (f"{line['step']}/{rollouts}  no group to learn from ({line['groups_dropped']} zero-variance ones dropped, "
                 f"{line['prompts_too_long']} prompts too long so far)")
     parts = "  ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in line.items() if name.startswith("rewards/"))
+    cut = f"  cut {line['completions/clipped_ratio']:.0%}" if line["completions/clipped_ratio"] else ""
     return (f"{line['step']}/{rollouts}  reward {line['reward']:.3f} ({parts})  kl {line.get('kl', 0):.4f}  "
-            f"length {line['completions/mean_length']:.0f}  zero-variance {line['frac_reward_zero_std']:.0%}  "
+            f"tokens {line['completions/mean_length']:.0f}{cut}  zero-variance {line['frac_reward_zero_std']:.0%}  "
             f"{line['step_time']:.1f} s")
+
+
+def outcome(rewards: list[float], metric: str, best_step: int) -> str:
+    """What has become of the mean rewards of a run's rollouts, whose best validation by `metric` ("": none) is of this step."""
+    tenth = -(-len(rewards) // 10)
+    first, last = (sum(part) / tenth for part in (rewards[:tenth], rewards[-tenth:]))
+    best = f", best {metric} at step {best_step}" if metric else ""
+    learning = last > first or best_step or len(rewards) < 10
+    return f"reward {first:.2f} → {last:.2f} (first and last tenth){best}" + (
+        "" if learning else ": not learning, see docs/training-guide.md")
 
 
 SYMPTOMS = {  # its name in docs/training-guide.md: whether a rollout's line shows it
