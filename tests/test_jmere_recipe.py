@@ -77,7 +77,7 @@ def test_the_demo_is_the_same_pipeline_in_small(tmp_path):
                                            "grpo.evaluate", "grpo.compare", "grpo.report"]
     (_, data), (_, untrained), (_, sft_), (_, first), (_, stage_2), (_, second) = settings_of(calls)
     assert data.repredict and data.score and sft_.responses == data.output and sft_.train_vision
-    assert not untrained.reasoning and first.reasoning and first.temperature == second.temperature == 0
+    assert untrained.reasoning is False and first.reasoning is None and first.temperature == second.temperature == 0
     assert stage_2.objective.name == "jmere-r1" and second.model == "runs/demo-jmere/grpo/model"
     assert {settings.data for _, settings in settings_of(calls)} == {"runs/demo-jmere/world/JMERE"}
 
