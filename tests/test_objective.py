@@ -9,6 +9,7 @@ import scalar_reference
 import torch
 
 from grpo.advantage import group_advantages, kl_penalised_rewards
+from grpo.gates import sapo_surrogate, vespo_surrogate
 from grpo.objective import (
     AGGREGATES,
     KL_KINDS,
@@ -20,9 +21,7 @@ from grpo.objective import (
     kl_estimate,
     mean_statistics,
     ppo_surrogate,
-    sapo_surrogate,
     truncation_mask,
-    vespo_surrogate,
 )
 
 NAN = float("nan")

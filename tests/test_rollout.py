@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from grpo.engine.attention import Grid, Packed
+from grpo.engine.attention import Packed
+from grpo.engine.decode import Grid
 from grpo.engine.draw import draw_tokens, noise
 from grpo.engine.rollout import Sampling, sample
 from tiny import END, IMAGE, START, VIDEO, tiny_model, tiny_policy, tiny_prompt

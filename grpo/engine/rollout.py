@@ -16,7 +16,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from grpo.engine.attention import Decode, KeysValues, Packed
+from grpo.engine.attention import Packed
+from grpo.engine.decode import Decode, KeysValues
 from grpo.engine.draw import Sampling, draw_tokens, noise
 from grpo.engine.head import token_logits
 from grpo.engine.policy import Policy
