@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from grpo.engine.backbones import backbone
-from grpo.engine.files import model_file, read_json
+from grpo.engine.files import hub_options, model_file, read_json
 from grpo.group import Prompt
 
 DATE = "26 Jul 2024"  # Llama 3's template would write today's into every prompt: no run could be repeated tomorrow
@@ -164,7 +164,7 @@ def vocabulary_size(tokenizer) -> int:
 def load_tokenizer(model: str):
     model_file(model, "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, **hub_options(model))
     except (OSError, ValueError) as error:
         raise ValueError(f"{model}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
     if not tokenizer.chat_template:  # older checkpoints keep the processor's, in a file of its own

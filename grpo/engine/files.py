@@ -3,9 +3,32 @@
 import json
 import os
 import shutil
+import urllib.error
+import urllib.request
+from functools import cache
 from pathlib import Path
 
 TRAINING = "training.json"  # beside exported weights: how the next stage is to ask
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def hub_options(model: str) -> dict:
+    """How transformers is to look for a hub's model: only among what was downloaded before where there is no network."""
+    return {} if Path(model).is_dir() or hub_answers() else {"local_files_only": True}
+
+
+@cache
+def hub_answers() -> bool:
+    """One attempt of seconds, where the hub's library would take half a minute for every file."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(HUB, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:  # an answer too
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def model_file(model: str, name: str) -> Path:
@@ -17,11 +40,16 @@ def model_file(model: str, name: str) -> Path:
         return path
     from transformers.utils import cached_file  # here, for it brings transformers along
 
+    options = hub_options(model)
     try:
-        return Path(cached_file(model, name))
+        if (path := cached_file(model, name, **options)) is not None:
+            return Path(path)
+        reason = f"the hub's model has no file {name}"
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{model}: {name}: neither a folder nor a model on the hub that can be reached ({reason})") from None
+        reason = " ".join(str(error).split("\n")[:2])  # the second line says where to ask for access to a gated model
+    if options:
+        reason = f"not among the models that were downloaded before, while {HUB} cannot be reached (or HF_HUB_OFFLINE is set)"
+    raise ValueError(f"{model}: {name}: no folder here, and {reason}")
 
 
 def read_json(model: str, name: str) -> dict:
