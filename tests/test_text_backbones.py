@@ -219,8 +219,8 @@ def test_sliding_windows_are_refused():
 def test_every_backbone_says_the_same_things_and_a_text_only_one_is_a_small_file():
     said = re.findall(r"^    (\w[\w, ]*?)  ", backbone.__globals__["__doc__"], re.MULTILINE)
     names = [name for line in said for name in line.split(", ")]
-    seeing = ["load_image_processor", "preprocess", "image_token_counts", "features"]
-    assert len(names) == 13 and set(seeing) < set(names)
+    seeing = ["load_image_processor", "preprocess", "image_token_counts", "seen_size", "features"]
+    assert len(names) == 14 and set(seeing) < set(names)
     for name in MODEL_TYPES:
         module = backbone(name)
         sees = module.IMAGE_TOKEN is not None
