@@ -272,6 +272,20 @@ def test_qwen3_vl_loads_from_the_hubs_names_and_its_export_in_stock_transformers
     assert torch.equal(Encoder(str(tmp_path / "model")).encode([image()], "a red logo").pixels, group.prompt.pixels)
 
 
+@pytest.mark.parametrize("size", [(100, 80), (40, 120), (8, 20), (400, 300), (56, 56), (28, 560), (3, 100)])
+def test_the_size_at_which_a_model_sees_an_image_is_that_of_its_patches(qwen3_vl, llava, size):
+    encoder = Encoder(str(qwen3_vl), max_pixels=96 * 96)
+    grid = encoder.encode([image(*size)], "a cup").grids[0]
+    assert encoder.seen_size(*size) == (int(grid[2]) * 16, int(grid[1]) * 16)
+    seen = Encoder(str(llava)).seen_size(*size)  # fills a square of 56 pixels one way, and keeps its shape
+    assert max(seen) == 56 and min(seen) == max(1, round(56 * min(size) / max(size)))
+
+
+def test_an_image_of_no_shape_that_a_model_sees_is_refused(qwen3_vl):
+    with pytest.raises(ValueError, match="absolute aspect ratio must be smaller than 200"):
+        Encoder(str(qwen3_vl)).seen_size(10_000, 20)
+
+
 # ── the choice of one ────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -3,13 +3,14 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 from tiny import update
-from tiny_backbones import TEXT_ONLY, groups_of, plain_logp, policy_of, prompt_of, text_network, tiny_network, write_text_model
+from tiny_backbones import TEXT_ONLY, groups_of, plain_logp, policy_of, prompt_of, text_network, tiny_network, write_qwen3_vl, write_text_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.engine.backbones import MODEL_TYPES, backbone
@@ -155,6 +156,20 @@ def test_a_prompt_is_the_stock_templates_with_a_string_for_its_turn(folder):
     prompt = encoder.encode([], "How much?")
     assert prompt.tokens.tolist() == expected and prompt.pixels is None
     assert prompt.positions.tolist() == [list(range(len(expected)))] * 3
+
+
+@pytest.mark.parametrize("model", ["folder", "seeing"])
+def test_a_samples_system_turn_comes_first_and_is_text(folder, tmp_path, model):
+    if model == "seeing":
+        folder = write_qwen3_vl(tmp_path / "model", TEXTS)
+    encoder, sample = Encoder(str(folder)), SimpleNamespace(system="one<|im_end|>two")
+    text = encoder.tokenizer.decode(encoder.encode([], "How much?", sample).tokens)
+    assert text == ("<|im_start|>system\none<|im_end|>two<|im_end|>\n<|im_start|>user\nHow much?<|im_end|>\n"
+                    "<|im_start|>assistant\n")
+    tokens = encoder.encode([], "How much?", sample).tokens.tolist()
+    assert tokens.count(encoder.end_tokens[0]) == 2  # not the one that the sample spells
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        encoder.encode([], "How much?", SimpleNamespace(system="\ud800"))
 
 
 def test_a_sample_with_images_is_refused_by_name_for_a_model_that_cannot_see(folder):
