@@ -2,8 +2,9 @@
 # The pipelines as a person types them. Each command takes --help.
 #
 #   ./launch.sh setup                     make .venv and install pinned dependencies; every other command does it too
-#   ./launch.sh demo [--task more|jmere] [--seed N] [--output DIR]
-#                                         the whole pipeline on the embedded example, minutes on two cores
+#   ./launch.sh demo [--task more|jmere|text --model MODEL] [--seed N] [--output DIR]
+#                                         the whole pipeline on the embedded example, minutes on two cores; text: GRPO
+#                                         alone on a pretrained text model
 #   ./launch.sh more-r1 --model MODEL --data DIR [--output DIR] [--expert KIND:NAME] [--stage NAME[,NAME…]] …
 #                                         MORE-R1 with the paper's settings, see docs/recipes/more-r1.sh; a stage that
 #                                         is done is skipped
@@ -175,6 +176,6 @@ case $command in
     demo) setup; processes_and_threads; . "$here/docs/recipes/demo.sh"; demo "$@" ;;
     more-r1 | jmere-r1) setup; processes_and_threads; . "$here/docs/recipes/$command.sh"; pipeline "$@" ;;
     test) setup; cd "$here"; "$python" -m pytest $(side_by_side "$@") "$@" ;;
-    "" | -h | --help | help) sed -n '2,19p' "$here/launch.sh" | cut -c3-; [ -n "$command" ] || exit 2 ;;
+    "" | -h | --help | help) sed -n '2,20p' "$here/launch.sh" | cut -c3-; [ -n "$command" ] || exit 2 ;;
     *) fail "no command $command; did you mean ./launch.sh $(nearest "$command" $commands)?" ;;
 esac

@@ -23,17 +23,18 @@ class Settings:
     output: str = setting("", "JSON file for the same numbers; empty for none", top=True)
 
 
-def read_metrics(folder: str, metrics: tuple[str, ...] = HEADLINE) -> dict[str, float]:
-    """The headline metrics of one evaluation, shares between 0 and 1."""
-    path, expected = Path(folder) / "metrics.json", f"what grpo.evaluate writes: {', '.join(metrics)}"
+def read_metrics(folder: str) -> dict[str, float]:
+    """The headline metrics of one evaluation, shares between 0 and 1: accuracy, and of the others what there is."""
+    path, expected = Path(folder) / "metrics.json", "what grpo.evaluate writes: accuracy at least"
     if not path.is_file():
         raise ValueError(f"{path} is missing; expected {expected}")
     found = read_json(path, expected)
-    for name in metrics:
+    there = [name for name in HEADLINE if name == "accuracy" or isinstance(found, dict) and name in found]
+    for name in there:
         value = found.get(name) if isinstance(found, dict) else None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{path}: found {shown(value)} for {name}, a share between 0 and 1; expected {expected}")
-    return {name: found[name] for name in metrics}
+    return {name: found[name] for name in there}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -42,7 +43,8 @@ def main(words: list[str] | None = None) -> None:
     if len(folders) < len(settings.evaluations) or not all(folders.values()):
         raise ValueError(f"found {' '.join(settings.evaluations)}; expected name=folder [name=folder …], each name once")
     results = {name: read_metrics(folder) for name, folder in folders.items()}
-    print(table([["%", *HEADLINE], *([name, *(f"{100 * row[m]:.2f}" for m in HEADLINE)] for name, row in results.items())]))
+    metrics = [name for name in HEADLINE if all(name in row for row in results.values())]
+    print(table([["%", *metrics], *([name, *(f"{100 * row[m]:.2f}" for m in metrics)] for name, row in results.items())]))
     for name, folder in folders.items():
         print(f"{name}: {folder}/predictions.jsonl")
     if settings.output:

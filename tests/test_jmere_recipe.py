@@ -105,3 +105,19 @@ def test_the_help_names_the_stages(tmp_path):
     status, text, calls = launch(tmp_path, "--help")
     assert status == 0 and not calls
     assert all(stage in text for stage in ("cot_sft_20", "without_repredict", "groups", "everything"))
+
+
+def test_the_text_demo_is_grpo_alone_on_a_model_that_is_given(tmp_path):
+    status, text, calls = launch(tmp_path, "--task", "text", "--model", "a/model", "--seed", "3", command="demo")
+    assert status == 0, text
+    assert [name for name, _ in calls] == ["data.toy", "grpo.evaluate", "grpo.evaluate", "grpo.train", "grpo.evaluate", "grpo.evaluate",
+                                           "grpo.compare", "grpo.report"]
+    (_, drawn), (_, greedy), (_, stage), *after = settings_of(calls)
+    assert (drawn.temperature, greedy.temperature, stage.objective.temperature, stage.objective.name) == (1, 0, 1, "dr-grpo")
+    assert {settings.task for _, settings in settings_of(calls)} == {"jsonl"} and stage.data == "runs/demo-text/world/TEXT"
+    assert [settings.model for _, settings in after] == ["runs/demo-text/grpo/model"] * 2
+    assert {settings.seed for _, settings in settings_of(calls)} == {3}
+    status, text, _ = launch(tmp_path, "--task", "text", command="demo")
+    assert status == 2 and "error: --model expected: a pretrained text model" in text
+    status, text, _ = launch(tmp_path, "--task", "texts", command="demo")
+    assert status == 2 and "error: --task texts: expected more, jmere or text" in text

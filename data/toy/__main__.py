@@ -3,7 +3,7 @@
     python -m data.toy --task more --output DIR --seed 0
 
 writes DIR/MORE or DIR/JMERE in the dataset's own layout, DIR/expert.jsonl, and DIR/model, a random Qwen2.5-VL of a
-million parameters with its tokenizer.
+million parameters with its tokenizer. With --task text it writes DIR/TEXT, puzzles in JSONL for a pretrained model.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 from data import jmere, more
 from data.toy import posts, world
 from data.toy.model import write_tiny_model
+from data.toy.puzzles import write_puzzles
 
 WORLDS = {"more": (more, world.write_world, "MORE"), "jmere": (jmere, posts.write_world, "JMERE")}
 
@@ -34,13 +35,16 @@ def main(words=None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("--output", type=Path, required=True, help="folder to write into; it is made where it is missing")
-    parser.add_argument("--task", choices=sorted(WORLDS), default="more", help="whose layout and answers (default: more)")
+    parser.add_argument("--task", choices=[*sorted(WORLDS), "text"], default="more", help="whose layout and answers (default: more)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the scenes and of the model (default: 0)")
     for split, count in (("train", 4800), ("valid", 200), ("test", 800)):
         parser.add_argument(f"--{split}", type=at_least_1, default=count, help=f"{split} samples (default: {count})")
     s = parser.parse_args(words)
-    task, write, name = WORLDS[s.task]
+    task, write, name = WORLDS.get(s.task, (None, None, "TEXT"))
     try:
+        if s.task == "text":
+            write_puzzles(s.output / name, s.seed, train=s.train, valid=s.valid, test=s.test)
+            return print(f"{s.output}: {name}/ ({s.train} + {s.valid} + {s.test} questions)")
         expert = write(s.output, s.seed, s.train, s.valid, s.test)
     except OSError as error:  # a file in the folder's place, a full disk
         parser.error(str(error))

@@ -22,7 +22,7 @@ def largest(draw: random.Random) -> tuple[str, int]:
 PUZZLES = {"sum": a_sum, "largest": largest}  # by category
 
 
-def write_puzzles(folder: Path, seed: int, kinds: list[str], **splits: int) -> None:
+def write_puzzles(folder: Path, seed: int, kinds: tuple[str, ...] = tuple(PUZZLES), **splits: int) -> None:
     """splits: how many questions each file gets; the kinds take turns."""
     draw, asked = random.Random(f"{seed}/puzzles"), set()
     folder.mkdir(parents=True, exist_ok=True)
