@@ -2,8 +2,7 @@
 
 Everything here depends on (seed, epoch), the lists and their order, and on nothing else: not on the number of
 processes, which share out a batch among themselves, nor on earlier draws, so that a resumed run draws what
-the interrupted one would have drawn.
-"""
+the interrupted one would have drawn."""
 import logging
 import random
 from collections.abc import Callable, Hashable
@@ -25,8 +24,7 @@ class Epoch:
 def easy_ratio(epoch: int, decay: float) -> float:
     """Easy samples per hard one: decay^epoch, epochs from 0 (MORE-R1, equation 6, where t counts from 1).
 
-    1 in the first epoch, except that decay 0 means hard samples only, from the first epoch on.
-    """
+    1 in the first epoch, except that decay 0 means hard samples only, from the first epoch on."""
     if epoch < 0 or not 0 <= decay <= 1:
         raise ValueError(f"epoch {epoch}, decay {decay}: epochs from 0 and a decay from 0 to 1 expected")
     return float(decay) ** epoch if decay else 0.0
@@ -38,8 +36,7 @@ def stratified_draw(samples: list, fraction: float, stratum: Callable[..., Hasha
 
     A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: a label that the cold
     start never shows is not learned there. So the total is `fraction` of all samples up to half a sample a
-    stratum, and a little more where strata are too small for one.
-    """
+    stratum, and a little more where strata are too small for one."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction {fraction}: a share between 0 and 1 expected")
     strata: dict[Hashable, list[int]] = {}
@@ -71,8 +68,7 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
     to teach. "raw" (the ablation): every sample of both, in one shuffle.
 
     The last batch, where incomplete, is filled up in the same ratio ("fill": more easy samples are drawn,
-    hard ones come a second time), or dropped ("drop": a few hard samples are not seen in this epoch).
-    """
+    hard ones come a second time), or dropped ("drop": a few hard samples are not seen in this epoch)."""
     _refuse_senseless(hard, easy, batch_size, mixing, last)
     ratio = _exact(easy_ratio(epoch, decay))
     easy_total = len(easy) if mixing == "raw" else min(int(len(hard) * ratio), len(easy))
@@ -89,8 +85,7 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
                         epoch, int(len(hard) * ratio), len(hard), len(easy))
             ratio = Fraction(easy_total, len(hard))
         share = ratio / (1 + ratio)
-        drawn = draw_easy(easy, min(int(size * share), len(easy)), none_share, is_none,
-                          _generator(seed, epoch, "easy"))
+        drawn = draw_easy(easy, min(int(size * share), len(easy)), none_share, is_none, _generator(seed, epoch, "easy"))
         order = _mixed_order(_shuffled(hard, _generator(seed, epoch, "hard")), drawn, share, size)
     batches = [order[start:start + batch_size] for start in range(0, size, batch_size)]
     for number, batch in enumerate(batches):
@@ -107,8 +102,7 @@ def draw_easy(easy: list, count: int, none_share: float, is_none: Callable[..., 
     """`count` easy samples in random order, `none_share` of them none (MORE-R1, section 4.1).
 
     Where one of the two kinds runs out, the other fills its place and the log says so: the ratio of easy to
-    hard is the strategy itself, the proportion of none among the easy ones comes second.
-    """
+    hard is the strategy itself, the proportion of none among the easy ones comes second."""
     pools = {True: [], False: []}
     for sample in _shuffled(easy, generator):
         pools[is_none(sample)].append(sample)

@@ -1,8 +1,8 @@
 """An image on disk: checked by its header before training, opened as RGB, cropped to a box.
 
 Boxes are (cx, cy, w, h) in fractions of the image, centre format, as MORE stores them. Pixels are taken as they are
-stored, for a dataset's boxes refer to stored pixels; `upright` turns a photograph as its EXIF orientation says.
-"""
+stored, for a dataset's boxes refer to stored pixels; `upright` turns a photograph as its EXIF orientation says."""
+import logging
 import math
 import struct
 from pathlib import Path
@@ -12,6 +12,8 @@ from PIL import ExifTags, Image
 
 from data.read import one_line
 
+MISSING_IMAGES = ("stop", "drop", "blank")
+log = logging.getLogger(__name__)
 LONGEST_RATIO = 200  # Qwen2-VL's image processor refuses an image more elongated than 200:1
 # what Pillow raises for files that are no whole images, or are none that may be opened
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -21,13 +23,30 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
                         Image.Transpose.ROTATE_90), 2))
 
 
+def check_missing_images(how: str) -> None:
+    """ValueError for what is none of MISSING_IMAGES."""
+    if how not in MISSING_IMAGES:
+        raise ValueError(f"missing_images is {how!r}; one of {', '.join(MISSING_IMAGES)} expected")
+
+
+def settle_missing(samples: list, names: list[str], report: str, how: str) -> list:
+    """The samples, some of which have no image (`names`, which end the `report`): "stop" is a FileNotFoundError, "drop"
+    leaves them out and warns, "blank" keeps them, with `image` None, and warns."""
+    if not names:
+        return samples
+    report = f"{report}: {', '.join(names[:3])}"
+    if how == "stop":
+        raise FileNotFoundError(f"{report} (missing_images can be drop or blank)")
+    log.warning("%s (%s)", report, "left out" if how == "drop" else "a grey image stands in")
+    return [sample for sample in samples if sample.image is not None or how == "blank"]
+
+
 def check_image(path, where: str, upright: bool = False) -> tuple[int, int]:
     """(width, height) in pixels, from the header alone: milliseconds for an image of any size.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is no image, too elongated, or of numbers whose
     black and white are not known; `where` names the sample in the one-line message. That a file is cut off after its header is only found by
-    decoding it.
-    """
+    decoding it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{where}: image {path} is missing")
     try:
@@ -37,8 +56,7 @@ def check_image(path, where: str, upright: bool = False) -> tuple[int, int]:
     except UNREADABLE as problem:
         raise ValueError(f"{where}: image {path} cannot be read ({one_line(problem)})") from None
     if max(width, height) > LONGEST_RATIO * min(width, height):
-        raise ValueError(f"{where}: image {path} is {width}x{height} pixels; "
-                         f"sides of at most {LONGEST_RATIO}:1 expected")
+        raise ValueError(f"{where}: image {path} is {width}x{height} pixels; sides of at most {LONGEST_RATIO}:1 expected")
     return width, height
 
 
@@ -101,8 +119,7 @@ def check_box(box, size: tuple[int, int] | None, where: str) -> None:
     """Refuse a box that leaves nothing to look at: raises a one-line ValueError naming `where`.
 
     `size` is (width, height) in pixels, or None where there is no image: then the shape in pixels is not
-    known and only area and position are checked. A box that spills over the edge is fine: it is clamped.
-    """
+    known and only area and position are checked. A box that spills over the edge is fine: it is clamped."""
     cx, cy, w, h = box
     if not all(math.isfinite(value) and abs(value) < 1e6 for value in box):
         raise ValueError(f"{where}: box {box} holds a value that is not a finite number, or none that a fraction can be")
@@ -120,16 +137,12 @@ def check_box(box, size: tuple[int, int] | None, where: str) -> None:
 
 def pixel_box(box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) in pixels, clamped to `size` (width, height), at least 1 px a side."""
-    cx, cy, w, h = box
-    left, right = _span(cx, w, size[0])
-    top, bottom = _span(cy, h, size[1])
+    edges = []
+    for centre, extent, pixels in zip(box[:2], box[2:], size):
+        start = min(max(round((centre - extent / 2) * pixels), 0), pixels - 1)
+        edges.append((start, min(max(round((centre + extent / 2) * pixels), start + 1), pixels)))
+    (left, right), (top, bottom) = edges
     return left, top, right, bottom
-
-
-def _span(centre: float, extent: float, pixels: int) -> tuple[int, int]:
-    start = min(max(round((centre - extent / 2) * pixels), 0), pixels - 1)
-    end = min(max(round((centre + extent / 2) * pixels), start + 1), pixels)
-    return start, end
 
 
 def crop_box(image: Image.Image, box) -> Image.Image:

@@ -5,10 +5,8 @@ A folder holds train.json, val.json and test.json or some of them, each one JSON
     {"token": […], "img_id": "….jpg", "label_list": [[{"beg_ent": E, "sec_ent": E, "relation": "peer"}], …]}
 
 with E = {"name": "Josh Gordon", "pos": [start, end), "tags": "per"}. Images lie in one of
-IMAGE_PLACES; the text can be used without them. `python -m data.jmere --check DIR` counts all of it.
-"""
+IMAGE_PLACES; the text can be used without them. `python -m data.jmere --check DIR` counts all of it."""
 import argparse
-import logging
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -17,20 +15,17 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data.images import check_image, grey_image, open_image
+from data.images import check_image, check_missing_images, grey_image, open_image, settle_missing
 from data.read import is_file_name, read_json, shown
 from rewards.jmere import Quintuple, answer_text, correct, spoken
 
 SPLITS = ("train", "val", "test")
-MISSING_IMAGES = ("stop", "drop", "blank")
 TYPES = {"loc": "place", "misc": "anything else with a name", "org": "organisation", "per": "person"}
 # The dataset's, for one post without it; a folder's own relations are read from its splits.
-RELATIONS = (
-    "alternate_names", "alumi", "awarded", "charges", "contain", "couple", "held_on", "locate_at", "member_of",
+RELATIONS = ("alternate_names", "alumi", "awarded", "charges", "contain", "couple", "held_on", "locate_at", "member_of",
     "nationality", "neighbor", "parent", "part_of", "peer", "place_of_birth", "place_of_residence", "present_in",
     "race", "religion", "siblings", "subsidiary")
 IMAGE_PLACES = ("images", "images/{split}", "img_org/{split}", ".")  # the first that holds the file
-log = logging.getLogger(__name__)
 
 
 class Post(NamedTuple):
@@ -56,10 +51,8 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
 
     missing_images: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such posts
     out and warns; "blank" keeps them with image None. Anything else that is wrong is a ValueError of one line
-    that names file and item.
-    """
-    if missing_images not in MISSING_IMAGES:
-        raise ValueError(f"missing_images is {missing_images!r}; one of {', '.join(MISSING_IMAGES)} expected")
+    that names file and item."""
+    check_missing_images(missing_images)
     folder = Path(folder)
     splits = read_splits(folder)
     if split not in splits:
@@ -68,17 +61,11 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
     samples = [Sample(f"{split}/{i}", find_image(folder, split, post.image), post.text, post.quintuples,
                       relations, tuple(TYPES)) for i, post in enumerate(splits[split])]
     missing = [post.image for post, sample in zip(splits[split], samples) if sample.image is None]
-    if missing:
-        places = ", ".join(place.format(split=split) for place in IMAGE_PLACES)
-        report = (f"{folder / f'{split}.json'}: {len(missing)} of {len(samples)} posts have no image "
-                  f"in {places}: {', '.join(list(dict.fromkeys(missing))[:3])}")
-        if missing_images == "stop":
-            raise FileNotFoundError(f"{report} (missing_images can be drop or blank)")
-        if missing_images == "drop":
-            samples = [sample for sample in samples if sample.image is not None]
-            if not samples:
-                raise ValueError(f"{report}; none is left")
-        log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey image stands in")
+    places = ", ".join(place.format(split=split) for place in IMAGE_PLACES)
+    report = f"{folder / f'{split}.json'}: {len(missing)} of {len(samples)} posts have no image in {places}"
+    samples = settle_missing(samples, list(dict.fromkeys(missing)), report, missing_images)
+    if not samples:
+        raise ValueError(f"{report}: {', '.join(list(dict.fromkeys(missing))[:3])}; none is left")
     for sample in samples:
         if sample.image is not None:
             check_image(sample.image, f"{folder}, {sample.id}")
@@ -89,8 +76,7 @@ def sample_from(image, text: str, *, data="") -> Sample:
     """One post of the user's own, without gold quintuples; image may be None.
 
     The relations to choose from are those of the dataset's folder `data` where it is given, JMERE's where not: give
-    the one that the model was trained on.
-    """
+    the one that the model was trained on."""
     if image is not None:
         check_image(image, "this post")
     words = text.split()
@@ -103,8 +89,7 @@ def sample_from(image, text: str, *, data="") -> Sample:
 
 def relations_in(splits: dict[str, list[Post]]) -> tuple[str, ...]:
     """All that occur, in alphabetical order."""
-    return tuple(sorted({quintuple[-1] for posts in splits.values() for post in posts
-                         for quintuple in post.quintuples}))
+    return tuple(sorted({one[-1] for posts in splits.values() for post in posts for one in post.quintuples}))
 
 
 def read_splits(folder: Path) -> dict[str, list[Post]]:
@@ -112,8 +97,7 @@ def read_splits(folder: Path) -> dict[str, list[Post]]:
     files = {split: folder / f"{split}.json" for split in SPLITS}
     splits = {split: read_posts(file) for split, file in files.items() if file.is_file()}
     if not splits:
-        names = ", ".join(file.name for file in files.values())
-        raise FileNotFoundError(f"{folder}: no JMERE dataset, which has {names}")
+        raise FileNotFoundError(f"{folder}: no JMERE dataset, which has {', '.join(f.name for f in files.values())}")
     return splits
 
 
@@ -163,8 +147,7 @@ def _read_entity(entity: dict, tokens: list[str], where: str) -> tuple[str, str]
         raise ValueError(f"{where}: {shown(name)} has type {shown(kind)}; one of {', '.join(TYPES)} expected")
     if [type(end) for end in span] != [int, int] or not 0 <= span[0] < span[1] <= len(tokens):
         raise ValueError(f"{where}: {shown(name)} has span {shown(span)}; [start, end) in {len(tokens)} words expected")
-    start, end = span
-    words = " ".join(tokens[start:end])
+    (start, end), words = span, " ".join(tokens[slice(*span)])
     if words != name:  # an error, not a warning: it never happens in the 10,254 mentions of train and val
         raise ValueError(f"{where}: span {span} reads {shown(words)}, but the entity's name is {shown(name)}")
     # The text loses its leading RT, so a mention does too. One mention is RT and nothing else: it keeps it.
@@ -193,13 +176,10 @@ def question(sample: Sample, *, reasoning: bool = True) -> str:
              "derive the quintuples step by step.")
     return "\n".join([
         "Image and text are one post on social media. Which entities named in the text are related, and how?",
-        f"Text: {sample.text}",
-        f"Entity types: {', '.join(f'{kind} ({TYPES[kind]})' for kind in sample.types)}",
-        f"Relations: {', '.join(map(spoken, sample.relations))}",
-        *([think] if reasoning else []),
+        f"Text: {sample.text}", f"Entity types: {', '.join(f'{kind} ({TYPES[kind]})' for kind in sample.types)}",
+        f"Relations: {', '.join(map(spoken, sample.relations))}", *([think] if reasoning else []),
         "Give all quintuples in <answer></answer>, one a line, entities spelled as in the text:",
-        "[head, head type, tail, tail type, relation]",
-    ])
+        "[head, head type, tail, tail type, relation]"])
 
 
 def target(sample: Sample) -> str:
@@ -230,13 +210,10 @@ entities, then their types, then the relation, and why not another one that lies
 def expert_prompt(sample: Sample) -> str:
     """What the expert is asked with the image for one candidate: the task, three parts, the gold quintuples."""
     return "\n\n".join([
-        question(sample),
-        EXPERT_PARTS,
-        f"The right answer is:\n{answer_text(sample.quintuples)}\n"
+        question(sample), EXPERT_PARTS, f"The right answer is:\n{answer_text(sample.quintuples)}\n"
         "Derive it from what can be seen and read, and never mention that it was given to you.",
         "Write exactly <think>Image: … Alignment: … Quintuples: …</think>, then the answer, letter by letter as it "
-        "stands above, within <answer></answer>, and nothing before or after.",
-    ])
+        "stands above, within <answer></answer>, and nothing before or after."])
 
 
 def repredict_prompt(sample: Sample, response: str) -> str:
@@ -244,8 +221,7 @@ def repredict_prompt(sample: Sample, response: str) -> str:
     return "\n\n".join([
         question(sample, reasoning=False),
         f"Somebody has thought about this post:\n{reasoning_of(response)}",
-        "Which quintuples follow from these thoughts? Write <answer></answer> and nothing else.",
-    ])
+        "Which quintuples follow from these thoughts? Write <answer></answer> and nothing else."])
 
 
 SCORE_RULES = """\
@@ -272,12 +248,10 @@ No reason is given (0.2). <score>0.8</score>"""
 def score_prompt(sample: Sample, response: str) -> str:
     """The score filter's question: fixed rules, three worked examples, then the candidate's reasoning."""
     return "\n\n".join([
-        "Score thoughts about a post on social media, which is the picture and a text, between 0 and 1.",
-        SCORE_RULES,
+        "Score thoughts about a post on social media, which is the picture and a text, between 0 and 1.", SCORE_RULES,
         f"Examples:\n{SCORE_EXAMPLES}",
         f"Text: {sample.text}\nRight quintuples:\n{answer_text(sample.quintuples)}\nThoughts: {reasoning_of(response)}",
-        "Name the rules that are broken, then write the score within <score></score>.",
-    ])
+        "Name the rules that are broken, then write the score within <score></score>."])
 
 
 def reasoning_of(response: str) -> str:
@@ -298,8 +272,7 @@ def check(folder) -> None:
     """Prints what a dataset folder holds, a column per split; raises what `load` raises."""
     folder = Path(folder)
     splits = {split: load(folder, split, missing_images="blank") for split in read_splits(folder)}
-    for title, count in (("in all", _totals), ("posts by number of quintuples", _sizes),
-                         ("mentions by type", _types), ("quintuples by relation", _relations)):
+    for title, count in COUNTS.items():
         columns = {split: Counter() for split in splits}
         for split, samples in splits.items():
             for sample in samples:
@@ -308,23 +281,13 @@ def check(folder) -> None:
 
 
 def _totals(sample: Sample) -> dict[str, int]:
-    return {"posts": 1,
-            "posts without image": int(sample.image is None),
-            "quintuples": len(sample.quintuples),
+    return {"posts": 1, "posts without image": int(sample.image is None), "quintuples": len(sample.quintuples),
             "answers that do not read back": int(not correct(target(sample), sample))}
 
 
-def _sizes(sample: Sample) -> list[int]:
-    return [len(sample.quintuples)]
-
-
-def _types(sample: Sample) -> list[str]:
-    return [kind for _, head_type, _, tail_type, _ in sample.quintuples for kind in (head_type, tail_type)]
-
-
-def _relations(sample: Sample) -> list[str]:
-    return [f"{relation} ({head_type}, {tail_type})"
-            for _, head_type, _, tail_type, relation in sample.quintuples]
+COUNTS = {"in all": _totals, "posts by number of quintuples": lambda sample: [len(sample.quintuples)],
+    "mentions by type": lambda sample: [kind for one in sample.quintuples for kind in (one[1], one[3])],
+    "quintuples by relation": lambda sample: [f"{one[4]} ({one[1]}, {one[3]})" for one in sample.quintuples]}
 
 
 def _print_table(title: str, columns: dict[str, Counter]) -> None:
@@ -337,8 +300,7 @@ def _print_table(title: str, columns: dict[str, Counter]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.jmere", description=__doc__.splitlines()[0],
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m data.jmere", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--check", metavar="DIR", required=True, help="the dataset's folder")
     try:
         check(parser.parse_args().check)

@@ -5,27 +5,23 @@
     ent_{train,valid,test}_dict.pth  {image: {object: box}}, asked only for lines that hold no box
     img_org/{split}/                 the images
 
-A line's `h` is the entity in the text and its `t` the object in the image; a label such as
-/per/org/member_of names the object's type first. Boxes are (cx, cy, w, h) in fractions of the image; some
-spill over its edge.
+A line's `h` is the entity in the text and its `t` the object in the image; a label such as /per/org/member_of names the
+object's type first. Boxes are (cx, cy, w, h) in fractions of the image; some spill over its edge.
 
 `python -m data.more --check DIR` counts what is there and names what is wrong
-(data/more_check.py).
-"""
+(data/more_check.py)."""
 import ast
 import json
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.images import check_box, check_image, crop_box, grey_image, open_image
+from data.images import (check_box, check_image, check_missing_images, crop_box, grey_image, open_image,
+                         settle_missing)
 from data.read import is_file_name, one_line, read_json, shown
 
 SPLITS = ("train", "valid", "test")
-MISSING_IMAGES = ("stop", "drop", "blank")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,26 +49,18 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
 
     `missing_images`: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such
     samples out and warns; "blank" keeps them with `image` None. Anything else that is wrong is a ValueError
-    of one line that names file and line.
-    """
-    if missing_images not in MISSING_IMAGES:
-        raise ValueError(f"missing_images is {missing_images!r}; one of {', '.join(MISSING_IMAGES)} expected")
+    of one line that names file and line."""
+    check_missing_images(missing_images)
     reader, samples, missing = SplitReader(folder, split), [], []
     for where, line in reader.lines():
         sample = reader.sample(line, where)
         if not sample.image.is_file():
-            missing.append(sample)
+            missing.append(str(sample.image))
             sample = replace(sample, image=None)
         check_box(sample.box, reader.image_size(sample, where), where)
         samples.append(sample)
-    if missing:
-        named = ", ".join(str(sample.image) for sample in missing[:3])
-        report = f"{reader.file}: {len(missing)} of {len(samples)} samples have no image: {named}"
-        if missing_images == "stop":
-            raise FileNotFoundError(f"{report} (missing_images can be drop or blank)")
-        log.warning("%s (%s)", report, "left out" if missing_images == "drop" else "a grey image stands in")
-    if missing_images == "drop":
-        samples = [sample for sample in samples if sample.image is not None]
+    report = f"{reader.file}: {len(missing)} of {len(samples)} samples have no image"
+    samples = settle_missing(samples, missing, report, missing_images)
     if not samples:
         raise ValueError(f"{reader.file}: no samples in it; one dictionary a line expected")
     return samples
@@ -82,8 +70,7 @@ def sample_from(image, text: str, *, box: str, entity: str, data) -> Sample:
     """One sample of the user's own, without a label: what grpo.predict answers.
 
     `box` is "cx,cy,w,h" in fractions of the image; the candidates are those of the rel2id.json in `data`. Raises a
-    one-line ValueError or FileNotFoundError for what does not fit.
-    """
+    one-line ValueError or FileNotFoundError for what does not fit."""
     try:
         cx, cy, w, h = (float(part) for part in box.split(","))
     except ValueError:
@@ -96,11 +83,8 @@ def sample_from(image, text: str, *, box: str, entity: str, data) -> Sample:
 
 def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
     """([image, its crop to the object] in RGB, the question): MORE-R1's equation 1."""
-    if sample.image is None:
-        images = [grey_image(), grey_image()]
-    else:
-        image = open_image(sample.image)
-        images = [image, crop_box(image, sample.box)]
+    image = open_image(sample.image) if sample.image else None
+    images = [image, crop_box(image, sample.box)] if image else [grey_image(), grey_image()]
     return images, question(sample, reasoning=reasoning)
 
 
@@ -108,14 +92,11 @@ def question(sample: Sample, *, reasoning: bool = True) -> str:
     """The prompt's text: what is asked, the text, the entity, the candidates, the types, the form."""
     return "\n".join([
         "The second picture is an object cut out of the first. How is it related to the entity in the text?",
-        f"Text: {sample.text}",
-        f"Entity: {sample.entity}",
-        f"Labels: {' '.join(sample.labels)}",
+        f"Text: {sample.text}", f"Entity: {sample.entity}", f"Labels: {' '.join(sample.labels)}",
         "A label names the object's type, the entity's type and the relation, or is none. "
         "Types: per (person), org (organization), loc (location), misc (anything else).",
         "Reason in <think></think> from Step 1: to Step 6:, then give one label in <answer></answer>."
-        if reasoning else "Give one label in <answer></answer>.",
-    ])
+        if reasoning else "Give one label in <answer></answer>."])
 
 
 def target(sample: Sample) -> str:
@@ -146,26 +127,21 @@ Step 6: Decide for one of those, from what the steps before have found."""
 
 def expert_prompt(sample: Sample) -> str:
     """What the expert is asked with the images (MORE-R1, section 3.2): task, six steps, gold answer."""
-    if is_none(sample):
-        gold = "The right answer is none: the object and the entity are not related."
-    else:
-        types = " and ".join(sample.label.split("/")[1:-1])
-        gold = f"The right answer is {sample.label}: object and entity are of the types {types}."
+    types = " and ".join(sample.label.split("/")[1:-1])
+    gold = ("The right answer is none: the object and the entity are not related." if is_none(sample) else
+            f"The right answer is {sample.label}: object and entity are of the types {types}.")
     return "\n\n".join([
-        question(sample),
-        EXPERT_STEPS,
+        question(sample), EXPERT_STEPS,
         f"{gold} Derive it from what can be seen and read, and never mention that it was given to you.",
         "Write exactly <think> Step 1: … Step 6: … </think> <answer>LABEL</answer>, "
-        "the label letter by letter as in the list, and nothing before or after.",
-    ])
+        "the label letter by letter as in the list, and nothing before or after."])
 
 
 def normalise_response(response: str, sample: Sample) -> str:
     """An expert's response with the slash back that experts like to leave off their label."""
     head, opening, rest = response.strip().partition("<answer>")
     label, closing, tail = rest.partition("</answer>")
-    if f"/{label.strip()}" in sample.labels:
-        label = f"/{label.strip()}"
+    label = slashed if (slashed := f"/{label.strip()}") in sample.labels else label
     return head + opening + label + closing + tail
 
 
@@ -215,15 +191,8 @@ class SplitReader:
             box = _four_numbers(self._stored_box(image, name) if box is None else box)
         except ValueError as problem:
             raise BoxFault(f"{where}: {problem}", label) from None
-        return Sample(
-            id=f"{self.split}/{int(where.rpartition(':')[2]) - 1}",
-            image=self.folder / "img_org" / self.split / image,
-            box=box,
-            text=text,
-            entity=entity,
-            label=label,
-            labels=self.labels,
-        )
+        return Sample(f"{self.split}/{int(where.rpartition(':')[2]) - 1}", self.folder / "img_org" / self.split / image, box,
+                      text, entity, label, self.labels)
 
     def image_size(self, sample: Sample, where: str) -> tuple[int, int] | None:
         """(width, height) of the sample's image, from its header; None where there is none."""
@@ -261,25 +230,21 @@ def _read_boxes(file: Path) -> tuple[dict, str]:
 
 
 def _four_numbers(box) -> tuple[float, float, float, float]:
-    box = _plain(box)
-    numbers = [_plain(value) for value in box] if isinstance(box, (list, tuple)) else []
+    plain = lambda value: value.tolist() if hasattr(value, "tolist") else value  # a tensor or an array
+    box = plain(box)
+    numbers = [plain(value) for value in box] if isinstance(box, (list, tuple)) else []
     # Beyond the limit a box overflows in pixels; NaN is not below it.
     if len(numbers) != 4 or not all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers):
         raise ValueError(f"box is {shown(box)}; (cx, cy, w, h) in fractions expected")
     return tuple(map(float, numbers))
 
 
-def _plain(value):
-    """A tensor or an array as Python's own numbers; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def read_labels(folder) -> tuple[str, ...]:
     """The candidate labels in the order of their ids, from rel2id.json."""
-    file = Path(folder) / "rel2id.json"
+    file, expected = Path(folder) / "rel2id.json", "a dictionary from label to id"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; a dictionary from label to id expected")
-    ids = read_json(file, "a dictionary from label to id")
+        raise FileNotFoundError(f"{file} is missing; {expected} expected")
+    ids = read_json(file, expected)
     if not isinstance(ids, dict) or not all(type(value) is int for value in ids.values()):
         raise ValueError(f"{file}: a dictionary from label to whole number expected")
     if not all(label.isprintable() and label == label.strip() != "" for label in ids):
@@ -310,9 +275,8 @@ def _field(fields: dict, names: tuple[str, ...], kind: type, where: str):
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     if not isinstance(value, kind) or value == "":
-        path = ".".join(names)
         found = "is missing" if value is None else f"is {shown(value)}"
-        raise ValueError(f"{where}: {path!r} {found}; a {kind.__name__} expected")
+        raise ValueError(f"{where}: {'.'.join(names)!r} {found}; a {kind.__name__} expected")
     return value
 
 

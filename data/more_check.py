@@ -1,7 +1,6 @@
 """The whole MORE folder read through once: how many samples of each label, and what is wrong with the others.
 
-    python -m data.more --check DIR [--decode]
-"""
+    python -m data.more --check DIR [--decode]"""
 import argparse
 import sys
 from collections import Counter
@@ -27,8 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The program; 0 where nothing is wrong, 1 where something is, 2 where the folder is no MORE folder."""
     parser = argparse.ArgumentParser(prog="python -m data.more", allow_abbrev=False,
                                      description="Check a MORE folder before training on it.")
-    parser.add_argument("--check", metavar="DIR", required=True,
-                        help="the folder with txt/, img_org/ and rel2id.json")
+    parser.add_argument("--check", metavar="DIR", required=True, help="the folder with txt/, img_org/ and rel2id.json")
     parser.add_argument("--decode", action="store_true",
                         help="decode every image, to find those cut off in the middle (minutes)")
     settings = parser.parse_args(arguments)
@@ -42,8 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     for split, report in reports.items():
         for offender in report.offenders:
             print(offender)
-        unnamed = sum(report.problems.values()) - len(report.offenders)
-        if unnamed:
+        if unnamed := sum(report.problems.values()) - len(report.offenders):
             print(f"… and {unnamed} more in {split}")
     return int(any(report.problems for report in reports.values()))
 
@@ -97,8 +94,7 @@ def table(labels: tuple[str, ...], reports: dict[str, SplitReport]) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"| {'':{width}} | " + " | ".join(f"{split:>7}" for split in reports) + " |",
              f"|-{'-' * width}-|" + "|".join("-" * 8 + ":" for _ in reports) + "|"]
-    lines += [f"| {name:{width}} | " + " | ".join(f"{count:7,}" for count in counts) + " |"
-              for name, counts in rows]
+    lines += [f"| {name:{width}} | " + " | ".join(f"{count:7,}" for count in counts) + " |" for name, counts in rows]
     return "\n".join(lines)
 
 

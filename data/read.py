@@ -1,7 +1,6 @@
 """JSON as other programs write it. Whatever is wrong is a ValueError of one line that names the file and the place in it.
 
-A byte order mark is read over. Half of a surrogate pair, which JSON can spell and no tokenizer takes, becomes a "?".
-"""
+A byte order mark is read over. Half of a surrogate pair, which JSON can spell and no tokenizer takes, becomes a "?"."""
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,6 @@
 """Metrics of several evaluations side by side: a table to look at, the same numbers as JSON.
 
-    python -m grpo.compare sft=runs/demo/sft grpo=runs/demo/grpo --output results.json
-"""
+    python -m grpo.compare sft=runs/demo/sft grpo=runs/demo/grpo --output results.json"""
 
 from dataclasses import dataclass
 from pathlib import Path

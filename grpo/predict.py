@@ -4,8 +4,7 @@
         --text "Celtics beat Heat" --entity Celtics
 
 A task takes part by offering `sample_from` in its data half, whose parameters say which of --image, --text, --box,
---entity and --data it needs: MORE asks for all of them, JMERE for an image and a text.
-"""
+--entity and --data it needs: MORE asks for all of them, JMERE for an image and a text."""
 
 import inspect
 import tempfile

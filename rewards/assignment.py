@@ -1,15 +1,13 @@
 """The heaviest one-to-one pairing of rows with columns: the assignment problem, by shortest augmenting paths.
 
-Source: Kuhn's Hungarian method (1955) in its form with a price per row and column; rows² × columns steps.
-"""
+Source: Kuhn's Hungarian method (1955) in its form with a price per row and column; rows² × columns steps."""
 import heapq
 
 
 def heaviest_pairing(weights: list[list[int]]) -> int:
     """The largest total weight of a pairing of rows with columns, each used at most once.
 
-    weights: rows × columns, none negative. 21 × 10,000 take about 15 ms on one core.
-    """
+    weights: rows × columns, none negative. 21 × 10,000 take about 15 ms on one core."""
     if not weights or not weights[0]:
         return 0
     if len(weights) > len(weights[0]):
@@ -25,8 +23,7 @@ def heaviest_pairing(weights: list[list[int]]) -> int:
 
 def _best_columns(weights: list[list[int]]) -> list[list[int]]:
     """Drops columns that no row needs: with R rows, one of a row's R best columns is always left for it."""
-    best = {column for row in weights
-            for column in heapq.nlargest(len(weights), range(len(row)), key=row.__getitem__)}
+    best = {column for row in weights for column in heapq.nlargest(len(weights), range(len(row)), key=row.__getitem__)}
     return [[row[column] for column in sorted(best)] for row in weights]
 
 

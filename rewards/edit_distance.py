@@ -2,16 +2,14 @@
 
 Neighbours in the table differ by -1, 0 or 1, so a column is two sets of bits and the next column a few
 operations on them. Source: Myers 1999, "A fast bit-vector algorithm for approximate string matching based on
-dynamic programming", in the form that Hyyrö gave it in 2001 for the distance of two whole strings.
-"""
+dynamic programming", in the form that Hyyrö gave it in 2001 for the distance of two whole strings."""
 
 
 def edit_distance(a: str, b: str) -> int:
     """How many insertions, deletions and substitutions turn a into b.
 
     len(shorter) steps on numbers of len(longer) bits: 100,000 characters against a gold answer's 45 take
-    11 ms on one core, against 1,300 (21 quintuples) 29 ms.
-    """
+    11 ms on one core, against 1,300 (21 quintuples) 29 ms."""
     if len(a) < len(b):
         a, b = b, a  # few steps on long numbers cost less than many steps on short ones
     occurs = _occurrences(a, set(b))

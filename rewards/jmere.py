@@ -2,8 +2,7 @@
 
 Equations 2 to 5 of the JMERE-R1 paper. An answer is `<answer>` with one `[head, head type, tail, tail type,
 relation]` a line. Whitespace around the parts is free, anything else is not: an unknown type or relation, an
-empty mention, a bracket too many or text between the lines makes the whole answer unreadable.
-"""
+empty mention, a bracket too many or text between the lines makes the whole answer unreadable."""
 import re
 
 from rewards.assignment import heaviest_pairing
@@ -20,16 +19,14 @@ def reward(completion: str, sample, *, keep_format: bool = False) -> dict[str, f
     """The unweighted parts r_q (0 to 1), r_p (0 to 2) and r_f (0 or 1) of one completion.
 
     Wrong tags or one malformed quintuple make every part 0; keep_format leaves r_f = 1 where only the
-    quintuples are at fault (the paper's sentence can be read both ways).
-    """
+    quintuples are at fault (the paper's sentence can be read both ways)."""
     tagged = well_tagged(completion)
     predicted = parse(completion, sample) if tagged else None
     if predicted is None:
         return {"quintuple": 0.0, "partial": 0.0, "format": float(tagged and keep_format)}
     text = _between_answer_tags(completion).strip()
     gold = list(dict.fromkeys(sample.quintuples))
-    return {"quintuple": quintuple_reward(predicted, gold),
-            "partial": partial_reward(predicted, gold, text),
+    return {"quintuple": quintuple_reward(predicted, gold), "partial": partial_reward(predicted, gold, text),
             "format": 1.0}
 
 
@@ -43,8 +40,7 @@ def partial_reward(predicted: list[Quintuple], gold: list[Quintuple], text: str)
     """Equation 3: r_p = w / (5n) + 1 - ED(Ŷ, Y) / max(|Ŷ|, |Y|), with text = Ŷ as the model wrote it.
 
     The paper does not say which gold quintuple a predicted one is compared with: w is the most that a
-    one-to-one pairing can give. Y is the answer without the reasoning. Nothing predicted: first term 0.
-    """
+    one-to-one pairing can give. Y is the answer without the reasoning. Nothing predicted: first term 0."""
     w = heaviest_pairing([[_equal_parts(g, p) for p in predicted] for g in gold])
     gold_text = answer_text(gold)
     likeness = 1 - edit_distance(text, gold_text) / max(len(text), len(gold_text))
@@ -75,8 +71,7 @@ def fault(completion: str, sample) -> str | None:
 def parse(completion: str, sample) -> list[Quintuple] | None:
     """The distinct quintuples of the one `<answer>`, in order; None where it or one of them is malformed.
 
-    The reasoning before it is not looked at, so that answers of label-only and zero-shot models are read too.
-    """
+    The reasoning before it is not looked at, so that answers of label-only and zero-shot models are read too."""
     answer = _between_answer_tags(completion)
     if answer is None:
         return None
@@ -101,8 +96,7 @@ def parse_line(line: str, types, relations: dict[str, str]) -> Quintuple | None:
     """One `[head, head type, tail, tail type, relation]`, or None; relations: spoken → the dataset's name.
 
     Mentions may hold commas (`Nelson Mandela,1996`): the line is cut before its last two parts and at the one
-    part in front of them that is a type. Where two could be the head's type, either may be meant: None.
-    """
+    part in front of them that is a type. Where two could be the head's type, either may be meant: None."""
     if not (line.startswith("[") and line.endswith("]")):
         return None
     parts = line[1:-1].split(",")
@@ -144,18 +138,15 @@ def metrics(completions: list[str], samples: list) -> dict[str, float]:
 
     precision, recall, f1: micro, all five parts in their places; *_order_free: head and tail may be swapped,
     as the dataset's reference implementation counts; mner_*: entities with types; accuracy: the gold set and
-    nothing else; unparsable: unreadable answers.
-    """
+    nothing else; unparsable: unreadable answers."""
     answers = [parse(completion, sample) for completion, sample in zip(completions, samples, strict=True)]
     pairs = [(answer or [], sample.quintuples) for answer, sample in zip(answers, samples)]
     total = max(len(pairs), 1)
     return {
         **_micro(pairs, set),  # F1 first: it decides which checkpoint is the best
         "accuracy": sum(set(predicted) == set(gold) for predicted, gold in pairs) / total,
-        **_micro(pairs, _order_free, after="_order_free"),
-        **_micro(pairs, _entities, before="mner_"),
-        "unparsable": sum(answer is None for answer in answers) / total,
-    }
+        **_micro(pairs, _order_free, after="_order_free"), **_micro(pairs, _entities, before="mner_"),
+        "unparsable": sum(answer is None for answer in answers) / total}
 
 
 def _order_free(quintuples) -> set:

@@ -3,8 +3,7 @@
 The answer is what stands in the last `<answer></answer>`, else in the last `\\boxed{}`, else, with --whole_answer, the
 whole text behind `</think>`. A verifier reads it, None where it is none of its kind, and compares what it has read with
 what it has read from the file. Everything is read from left to right a fixed number of times: a hostile completion
-costs no more than its length.
-"""
+costs no more than its length."""
 import math
 import re
 import string
@@ -226,14 +225,10 @@ def matches(found: str, gold: re.Pattern, sample=None) -> float:
     return float(len(found) <= LONGEST and gold.fullmatch(found) is not None)
 
 
-VERIFIERS = {
-    "exact": Verifier(read_exact, equal, gold_text(read_exact)),
-    "text": Verifier(read_text, equal, gold_text(read_text)),
-    "number": Verifier(read_number, near, gold_number),
-    "choice": Verifier(read_choice, equal, gold_choice),
-    "boxes": Verifier(read_boxes, overlap, gold_boxes),
-    "regex": Verifier(read_exact, matches, gold_pattern),
-}
+VERIFIERS = {"exact": Verifier(read_exact, equal, gold_text(read_exact)),
+    "text": Verifier(read_text, equal, gold_text(read_text)), "number": Verifier(read_number, near, gold_number),
+    "choice": Verifier(read_choice, equal, gold_choice), "boxes": Verifier(read_boxes, overlap, gold_boxes),
+    "regex": Verifier(read_exact, matches, gold_pattern)}
 
 
 def own_verifier(function: Callable) -> Verifier:

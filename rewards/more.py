@@ -2,8 +2,7 @@
 
 The template (MORE-R1, section 3.3.1) is `<think> Step 1: … Step 6: … </think> <answer>LABEL</answer>`.
 Whitespace around its parts is free, nothing else is. A completion is read a fixed number of times from left
-to right, with no pattern that can backtrack, so that a hostile one costs no more than its length.
-"""
+to right, with no pattern that can backtrack, so that a hostile one costs no more than its length."""
 import re
 
 WEIGHTS = {"format": 1.0, "length": 1.0, "answer": 1.0}  # the paper's equation 5: a plain sum, 0 to 3
@@ -14,10 +13,8 @@ STEP_MARKER = re.compile(r"Step ([0-9]+):")
 def parse(completion: str, sample) -> str | None:
     """The label between the one `<answer>` and the `</answer>` behind it, or None.
 
-    None where there is no such pair, where `<answer>` stands more than once, or where what it holds is not
-    one of `sample.labels` letter by letter. The rest is not looked at: a right answer counts outside the
-    template.
-    """
+    None where there is no such pair, where `<answer>` stands more than once, or where what it holds is not one of
+    `sample.labels` letter by letter. The rest is not looked at: a right answer counts outside the template."""
     _, *after = completion.split("<answer>")
     if len(after) != 1:
         return None
@@ -51,13 +48,9 @@ def reward(completion: str, sample, *, min_length: int = 1024) -> dict[str, floa
     """The three parts, unweighted, each 0 or 1 (MORE-R1, section 3.3.1).
 
     format: the whole template, with one of `sample.labels`; length: more than `min_length` characters, tags
-    included; answer: the label is the sample's, whatever else is wrong with the format.
-    """
-    return {
-        "format": float(fault(completion, sample) is None),
-        "length": float(len(completion) > min_length),
-        "answer": float(correct(completion, sample)),
-    }
+    included; answer: the label is the sample's, whatever else is wrong with the format."""
+    return {"format": float(fault(completion, sample) is None), "length": float(len(completion) > min_length),
+        "answer": float(correct(completion, sample))}
 
 
 def correct(completion: str, sample) -> bool:
@@ -71,8 +64,7 @@ def metrics(completions: list[str], samples: list) -> dict[str, float]:
     A predicted relation is in precision's denominator, a gold one in recall's, as MORE's own evaluation
     counts. An answer that cannot be parsed predicts nothing, so it is in no precision denominator;
     `unparsable` is the share of them. A share of nothing is 0. Raises ValueError if the two lists are not
-    equally long.
-    """
+    equally long."""
     answers, golds = _answers(completions, samples), [sample.label for sample in samples]
     right = sum(answer == gold != "none" for answer, gold in zip(answers, golds))
     predicted = sum(answer not in (None, "none") for answer in answers)
@@ -80,15 +72,13 @@ def metrics(completions: list[str], samples: list) -> dict[str, float]:
     return {
         **_scores(right, predicted, gold),  # F1 first: it decides which checkpoint is the best
         "accuracy": _share(sum(answer == gold for answer, gold in zip(answers, golds)), len(golds)),
-        "unparsable": _share(answers.count(None), len(answers)),
-    }
+        "unparsable": _share(answers.count(None), len(answers))}
 
 
 def per_label(completions: list[str], samples: list) -> dict[str, dict[str, float]]:
     """For every candidate label: precision, recall, f1, and the counts behind them: support (gold), predicted, right.
 
-    `none` has its row here too, although the micro figures leave it out.
-    """
+    `none` has its row here too, although the micro figures leave it out."""
     answers, golds = _answers(completions, samples), [sample.label for sample in samples]
     table = {}
     for label in dict.fromkeys(label for sample in samples for label in sample.labels):

@@ -14,8 +14,7 @@ writes beside each other
 JMERE-R1's data has several candidates a sample and two filters more (sft/filters.py):
 
     python -m sft.annotate --task jmere --data JMERE --fraction 1 --candidates 5 --repredict True --score True \\
-        --expert openai:gpt-4o --output mp_cot.jsonl
-"""
+        --expert openai:gpt-4o --output mp_cot.jsonl"""
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -29,16 +28,8 @@ from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
 from grpo.runtime.settings import TaskSettings, read_settings, required, run_program, setting
 from sft.experts import ask_all, endpoint_from_environment, fill_template, read_template
-from sft.filters import (
-    Ask,
-    Candidate,
-    Fallen,
-    best_of_each,
-    candidates_of,
-    filter_responses,
-    repredict_filter,
-    score_filter,
-)
+from sft.filters import (Ask, Candidate, Fallen, best_of_each, candidates_of, filter_responses, repredict_filter,
+    score_filter)
 
 EXAMPLES = 10
 
@@ -112,8 +103,7 @@ def responses_path(settings: Settings) -> Path:
 def endpoint_expert(model: str, settings: Settings) -> Ask:
     """Responses asked for over HTTP, but for those that are in the .responses.jsonl beside the output."""
     options = expert_options(settings)
-    endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout,
-                                         attempts=settings.attempts)
+    endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout, attempts=settings.attempts)
     return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), responses_path(settings),
                                     template=template_of(settings), concurrency=settings.concurrency)
 
@@ -198,13 +188,10 @@ def make_report(settings: Settings, task: Task, samples: list, drawn: list, kept
         for sample in members:
             counts = strata.setdefault(str(task.data.stratum(sample)), {"samples": 0, "drawn": 0, "kept": 0})
             counts[column] += 1
-    return {
-        "task": settings.task, "split": settings.split, "expert": settings.expert,
+    return {"task": settings.task, "split": settings.split, "expert": settings.expert,
         "fraction": settings.fraction, "seed": settings.seed,
         "samples": len(samples), "drawn": len(drawn), "kept": len(kept), "strata": strata, "stages": stages,
-        "fallen": dict(Counter(case.reason for case in fallen).most_common()),
-        "examples": examples(fallen, task),
-    }
+        "fallen": dict(Counter(case.reason for case in fallen).most_common()), "examples": examples(fallen, task)}
 
 
 def print_report(report: dict) -> None:

@@ -2,8 +2,7 @@
 
 The endpoint is read from the environment: OPENAI_BASE_URL (OpenAI's own where it is not set) and
 OPENAI_API_KEY, which stands in no message and no file. An answer is appended to a JSONL file before anything
-else is done with it; who starts again goes on behind the last one and pays for nothing twice.
-"""
+else is done with it; who starts again goes on behind the last one and pays for nothing twice."""
 import base64
 import hashlib
 import http.client
@@ -109,8 +108,7 @@ def _data_url(image) -> str:
 def ask(endpoint: Endpoint, body: bytes, stop: threading.Event) -> dict:
     """One request → {"response", "tokens_in", "tokens_out"}; tried again, after a pause, where that may help.
 
-    Raises GaveUp where this sample gets no response, ValueError where no other one would either.
-    """
+    Raises GaveUp where this sample gets no response, ValueError where no other one would either."""
     for attempt in range(endpoint.attempts):
         try:
             return _read_reply(endpoint, _post(endpoint, body))
@@ -190,8 +188,7 @@ def ask_all(endpoint: Endpoint, samples: list, prompt_of: Callable, path: Path, 
     """Ask for every sample that `path` has no answer for yet; returns response by sample id, old and new.
 
     `prompt_of(sample)` is (images, text), called only for what is asked. A sample without a response is
-    left out; as many in a row as there are requests at a time, at least three, are a ValueError.
-    """
+    left out; as many in a row as there are requests at a time, at least three, are a ValueError."""
     request = request_digest(endpoint.model, endpoint.options, template)
     answers, missing = answered_before(path, samples, request)
     stop, lock, new = threading.Event(), threading.Lock(), {}

@@ -7,8 +7,7 @@ An expert is asked three kinds of question, each a `Request` under an id of its 
     train/5#2 repredict       what follows from the second candidate's reasoning
     train/5#2 score           how good that reasoning is, from 0 to 1
 
-Every filter takes candidates and returns (kept, fallen).
-"""
+Every filter takes candidates and returns (kept, fallen)."""
 import random
 import re
 from collections.abc import Callable

@@ -2,8 +2,7 @@
 
     python -m sft.annotate --expert local:Qwen/Qwen2.5-VL-7B-Instruct …
 
-Its answers are kept like an endpoint's (sft/experts.py), as they come: who starts again goes on behind the last one.
-"""
+Its answers are kept like an endpoint's (sft/experts.py), as they come: who starts again goes on behind the last one."""
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,7 @@
         --responses cold_start.jsonl --output runs/stage-1
 
 SFT is `score` with one continuation a prompt and the loss −log p. Without --responses the gold answer alone is
-the target: the label-only baseline.
-"""
+the target: the label-only baseline."""
 
 import math
 import random

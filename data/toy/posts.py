@@ -8,15 +8,15 @@
 | pair  | two people                    | (one of both) under one umbrella: couple; in equal shirts: peer        |
 
 Who is named first stands on the left. A post without any quintuple is no post of JMERE's: it is drawn again.
-`python -m data.toy.world --task jmere --output DIR` writes it with its scripted expert.
-"""
+`python -m data.toy.world --task jmere --output DIR` writes it with its scripted expert."""
 
 import json
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from data.toy.scene import CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE, SKIES, Scene, Thing, paint
+from data.toy.scene import CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE, SKIES, Scene, Thing, paint, write_images
 from rewards.jmere import answer_text
 
 KINDS = {"match": 46, "award": 20, "home": 20, "pair": 14}  # how often, in percent
@@ -26,19 +26,15 @@ CANDIDATES = 3  # of the expert for every post
 GIVES_UP = 0.75  # how often the expert does not look at the people of a hard post
 FLAWED = 0.12  # how often a candidate of its is broken besides
 FLAWS = ("answer", "tags", "type", "reasoning", "description")
-SHORT_CAPTIONS = {
-    "match": ("{p} and {q} at the {a} game", "{p} meets {q} and {a}"),
+SHORT_CAPTIONS = {"match": ("{p} and {q} at the {a} game", "{p} meets {q} and {a}"),
     "award": ("{p} and {q} and the {m}", "{p} with {q} , the {m} too"),
-    "home": ("{p} and {q} in {c}", "{p} shows {q} around {c}"),
-    "pair": ("{p} with {q}", "{p} and {q} at the gala"),
-}
+    "home": ("{p} and {q} in {c}", "{p} shows {q} around {c}"), "pair": ("{p} with {q}", "{p} and {q} at the gala")}
 LONG_CAPTIONS = {
     "match": ("what a late night for {p} and {q} as {a} play in the rain",
               "fans sing as {p} and {q} come to see {a} again"),
     "award": ("what a night for {p} and for {q} at the {m} show", "fans sing as {p} and {q} see the {m} in the rain"),
     "home": ("what a late night for {p} and {q} in the rain of {c}", "fans sing as {p} and {q} come to {c} again"),
-    "pair": ("what a late night for {p} and {q} at the final", "fans sing as {p} and {q} come in the rain"),
-}
+    "pair": ("what a late night for {p} and {q} at the final", "fans sing as {p} and {q} come in the rain")}
 
 
 @dataclass
@@ -49,8 +45,6 @@ class Post:
     other: str  # the team, prize or city; "" in a pair
     unclear: bool  # to the expert, who has not looked
 
-
-# ---- the rules ----
 
 def quintuples(post):
     """All that the post says, by the rules of the table above: left before right."""
@@ -73,14 +67,11 @@ def finding(post, person):
     return "place_of_residence" if person.place == "doorway" else ""
 
 
-# ---- drawing lots ----
-
 def make_post(rng):
     """A random post with at least one quintuple; `rng` is a `random.Random`."""
-    while True:
-        post = draw_post(rng)
-        if quintuples(post):
-            return post
+    while not quintuples(post := draw_post(rng)):
+        pass
+    return post
 
 
 def draw_post(rng):
@@ -110,7 +101,8 @@ def make_person(scene, rng, team, other):
     person = Thing("person", 0, 0, rng.uniform(46, 54) if scene.hard else rng.uniform(54, 64))
     person.colour = rng.choice(SHIRTS)
     if scene.kind == "match":
-        person.colour = rng.choices((team, rng.choice([name for name in SHIRTS if name != team]), NEUTRAL), (50, 40, 10))[0]
+        other_team = rng.choice([name for name in SHIRTS if name != team])
+        person.colour = rng.choices((team, other_team, NEUTRAL), (50, 40, 10))[0]
         person.hat = rng.random() < 0.4
     elif scene.kind == "award":
         person.holds = rng.choices((other, "", *PRIZES), (40, 30, 15, 15))[0]
@@ -136,22 +128,17 @@ def prize_beside(person):
     return Thing(what, person.x + side * 16, person.y + 0.25 * person.size, 20)
 
 
-# ---- the scripted expert ----
-
 def candidate(post, rng):
     """(response, what re-prediction finds in it, its score): one candidate of the scripted expert.
 
     The expert was told the answer. In most hard posts it does not look: it calls the people unclear and gives the
     right answer all the same. No filter finds fault with that (who re-predicts sees the image itself), so whoever
     imitates it learns to call hard posts unclear and to guess. Imitation cannot mend that; trying both ways and being
-    told which answers are right can: a look that is put into words decides what follows.
-    """
+    told which answers are right can: a look that is put into words decides what follows."""
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else ""
-    answer = quintuples(post)
-    thought = reasoning(post, rng, flaw)
-    spoken = answer_text(answer)
-    if flaw == "answer":
-        spoken = answer_text([*answer, (post.names[1], "per", post.names[0], "per", "peer")])
+    answer, thought = quintuples(post), reasoning(post, rng, flaw)
+    wrong = [(post.names[1], "per", post.names[0], "per", "peer")] * (flaw == "answer")
+    spoken = answer_text(answer + wrong)
     if flaw == "type":
         spoken = spoken.replace(", per,", ", person,")
     response = f"<think> {thought} </think>\n<answer>\n{spoken}\n</answer>"
@@ -170,10 +157,9 @@ def reasoning(post, rng, flaw):
     if flaw == "reasoning":
         left, right = right, left
     first, second = post.names
-    verdicts = verdict(post)
     image = "" if flaw == "description" else f"Image: {left}, {right}. "
     alignment = f"{first} {left}, {second} {right}" + (f", {post.other} {sign(post)}" if post.other else "")
-    return f"{image}Alignment: {alignment}. Quintuples: {verdicts}."
+    return f"{image}Alignment: {alignment}. Quintuples: {verdict(post)}."
 
 
 def describe(post, person):
@@ -196,8 +182,6 @@ def verdict(post):
     taking_part = {quintuple[0] for quintuple in quintuples(post)}
     return ", ".join(f"{name} {'yes' if name in taking_part else 'no'}" for name in post.names)
 
-
-# ---- writing ----
 
 def make_sample(seed, split, index):
     """(post, image, the expert's candidates) of one post; a function of its three arguments alone."""
@@ -223,16 +207,12 @@ def item_of(post, name):
 
 def write_world(folder, seed=0, train=2400, valid=200, test=800):
     """Writes `folder`/JMERE and `folder`/expert.jsonl; returns the expert's lines, {"id", "response"} each."""
-    folder = Path(folder)
-    data = folder / "JMERE"
-    candidates = write_split(data, seed, "train", train)
-    write_split(data, seed, "val", valid)
-    write_split(data, seed, "test", test)
+    folder, counts = Path(folder), {"train": train, "val": valid, "test": test}
+    candidates, _, _ = (write_split(folder / "JMERE", seed, split, count) for split, count in counts.items())
     expert = [{"id": name, "response": response} for index, several in enumerate(candidates)
               for number, one in enumerate(several, 1)
               for name, response in zip(request_names(f"train/{index}", number), one)]
-    lines = [json.dumps(line) + "\n" for line in expert]
-    (folder / "expert.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "expert.jsonl").write_text("".join(json.dumps(line) + "\n" for line in expert), encoding="utf-8")
     return expert
 
 
@@ -244,14 +224,7 @@ def request_names(sample_id, number):
 
 def write_split(folder, seed, split, count):
     """Writes a split's images and its list; returns the expert's candidates for each post."""
-    images = folder / "images" / split
-    images.mkdir(parents=True, exist_ok=True)
-    items, candidates = [], []
-    for index in range(count):
-        post, image, several = make_sample(seed, split, index)
-        name = f"{split}-{index:05d}.png"
-        image.save(images / name, compress_level=1)
-        items.append(item_of(post, name))
-        candidates.append(several)
+    drawn = write_images(folder / "images" / split, split, count, partial(make_sample, seed, split))
+    items = [item_of(post, name) for post, name, _ in drawn]
     (folder / f"{split}.json").write_text(json.dumps(items), encoding="utf-8")
-    return candidates
+    return [several for _, _, several in drawn]

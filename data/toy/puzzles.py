@@ -1,8 +1,7 @@
 """Puzzles in words, made from a seed: a text task on which a small pretrained model is sometimes right.
 
 `write_puzzles(DIR)` writes DIR/train.jsonl, valid.jsonl and test.jsonl for `--task jsonl`. No question stands twice, so
-that none of the training split is in another.
-"""
+that none of the training split is in another."""
 
 import json
 import random

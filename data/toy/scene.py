@@ -10,10 +10,8 @@
 | pair  | two people, one is the entity   | a person under one umbrella with the other: couple            |
 |       |                                 | a person in the same shirt as the other: peer                 |
 
-Everything else is `none`, which is most of it. The label follows from image, box, text and entity; text and
-entity alone never decide it. About a third of the scenes are hard: small, off-centre, cluttered, with longer
-captions.
-"""
+Everything else is `none`, which is most of it. The label follows from image, box, text and entity; text and entity
+alone never decide it. About a third of the scenes are hard: small, off-centre, cluttered, with longer captions."""
 
 from dataclasses import dataclass, field
 
@@ -25,17 +23,14 @@ LABELS = ("none", "/per/org/opposed_to", "/per/org/leader_of", "/per/org/member_
           "/org/loc/locate_at", "/per/per/peer", "/per/per/couple", "/per/loc/place_of_residence")
 
 # colour: (red, green, blue, its team)
-COLOURS = {
-    "red": (214, 40, 40, "Falcons"), "blue": (45, 70, 205, "Sharks"), "green": (35, 140, 60, "Vipers"),
+COLOURS = {"red": (214, 40, 40, "Falcons"), "blue": (45, 70, 205, "Sharks"), "green": (35, 140, 60, "Vipers"),
     "yellow": (240, 215, 50, "Hornets"), "purple": (125, 45, 160, "Ravens"),
-    "white": (250, 250, 250, "Wolves"), "pink": (245, 140, 185, "Foxes"), "cyan": (70, 200, 215, "Whales"),
-}
+    "white": (250, 250, 250, "Wolves"), "pink": (245, 140, 185, "Foxes"), "cyan": (70, 200, 215, "Whales")}
 TEAMS = {values[3]: colour for colour, values in COLOURS.items()}
 NEUTRAL = "grey"  # nobody's colour
 RGB = {colour: values[:3] for colour, values in COLOURS.items()} | {
     NEUTRAL: (128, 128, 128), "gold": (255, 205, 0), "door": (60, 38, 30), "skin": (238, 190, 150),
-    "trousers": (35, 35, 50), "ball": (20, 20, 20), "hat": (235, 0, 200), "umbrella": (120, 200, 0),
-}
+    "trousers": (35, 35, 50), "ball": (20, 20, 20), "hat": (235, 0, 200), "umbrella": (120, 200, 0)}
 WALLS = ((176, 92, 74), (150, 132, 112), (168, 150, 96))
 SKIES = ((176, 214, 240), (200, 226, 200), (226, 220, 204), (206, 200, 226))
 PEOPLE = ("Mia", "Leo", "Ada", "Tom", "Eva", "Max", "Zoe", "Ben")
@@ -45,20 +40,14 @@ CITIES = ("Paris", "Oslo", "Rome", "Lima", "Cairo", "Delhi")
 # kind: how often, in percent
 KINDS = {"match": 58, "pair": 14, "award": 10, "site": 10, "home": 8}
 HARD = 0.35  # share of hard scenes
-SHORT_CAPTIONS = {
-    "match": ("{a} beat {b}", "{a} meet {b}", "{a} and {b} draw"),
-    "award": ("{p} wins the {m}", "{m} goes to {p}"),
-    "site": ("{a} open in {c}", "{a} move to {c}"),
-    "home": ("{p} comes home to {c}", "{p} on holiday in {c}"),
-    "pair": ("{p} and {q} at the gala", "{p} with {q}"),
-}
-LONG_CAPTIONS = {
-    "match": ("late goal lifts {a} past {b} in the final", "fans sing as {a} play {b} in the rain"),
+SHORT_CAPTIONS = {"match": ("{a} beat {b}", "{a} meet {b}", "{a} and {b} draw"),
+    "award": ("{p} wins the {m}", "{m} goes to {p}"), "site": ("{a} open in {c}", "{a} move to {c}"),
+    "home": ("{p} comes home to {c}", "{p} on holiday in {c}"), "pair": ("{p} and {q} at the gala", "{p} with {q}")}
+LONG_CAPTIONS = {"match": ("late goal lifts {a} past {b} in the final", "fans sing as {a} play {b} in the rain"),
     "award": ("what a night for {p} and the {m}", "fans sing as the {m} is given to {p}"),
     "site": ("what a day as {a} show a new hall in {c}", "fans sing as {a} come to {c} in the rain"),
     "home": ("what a day as {p} is back in {c}", "late night for {p} in the rain of {c}"),
-    "pair": ("what a night for {p} and {q} at the final", "{p} is seen with {q} in the rain"),
-}
+    "pair": ("what a night for {p} and {q} at the final", "{p} is seen with {q} in the rain")}
 
 
 @dataclass
@@ -100,8 +89,6 @@ class Scene:
         return self.things[0]
 
 
-# ---- the rules ----
-
 def teams_in(scene):
     """The teams that the caption names, in its order."""
     return [word for word in scene.text.split() if word in TEAMS]
@@ -135,8 +122,6 @@ def relation(scene):
     return "/per/per/peer" if any(other.colour == thing.colour for other in others) else "none"
 
 
-# ---- drawing lots ----
-
 def pick_colour(rng, without=()):
     return rng.choice([name for name in COLOURS if name not in without])
 
@@ -152,16 +137,15 @@ def make_scene(rng):
     second = pick_colour(rng, without=(first,))
     names["a"], names["b"] = COLOURS[first][3], COLOURS[second][3]
     scene.text = rng.choice((LONG_CAPTIONS if hard else SHORT_CAPTIONS)[kind]).format(**names)
-    scene.entity = {"match": names[rng.choice("ab")], "award": names["m"], "site": names["c"],
-                    "home": names["c"], "pair": names[rng.choice("pq")]}[kind]
+    scene.entity = {"match": names[rng.choice("ab")], "award": names["m"], "site": names["c"], "home": names["c"],
+                    "pair": names[rng.choice("pq")]}[kind]
     own, other = (first, second) if scene.entity == names["a"] else (second, first)
     scene.things = [make_object(scene, rng, own, other)]
     add_company(scene, rng, own, other)
     arrange(scene, rng)
     if hard:
-        scene.decoys = [
-            (rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), rng.uniform(3, 6), pick_colour(rng))
-            for _ in range(rng.randint(2, 5))]
+        scene.decoys = [(rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), rng.uniform(3, 6), pick_colour(rng))
+                        for _ in range(rng.randint(2, 5))]
     return scene
 
 
@@ -201,8 +185,7 @@ def add_company(scene, rng, own, other):
     first = scene.object
     if scene.kind == "pair" and first.what == "person":
         scene.umbrella = rng.random() < 0.18
-        same = rng.random() < 0.42
-        colour = first.colour if same else pick_colour(rng, without=(first.colour,))
+        colour = first.colour if rng.random() < 0.42 else pick_colour(rng, without=(first.colour,))
         first.holds, first.hat = "", False
         scene.things.append(Thing("person", 0, 0, first.size, colour))
         return
@@ -239,8 +222,6 @@ def arrange(scene, rng):
             thing.y = order[0].y
 
 
-# ---- painting ----
-
 def paint(scene, rng):
     """The scene as a 112×112 RGB image; every colour is off by a little, in hard scenes by more."""
     spread = 16 if scene.hard else 8
@@ -266,11 +247,9 @@ def paint(scene, rng):
 
 def paint_wall(draw, thing, colour, rng):
     """The building behind a logo or around a doorway."""
-    wall = colour(rng.choice(WALLS))
-    x, y, w, h = thing.x, thing.y, 0.8 * thing.width, 0.7 * thing.size
-    draw.rectangle((x - w, y - h, x + w, y + h), fill=wall)
+    x, y, w, h, half = thing.x, thing.y, 0.8 * thing.width, 0.7 * thing.size, thing.width / 2
+    draw.rectangle((x - w, y - h, x + w, y + h), fill=colour(rng.choice(WALLS)))
     if thing.place == "doorway":
-        half = thing.width / 2
         draw.rectangle((x - half, y - thing.size / 2, x + half, y + h), fill=colour("door"))
 
 
@@ -294,8 +273,8 @@ def paint_prize(draw, prize, x, y, size, colour):
         draw.ellipse((x - half, y - half, x + half, y + half), fill=colour("ball"))
         return
     gold = colour("gold")
-    draw.polygon([(x - half, y - half), (x + half, y - half), (x + half / 3, y + half / 2),
-                  (x - half / 3, y + half / 2)], fill=gold)
+    corners = [(x - half, y - half), (x + half, y - half), (x + half / 3, y + half / 2), (x - half / 3, y + half / 2)]
+    draw.polygon(corners, fill=gold)
     draw.rectangle((x - half / 4, y, x + half / 4, y + half), fill=gold)
     draw.rectangle((x - half / 1.4, y + half * 0.7, x + half / 1.4, y + half), fill=gold)
 
@@ -304,8 +283,7 @@ def paint_umbrella(draw, one, two, colour):
     """One umbrella over two people."""
     left, right = sorted((one.x, two.x))
     top, reach = one.y - 0.5 * one.size, 0.3 * one.size
-    canopy = (left - reach, top, right + reach, top + 0.5 * one.size)
-    draw.chord(canopy, 180, 360, fill=colour("umbrella"))
+    draw.chord((left - reach, top, right + reach, top + 0.5 * one.size), 180, 360, fill=colour("umbrella"))
 
 
 def paint_logo(draw, thing, colour, rng):
@@ -318,8 +296,7 @@ def paint_building(draw, thing, colour, rng):
     draw.rectangle((x - w, y - 0.5 * h, x + w, y + h), fill=colour(rng.choice(WALLS)))
     draw.polygon([(x - w, y - 0.5 * h), (x, y - h), (x + w, y - 0.5 * h)], fill=colour("door"))
     for side in (-0.5, 0.5):
-        window = (x + (side - 0.15) * w, y, x + (side + 0.15) * w, y + 0.3 * h)
-        draw.rectangle(window, fill=colour(SKIES[0]))
+        draw.rectangle((x + (side - 0.15) * w, y, x + (side + 0.15) * w, y + 0.3 * h), fill=colour(SKIES[0]))
 
 
 def paint_ball(draw, thing, colour, rng):
@@ -332,3 +309,17 @@ def paint_cup(draw, thing, colour, rng):
 
 PAINTERS = {"person": paint_person, "logo": paint_logo, "building": paint_building, "ball": paint_ball,
             "cup": paint_cup}
+
+
+def write_images(folder, split, count, make_sample):
+    """Writes `count` images into `folder`; returns (scene or post, image's name, the expert's part) of each.
+
+    `make_sample(index)` is (scene or post, image, the expert's part).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for index in range(count):
+        subject, image, said = make_sample(index)
+        drawn.append((subject, f"{split}-{index:05d}.png", said))
+        image.save(folder / drawn[-1][1], compress_level=1)
+    return drawn

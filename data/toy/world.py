@@ -1,14 +1,14 @@
 """The MORE-like world on disk: drawn scenes in MORE's own layout and a scripted expert's response to each.
 
 `write_world(DIR)` writes `DIR/MORE` and `DIR/expert.jsonl`, a six-step response to every training sample. Nothing
-downstream knows that it is a toy. `python -m data.toy` adds the tiny model.
-"""
+downstream knows that it is a toy. `python -m data.toy` adds the tiny model."""
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
-from data.toy.scene import LABELS, PEOPLE, TEAMS, make_scene, paint, relation, team_of
+from data.toy.scene import LABELS, PEOPLE, TEAMS, make_scene, paint, relation, team_of, write_images
 
 GIVES_UP = 0.8  # how often the expert calls a hard scene's object unclear
 FLAWED = 0.1  # how often its answer is broken besides
@@ -17,14 +17,11 @@ TYPES = {"person": "per", "logo": "org", "building": "loc", "ball": "misc", "cup
 ENTITY_TYPES = {"match": "org", "award": "misc", "site": "loc", "home": "loc", "pair": "per"}
 
 
-# ---- the scripted expert ----
-
 def expert_response(scene, rng):
     """The scripted expert's six steps: it mostly gives up on hard scenes, and one answer in ten is broken.
 
-    Giving up says `none`, which is often right, and then the filter keeps it: who imitates what is left gives
-    up on hard scenes too, although it could see. Imitation cannot mend that; trying both and being told which is
-    right can.
+    Giving up says `none`, which is often right, and then the filter keeps it: who imitates what is left gives up on
+    hard scenes too, although it could see. Imitation cannot mend that; trying both and being told which is right can.
     """
     unclear = scene.hard and rng.random() < GIVES_UP
     label = "none" if unclear else relation(scene)
@@ -60,13 +57,9 @@ def describe(scene):
         return f"a {thing.colour} logo {'on a wall' if thing.place else 'in the air'}"
     if thing.what != "person":
         return f"a {thing.what}"
-    detail = {
-        "match": "a hat" if thing.hat else "no hat",
-        "award": "a " + thing.holds if thing.holds else "no prize",
-        "site": "no logo",
-        "home": "a door" if thing.place else "no door",
-        "pair": "an umbrella" if scene.umbrella else "no umbrella",
-    }[scene.kind]
+    detail = {"match": "a hat" if thing.hat else "no hat", "award": "a " + thing.holds if thing.holds else "no prize",
+        "site": "no logo", "home": "a door" if thing.place else "no door",
+        "pair": "an umbrella" if scene.umbrella else "no umbrella"}[scene.kind]
     return f"a person in {thing.colour}, {detail}"
 
 
@@ -103,8 +96,6 @@ def match(scene):
     return f"{thing.colour} is {team} {parts.get(team, 'absent')}"
 
 
-# ---- writing ----
-
 def make_sample(seed, split, index):
     """(scene, image, expert's response) of one sample; a function of its three arguments alone."""
     rng = random.Random(f"{seed}/{split}/{index}")
@@ -118,19 +109,16 @@ def line_of(scene, name):
     tokens, words = scene.text.split(), scene.entity.split()
     start = next(place for place in range(len(tokens)) if tokens[place:place + len(words)] == words)
     return {"token": tokens, "h": {"name": scene.entity, "pos": [start, start + len(words)]},
-            "t": {"name": "[OBJ0]", "pos": list(scene.object.box)}, "img_id": name,
-            "relation": relation(scene)}
+            "t": {"name": "[OBJ0]", "pos": list(scene.object.box)}, "img_id": name, "relation": relation(scene)}
 
 
 def write_world(folder, seed=0, train=2400, valid=200, test=800):
     """Writes `folder`/MORE and `folder`/expert.jsonl; returns the expert's lines, {"id", "response"} each."""
     folder = Path(folder)
     (folder / "MORE" / "txt").mkdir(parents=True, exist_ok=True)
-    ids = {name: number for number, name in enumerate(LABELS)}
-    (folder / "MORE" / "rel2id.json").write_text(json.dumps(ids), encoding="utf-8")
-    responses = write_split(folder / "MORE", seed, "train", train)
-    write_split(folder / "MORE", seed, "valid", valid)
-    write_split(folder / "MORE", seed, "test", test)
+    (folder / "MORE" / "rel2id.json").write_text(json.dumps(dict(zip(LABELS, range(len(LABELS))))), encoding="utf-8")
+    counts = {"train": train, "valid": valid, "test": test}
+    responses, _, _ = (write_split(folder / "MORE", seed, split, count) for split, count in counts.items())
     expert = [{"id": f"train/{index}", "response": response} for index, response in enumerate(responses)]
     write_lines(folder / "expert.jsonl", map(json.dumps, expert))
     return expert
@@ -138,17 +126,9 @@ def write_world(folder, seed=0, train=2400, valid=200, test=800):
 
 def write_split(folder, seed, split, count):
     """Writes a split's images and annotation lines; returns what the expert says to each."""
-    images = folder / "img_org" / split
-    images.mkdir(parents=True, exist_ok=True)
-    lines, responses = [], []
-    for index in range(count):
-        scene, image, response = make_sample(seed, split, index)
-        name = f"{split}-{index:05d}.png"
-        image.save(images / name, compress_level=1)
-        lines.append(repr(line_of(scene, name)))
-        responses.append(response)
-    write_lines(folder / "txt" / f"{split}.txt", lines)
-    return responses
+    drawn = write_images(folder / "img_org" / split, split, count, partial(make_sample, seed, split))
+    write_lines(folder / "txt" / f"{split}.txt", [repr(line_of(scene, name)) for scene, name, _ in drawn])
+    return [response for _, _, response in drawn]
 
 
 def write_lines(path, lines):

@@ -5,8 +5,7 @@ the tensors of a run under way, from its second update on, all completions as lo
 as `prompt_tokens`, the vision encoder frozen. Not counted are the CUDA context, communication buffers and the
 allocator's gaps. `s` is grpo.plan's Settings, whose names are grpo.train's.
 
-Activations are counted as elements per packed token times the compute dtype's bytes, named where they are float32.
-"""
+Activations are counted as elements per packed token times the compute dtype's bytes, named where they are float32."""
 
 import json
 from dataclasses import dataclass
@@ -84,8 +83,7 @@ def shape_of(network) -> Shape:
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     linear = [(name.split(".")[-1], module.in_features + module.out_features)
               for name, module in language.named_modules() if hasattr(module, "in_features")]
-    return Shape(
-        total=count(network), vision=count(network) - count(language) - (0 if tied else head.numel()),
+    return Shape(total=count(network), vision=count(network) - count(language) - (0 if tied else head.numel()),
         layer=count(language.layers[0]), layers=len(language.layers), table=head.numel(), tied=tied,
         vocabulary=len(head), hidden=text.hidden_size, intermediate=text.intermediate_size,
         heads=text.num_attention_heads, queries=size * text.num_attention_heads, keys=size * text.num_key_value_heads,
@@ -155,8 +153,7 @@ class Costs:
         s, images = self.s, self.prompts * self.s.image_tokens
         features = images * self.shape.hidden * self.width  # kept from the rollout to the last update
         pixels = 0 if self.on_gpu else images * self.shape.patches * self.shape.patch_values * 4
-        return {
-            "weights": self.weights(), "activations": features + pixels,
+        return {"weights": self.weights(), "activations": features + pixels,
             "optimizer": self.visiting() * step if s.offload_optimizer and self.on_gpu else self.optimizer(),
             "reference": 0.0 if s.offload_reference and self.on_gpu else self.reference()}
 
@@ -260,18 +257,14 @@ class Costs:
         prefilled = min(self.slots, max(1, PREFILL_TOKENS // self.s.prompt_tokens)) * self.s.prompt_tokens
         own_keys = 2 * x.layers * x.keys * prefilled * self.width  # before they are written into the caches
         scores = self.rows * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (4 + self.width)
-        phases = {
-            "loading": self.loading(),
-            "vision": add(rest, gathered=whole, activations=self.vision_bytes()),
+        phases = {"loading": self.loading(), "vision": add(rest, gathered=whole, activations=self.vision_bytes()),
             "prefill": add(rest, gathered=whole, caches=self.cache_bytes() + own_keys,
                            activations=self.forward_bytes(prefilled)),
             # logits, their exponentials, those padded to whole blocks
             "decode": add(rest, gathered=whole, caches=self.cache_bytes(), activations=scores,
-                          head=3 * 4 * self.rows * x.vocabulary),
-            "reference": self.reference_pass(layered),
+                          head=3 * 4 * self.rows * x.vocabulary), "reference": self.reference_pass(layered),
             "passes": max(self.moments(layered), key=total),
-            "step": add(self.resident(step=True), gradients=MASTER * self.trained / self.shards),
-        }
+            "step": add(self.resident(step=True), gradients=MASTER * self.trained / self.shards)}
         return {name: {part: phase.get(part, 0.0) for part in COMPONENTS} for name, phase in phases.items()}
 
     def loading(self) -> dict[str, float]:
@@ -310,8 +303,7 @@ class Costs:
             add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
             add(rest, gradients=before + head + layer, activations=kept + tail + work),
             add(rest, gradients=almost + (head if self.sharded else 0.0) + layer, activations=one + work),
-            add(rest, gradients=every + root),
-        ]
+            add(rest, gradients=every + root)]
 
 
 def add(phase: dict[str, float], **more: float) -> dict[str, float]:

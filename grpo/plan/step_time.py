@@ -2,8 +2,7 @@
 
 A part of the step takes as long as the slowest of four things that go on at once: products, reading weights and caches,
 traffic between GPUs, traffic with host memory. Launching kernels, Python and unequal completions come on top; the
-vision encoder's own attention is left out.
-"""
+vision encoder's own attention is left out."""
 
 from dataclasses import dataclass
 

@@ -3,8 +3,7 @@
     python -m grpo.report runs/stage-2                     writes runs/stage-2/report.html
     python -m grpo.report runs/demo --output demo.html     all runs and evaluations in a folder
     python -m grpo.report runs/stage-2 --live              serves the page on 127.0.0.1 and keeps it up to date; it
-                                                           waits for a run that is not there yet
-"""
+                                                           waits for a run that is not there yet"""
 
 import time
 from dataclasses import dataclass

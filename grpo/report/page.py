@@ -1,8 +1,7 @@
 """Runs → one HTML page that needs nothing else: style, script and data are inside it, and it asks for nothing.
 
 Model text can be anything. It stands in the page only as JSON with every "<" escaped, the script puts it on the screen
-as text and never as markup, and a content policy lets no other script run than the page's own.
-"""
+as text and never as markup, and a content policy lets no other script run than the page's own."""
 
 import base64
 import hashlib
@@ -33,8 +32,7 @@ def image_data(runs: list[Run], images: Images) -> dict[str, dict]:
 
 
 def report_data(runs: list[Run], images: Images, made: str, live: bool = False) -> dict:
-    return {"made": made, "live": live, "runs": [run_data(run) for run in runs],
-            "images": image_data(runs, images)}
+    return {"made": made, "live": live, "runs": [run_data(run) for run in runs], "images": image_data(runs, images)}
 
 
 def as_json(data) -> str:

@@ -4,8 +4,7 @@
 
 The recipe names the metrics and, for each row, the folder under --runs where grpo.evaluate wrote its metrics.json
 (none for a row that is only the paper's), and the paper's figures where it gives any. A row that was not run yet shows a dash;
-`<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json.
-"""
+`<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json."""
 
 import json
 from dataclasses import dataclass
@@ -51,8 +50,7 @@ def rows_of(paper: dict, runs: Path) -> list[dict]:
     rows = []
     for row in paper["rows"]:
         name = row.get("folder")
-        rows.append({"title": row["title"], **{metric: {
-            "ours": measured(runs, name, metric), "paper": row.get(metric),
+        rows.append({"title": row["title"], **{metric: {"ours": measured(runs, name, metric), "paper": row.get(metric),
             "greedy": measured(runs, name and f"{name}_greedy", metric)} for metric in paper["metrics"]}})
     return rows
 

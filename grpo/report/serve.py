@@ -39,8 +39,7 @@ class Reader:
     def news(self, known: list[dict]) -> dict:
         """What the page does not have yet. `known` says of each run: name, number of metric lines, last recorded step.
 
-        {"restart": true} where the page's runs are no longer these: another set, or one that began anew.
-        """
+        {"restart": true} where the page's runs are no longer these: another set, or one that began anew."""
         with self.lock:
             runs = self.runs()
             same = [run.name for run in runs] == [entry["name"] for entry in known]
