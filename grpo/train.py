@@ -31,9 +31,9 @@ from grpo.advantage import (
 from grpo.engine.lora import adapter_off
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
-from grpo.group import Group, Pack, make_packs, pad_rows, row_mask
+from grpo.group import Group, Pack, idle_pack, make_packs, pad_rows, row_mask
 from grpo.objective import count_terms, mean_statistics, truncation_mask
-from grpo.runtime.answer import check_reward_options, roll_out
+from grpo.runtime.answer import check_reward_options, remember_predictions, roll_out
 from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
 from grpo.runtime.fsdp import reshard
 from grpo.runtime.liveness import Phases
@@ -43,8 +43,8 @@ from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optim
 from grpo.runtime.reward_calls import RewardCalls, reward_weights
 from grpo.runtime.rollout_log import RolloutLog
 from grpo.runtime.run import Run, read_lines
-from grpo.runtime.step_metrics import Sums, Symptoms, outcome, readable, rollout_metrics
-from grpo.variants import load_objective, loss_options
+from grpo.runtime.step_metrics import Sums, Symptoms, outcome, readable, rollout_metrics, sampling_metrics, speculation_metrics
+from grpo.variants import PRESETS, load_objective, loss_options
 
 # ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -97,6 +97,7 @@ class Trainer:
         self.preset = settings.objective
         self.loss = load_objective(settings.objective.name)
         self.loss_options = loss_options(self.preset, settings.max_completion_tokens)
+        self.may_skip = settings.objective.name in PRESETS and not (self.preset.beta or settings.lora_dropout)
         self.optimizer = make_optimizer(run.policy, settings)
         self.reference: Policy | None = run.reference(settings.model) if self.preset.beta else None
         self.weights = reward_weights(run.task.rewards.WEIGHTS, settings.reward_weights)  # of each reward part, by name
@@ -107,6 +108,7 @@ class Trainer:
         if rank() == 0:  # counts of all ranks until then go on with the first one's
             run.prompts.too_long, run.prompts.longest = before.get("too_long", 0), before.get("longest", 0)
         self.learned, self.without_signal = before.get("learned", False), before.get("without_signal", 0)
+        self.speculation = run.speculation.get("rollout")
         self.rollout_log = RolloutLog(
             run, self.preset.temperature, settings.rollout_log_every * before.get("rollout_log_thinned", 1),
             settings.rollout_log_groups, int(settings.rollout_log_megabytes * 2**20), run.step)
@@ -132,7 +134,7 @@ class Trainer:
         drawn_metrics = rollout_metrics(drawn, len(groups), self.run.prompts.too_long, list(self.weights))
         self.without_signal += drawn_metrics.get("frac_reward_zero_std", 1) == 1
         drawn_metrics |= {"rollouts_without_signal": self.without_signal, "reward_failures": failures}
-        return {**drawn_metrics, **learned, **phase.metrics()}
+        return {**drawn_metrics, **speculation_metrics(self.speculation), **learned, **phase.metrics()}
 
     # ── sample and reward ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -158,7 +160,7 @@ class Trainer:
         earlier = tuple(count for sample, count in zip(samples, earlier) if id(sample) in short)
         sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, self.preset.temperature,
                             rows=settings.rollout_rows, seed=f"{settings.seed}/{number}", earlier=earlier)
-        groups = roll_out(self.policy, prompts, self.preset.group_size, sampling)
+        groups = roll_out(self.policy, prompts, self.preset.group_size, sampling, self.speculation)
         for group, count in zip(groups, earlier):
             group.earlier = count
         return groups
@@ -176,7 +178,10 @@ class Trainer:
     def pack(self, groups: list[Group]) -> list[Pack]:
         """Groups for one pass each. Completions whose reward failed do not train, and those cut by the limit if the
         objective says so."""
-        packs = make_packs(groups, self.settings.tokens_per_pass, self.run.device)
+        apart = [groups]
+        if self.may_skip:  # groups that teach nothing have passes of their own, which need not be made
+            apart = [[group for group in groups if zero_variance(group) == flat] for flat in (False, True)]
+        packs = [pack for some in apart for pack in make_packs(some, self.settings.tokens_per_pass, self.run.device)]
         for pack in packs:
             cut = torch.tensor([not finished for group in pack.groups for finished in group.finished], device=self.run.device)
             counted = torch.cat([group.counted for group in pack.groups]).to(self.run.device)
@@ -225,10 +230,11 @@ class Trainer:
     def update(self, packs: list[Pack], rates: list[float]) -> dict:
         """μ updates on the packs of one rollout. The old log-probabilities are the first pass's own, detached."""
         aggregate, device = self.loss_options["aggregate"], self.run.device
-        terms = sum(count_terms(pack.mask, aggregate) for pack in packs)
+        terms = sum(count_terms(pack.mask, aggregate) for pack in packs)  # skipped ones too
         denominator = float(all_reduce_sum(torch.as_tensor(terms, dtype=torch.float32, device=device)))
         if not denominator:
             return {}
+        packs, skipped = self.skip(packs)
         norms, sums = [], Sums()
         with progress(len(packs) * len(rates), "update", "pack") as bar:
             for rate in rates:
@@ -252,7 +258,21 @@ class Trainer:
         statistics = sums.over_ranks()
         good = [norm for norm in norms if math.isfinite(norm)]
         return {"loss": statistics.pop("loss"), "grad_norm": sum(good) / len(good) if good else math.nan,
-                "learning_rate": rates[-1], **self.run.judge(norms, packs), **mean_statistics(statistics)}
+                "learning_rate": rates[-1], **skipped, **self.run.judge(norms, packs), **mean_statistics(statistics),
+                **sampling_metrics(packs)}
+
+    def skip(self, packs: list[Pack]) -> tuple[list[Pack], dict]:
+        """The packs whose passes can change the weights, at least one on every rank, and how many groups are in none.
+
+        Without a KL, a completion of advantage 0 adds exactly 0 to the loss and to every gradient. It stays in the
+        denominator; statistics of the update (ratio, entropy, clip) cover the others alone.
+        """
+        if not self.may_skip:
+            return packs, {}
+        teaching = [pack for pack in packs if pack.advantages.any()]
+        skipped = sum(len(pack.groups) for pack in packs if pack.mask.any() and not pack.advantages.any())
+        device = self.run.device
+        return equal_passes(teaching, device) or [idle_pack(device)], {"groups_skipped": sum(all_gather([skipped]))}
 
     def progress(self) -> dict:
         """What a run that goes on must know besides weights and optimizer."""
@@ -283,6 +303,8 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
     trainer.rollout_log.last, symptoms, means = rollouts - 1, Symptoms(), Means(rollouts)
     if not run.step:
+        if settings.predictions:
+            remember_predictions(trainer.speculation, settings.predictions, curriculum.hard + curriculum.easy, run.encoder)
         run.metrics_log.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
         bar.update(run.step)

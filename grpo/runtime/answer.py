@@ -1,13 +1,16 @@
 """Answer every sample of a split, over all ranks: evaluation, validation and the hard/easy split are this."""
 
+import json
+
 from grpo.engine.encode import Encoder
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
+from grpo.engine.speculation import Speculation
 from grpo.group import Group, Prompt
 from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks, world_size
 from grpo.runtime.fsdp import encode_images_unsharded, sample_unsharded
 from grpo.runtime.liveness import heartbeat
-from grpo.runtime.log import progress
+from grpo.runtime.log import progress, say
 
 
 class Prompts:
@@ -66,7 +69,7 @@ class Prompts:
 
 def answer(
     policy: Policy, prompts_of: Prompts, samples: list, sampling: Sampling, *,
-    group_size: int = 1, what: str = "evaluate",
+    group_size: int = 1, what: str = "evaluate", speculation: Speculation | None = None,
 ) -> list[list[str]]:
     """`group_size` completions' texts for every sample, in the samples' order, on every rank.
 
@@ -82,13 +85,15 @@ def answer(
             if policy.vision_is_frozen:
                 encode_images_unsharded(policy, prompts)
             ended = Ended(bar, group_size)
-            groups: list[Group] = sample_unsharded(policy, prompts, group_size, sampling, ended)
+            groups: list[Group] = sample_unsharded(policy, prompts, group_size, sampling, ended, speculation)
+            remember(speculation, groups)
             prompts_of.release_features(prompts)
             texts += [[prompts_of.encoder.decode(completion) for completion in group.completions] for group in groups]
     return merge_from_ranks(all_gather(texts))
 
 
-def roll_out(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling) -> list[Group]:
+def roll_out(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling,
+             speculation: Speculation | None = None) -> list[Group]:
     """`sample` for training, with a bar of tokens: images are encoded once, for rollout, reference and all updates."""
     if policy.vision_is_frozen:
         encode_images_unsharded(policy, prompts)
@@ -97,7 +102,35 @@ def roll_out(policy: Policy, prompts: list[Prompt], group_size: int, sampling: S
             heartbeat()
             bar.total -= spared  # what ended early will not be written: time left is an upper bound that sinks
             bar.update(written)
-        return sample_unsharded(policy, prompts, group_size, sampling.check_training(), count)
+        groups = sample_unsharded(policy, prompts, group_size, sampling.check_training(), count, speculation)
+    remember(speculation, groups)
+    return groups
+
+
+def remember(speculation: Speculation | None, groups: list[Group]) -> None:
+    """All ranks' completions into every rank's history: a sample changes ranks from one epoch to the next."""
+    if speculation:
+        answered = [(group.prompt.id, [tokens.tolist() for tokens in group.completions]) for group in groups]
+        for prompt_id, completions in all_gather(answered):
+            speculation.remember(prompt_id, completions)
+
+
+def remember_predictions(speculation: Speculation | None, path: str, samples: list, encoder: Encoder) -> None:
+    """The completions in a file of predictions, to guess from. Lines that fit no sample are said once and cost nothing."""
+    if not speculation:
+        return
+    known, unfit = {sample.id for sample in samples}, 0
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+                if entry["id"] not in known:
+                    raise KeyError
+                speculation.remember(entry["id"], [encoder.completion(entry["completion"])])
+            except (ValueError, KeyError, TypeError):
+                unfit += 1
+    if unfit:
+        say(f"{path}: {unfit} lines are no completion of a sample here; nothing is guessed from them")
 
 
 def check_reward_options(task, samples: list, options: dict) -> None:

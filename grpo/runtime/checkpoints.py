@@ -45,9 +45,10 @@ class Checkpoints:
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, step: int, state: dict) -> None:
-        """Write the run after `step` updates; `state` is what else it needs, as JSON. OSError if that fails, and then
-        everything that was there before still is."""
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, step: int, state: dict,
+             history: dict[str, Tensor] | None = None) -> None:
+        """Write the run after `step` updates; `state` is what else it needs, as JSON, `history` what all ranks hold alike.
+        OSError if that fails, and then everything that was there before still is."""
         place = self.folder / f"step-{step:08}"
         new = place.with_name(place.name + ".new")
 
@@ -68,7 +69,7 @@ class Checkpoints:
                 shutil.rmtree(old)
 
         self.attempt(new, begin if rank() == 0 else lambda: None)
-        written = self.attempt(new, lambda: write_part(new, policy, optimizer))
+        written = self.attempt(new, lambda: write_part(new, policy, optimizer, history or {}))
         self.attempt(new, end if rank() == 0 else lambda: None)
         self.good = place
 
@@ -118,11 +119,13 @@ class Checkpoints:
         faults = all_gather(mine)
         return faults[0] if faults else ""
 
-    def load(self, policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> None:
+    def load(self, policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> dict[str, Tensor]:
         """Weights, optimizer and random states of the newest good checkpoint into this run. on_host: the optimizer's
-        state into host memory."""
+        state into host memory. Returns the run's history."""
         with heartbeat_during():
             read_parts([self.good / name for name in self.parts], policy, optimizer, on_host)
+            first = safe_open(self.good / self.parts[0], "pt")
+            return {key.partition("/")[2]: first.get_tensor(key) for key in first.keys() if key.startswith("history/")}
 
     def forget(self) -> None:
         """Begin anew: what an earlier run has left goes away."""
@@ -145,8 +148,9 @@ def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str,
     return found
 
 
-def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[str, int, str]:
-    """This rank's rows; (file name, bytes, sha256). Of hybrid sharding's copies the first one writes the rows."""
+def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, history: dict[str, Tensor]) -> tuple[str, int, str]:
+    """This rank's rows; (file name, bytes, sha256). Of hybrid sharding's copies the first one writes the rows, and rank 0
+    the history."""
     path = folder / f"part-{rank():05}-of-{world_size():05}.safetensors"
     tensors, rows = {}, {}
     for key, (parameter, tensor) in state_tensors(policy, optimizer).items() if is_first_replica(policy) else ():
@@ -154,6 +158,7 @@ def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
             rows[key] = rows_of(parameter)
         tensors[key] = local(tensor).cpu().contiguous()
     tensors |= {f"random/{name}": state for name, state in random_states().items()}
+    tensors |= {f"history/{name}": tensor for name, tensor in history.items() if rank() == 0}
     save_file(tensors, path, metadata={"rows": json.dumps(rows)})
     sync(path)
     return path.name, path.stat().st_size, sha256(path)

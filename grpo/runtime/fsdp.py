@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling, cache_bytes, sample
+from grpo.engine.speculation import Speculation
 from grpo.group import Group
 from grpo.runtime.dist import any_rank, rank, world_size
 from grpo.runtime.memory import enough_memory
@@ -122,16 +123,17 @@ def unsharded_fits(policy: Policy, more_bytes: int) -> bool:
     return not any_rank(weights + more_bytes >= 0.9 * free, policy.device)
 
 
-def sample_unsharded(policy: Policy, prompts: list, group_size: int, sampling: Sampling, on_tokens=None) -> list[Group]:
-    """`sample` on sharded weights: whole, or layer by layer, where every process makes as many passes as the busiest."""
+def sample_unsharded(policy: Policy, prompts: list, group_size: int, sampling: Sampling, on_tokens=None,
+                     speculation: Speculation | None = None) -> list[Group]:
+    """`sample` on sharded weights: unsharded, or layer by layer, where every rank makes as many passes as the busiest."""
     needed = cache_bytes(policy, prompts, group_size, sampling, policy.compute_dtype.itemsize)
     with enough_memory("in a rollout", "lower --rollout_rows or --max_completion_tokens"):
         if not sharded_modules(policy) or unsharded_fits(policy, needed):
             with unsharded(policy):
-                return policy.call_inside(sample, prompts, group_size, sampling, on_tokens)
+                return policy.call_inside(sample, prompts, group_size, sampling, on_tokens, speculation=speculation)
         try:
             return policy.call_inside(sample, prompts, group_size, sampling, on_tokens,
-                                      lambda working: any_rank(working, policy.device))
+                                      lambda working: any_rank(working, policy.device), speculation)
         finally:
             reshard(policy)
 

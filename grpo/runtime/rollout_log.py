@@ -3,7 +3,7 @@
 A record is one line, {"step", "epoch", "groups": [{id, prompt, target, images, box, text, entity, completions}]},
 and a completion {text, pieces, finished, parts, reward, advantage, logp, ratio, ref_logp}; the last three and `pieces`
 have one entry a token. `logp` is the log-probability when the rollout begins, under the scored distribution (at the
-rollouts' temperature): that of the first update's own pass. `ratio` is what all μ updates of this rollout have made of
+rollouts' temperature): that of the first update's own pass, or the sampler's of groups of which no pass is made. `ratio` is what all μ updates of this rollout have made of
 it, π_after/π_before, from one more pass over the packs that hold a recorded group. The objective never sees that ratio:
 for μ = 1 its own is 1 throughout, and for μ > 1 it stops before the last update.
 """
@@ -86,7 +86,10 @@ class RolloutLog:
 
     def describe(self, group: Group, pack: Pack, first: int, after: Tensor, names: list[str]) -> dict:
         """A group as the record has it; its completions are the pack's rows from `first` on."""
-        before = after if pack.old_logp is None else pack.old_logp.cpu()  # None: nothing was learned
+        before = pack.old_logp  # None: no pass was made of it, and the sampler's own have to do
+        if before is None:
+            before = pad_rows(torch.cat([row for one in pack.groups for row in one.logps]), pack.lengths)
+        before = before.cpu()
         completions = []
         for i, length in enumerate(group.lengths):
             row = slice(first + i, first + i + 1), slice(length)

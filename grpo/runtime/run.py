@@ -1,10 +1,12 @@
 """What both trainers do around their loops: load, freeze, shard, validate, keep the best, stop and go on."""
 
+import json
 import math
 import os
 import random
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Callable
 
@@ -17,6 +19,7 @@ from grpo.engine.files import reasoning_of, replace_folder
 from grpo.engine.lora import AdapterFile, add_adapter, begin_adapter, keep_start
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
+from grpo.engine.speculation import Speculation
 from grpo.engine.weights import Checkpoint, empty_policy, fill
 from grpo.group import Pack
 from grpo.runtime.answer import Prompts, answer
@@ -29,8 +32,8 @@ from grpo.runtime.liveness import StopSignals, heartbeat, heartbeat_during
 from grpo.runtime.log import say
 from grpo.runtime.metrics import MetricsLog
 from grpo.runtime.optim import set_gradient_checkpointing
-from grpo.runtime.provenance import check_base, what_ran
-from grpo.runtime.settings import TrainingSettings, resume_rules
+from grpo.runtime.provenance import check_base, fingerprint, what_ran
+from grpo.runtime.settings import CommonSettings, TrainingSettings, resume_rules
 
 BEST, LAST = ("model", "adapter"), ("last", "last_adapter")  # folders of the best and of the last weights in <output>
 RESTART_SECONDS = 30.0  # until what a restart replaces has let go of --output
@@ -164,6 +167,9 @@ class Run:
         self.mesh = make_mesh(self.device, settings.shard_size)
         self.policy = self.load_policy()
         self.prompts = Prompts(self.encoder, self.task, settings.reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
+        # what samples were answered before, to guess from: by rollouts, by validations
+        kinds = ("rollout", "validate") if settings.speculate == "auto" else ()
+        self.speculation = {name: Speculation() for name in kinds}
         self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
         self.metrics_log = MetricsLog(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0), step=self.step)
         if rank() == 0:
@@ -219,7 +225,10 @@ class Run:
         """Weights, optimizer and random states as they were, where this run goes on; the trainer's own progress."""
         if not self.saved:
             return {}
-        self.checkpoints.load(self.policy, optimizer, on_host=self.settings.offload_optimizer)
+        history = self.checkpoints.load(self.policy, optimizer, on_host=self.settings.offload_optimizer)
+        for name, speculation in self.speculation.items():
+            if f"{name}/tokens" in history:  # a run without speculation has none
+                speculation.restore({part: history[f"{name}/{part}"] for part in ("tokens", "index")})
         return self.saved["progress"]
 
     def checkpoint(self, optimizer, step: int, progress: Callable[[], dict], last: bool = False) -> None:
@@ -230,7 +239,8 @@ class Run:
         if stopping or last or every and step % every == 0:
             self.checkpoints.save(self.policy, optimizer, step, {
                 "ran": self.ran, "best": self.best if math.isfinite(self.best) else None, "best_step": self.best_step,
-                "lines": self.metrics_log.lines, "bad_updates": self.bad_updates, "progress": progress()})
+                "lines": self.metrics_log.lines, "bad_updates": self.bad_updates, "progress": progress()},
+                {f"{name}/{part}": tensor for name, one in self.speculation.items() for part, tensor in one.state().items()})
         if stopping and not last:
             say(f"stopped after step {step} by {signal.Signals(stopping).name}; the same command goes on from {self.checkpoints.good}")
             finish()
@@ -294,8 +304,13 @@ class Run:
         heartbeat("validate")
         sampling = Sampling(self.settings.max_completion_tokens, self.encoder.end_tokens, temperature=0.0,
                             rows=self.settings.rollout_rows)
-        texts = answer(self.policy, self.prompts, self.valid, sampling, what="validate")
-        metrics = self.task.rewards.metrics([text for text, in texts], self.valid)
+        metrics = {} if step else broadcast_from_rank_0(self.validated_before)
+        if metrics:
+            say(f"validation: as it was when {self.settings.model} was made")
+        else:
+            texts = answer(self.policy, self.prompts, self.valid, sampling, what="validate",
+                           speculation=self.speculation.get("validate"))
+            metrics = self.task.rewards.metrics([text for text, in texts], self.valid)
         found = metrics[self.settings.valid_metric]
         if not math.isfinite(found):
             raise ValueError(f"--valid_metric {self.settings.valid_metric} is {found} after step {step}; a finite number expected")
@@ -304,10 +319,33 @@ class Run:
             self.best, self.best_step = found, step
             self.save()
             if rank() == 0:
-                write_json(self.output / "best.json", {"step": step, "valid": metrics})
+                write_json(self.output / "best.json", {"step": step, "valid": metrics, **self.of_export()})
         say(f"step {step}: validation " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             + ("  (best so far, kept)" if better else ""))
         return {f"valid/{name}": value for name, value in metrics.items()}
+
+    @property
+    def validated(self) -> dict:
+        """What decides a validation's numbers: weights, samples, prompts, reward."""
+        free = {name for name, rule in resume_rules(self.settings).items() if rule == "free"}
+        names = {f.name for f in fields(CommonSettings)} - free | {"valid_split", "valid_samples"}
+        return {**{name: getattr(self.settings, name) for name in sorted(names)}, "dtype": str(self.dtype),
+                **{name: self.ran[name] for name in ("data_hash", "model_hash", "commit")}}
+
+    def of_export(self) -> dict:
+        """The same of the weights just exported, where they are no others than those that were validated."""
+        kinds = {lazy.get_dtype() for lazy in Checkpoint(str(self.output / BEST[0])).slices.values()}
+        exact = kinds <= {"F32", "BF16" if self.dtype == torch.bfloat16 else "F32"} and not self.settings.lora_rank
+        return {"of": {**self.validated, "model_hash": fingerprint(self.output / BEST[0])}} if exact else {}
+
+    def validated_before(self) -> dict:
+        """The metrics of these very weights, where the run that made them has left them beside --model; else {}."""
+        try:
+            best = json.loads((Path(self.settings.model).parent / "best.json").read_text(encoding="utf-8"))
+            same = best["of"] == self.validated and self.settings.valid_metric in best["valid"]
+            return {name: float(value) for name, value in best["valid"].items()} if same else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
 
     def save(self, names: tuple[str, str] = BEST) -> None:
         """<output>/model: a checkpoint that stock transformers loads; with --lora_rank <output>/adapter beside it."""

@@ -1,11 +1,14 @@
 """A step of Stage 2 in numbers: what was drawn, over all ranks, under TRL's names; and the same as one line for people."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from grpo.advantage import zero_variance_groups
-from grpo.group import Group
-from grpo.runtime.dist import all_gather, all_reduce_sum
+from grpo.engine.speculation import Speculation
+from grpo.group import Group, Pack, pad_rows
+from grpo.runtime.dist import all_gather, all_reduce_max, all_reduce_sum
 
 
 class Sums:
@@ -47,6 +50,34 @@ def rollout_metrics(groups: list[Group], kept: int, too_long: int, names: list[s
         "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": 1 - finished.mean().item(),
     }
+
+
+def sampling_metrics(packs: list[Pack]) -> dict:
+    """Is the sampler the scorer? The first pass's log-probabilities against the sampler's own, over the trained tokens of
+    all ranks: |log π_scorer − log π_sampler| and π_scorer / π_sampler, under TRL's names."""
+    d = [(pack.old_logp.cpu() - pad_rows(torch.cat([row for group in pack.groups for row in group.logps]), pack.lengths))
+         [pack.mask.cpu()] for pack in packs if pack.mask.any()]
+    d = torch.cat(d).double() if d else torch.zeros(0, dtype=torch.float64)
+    device = packs[0].mask.device
+    count, far, ratio = all_reduce_sum(torch.stack([torch.tensor(len(d)).double(), d.abs().sum(), d.exp().sum()]).to(device)).tolist()
+    if not count:
+        return {}
+    ends = torch.stack([d.abs().max(), d.max(), -d.min()]) if len(d) else torch.full((3,), -torch.inf, dtype=torch.float64)
+    most, high, low = all_reduce_max(ends.to(device)).tolist()
+    return {"sampling/sampling_logp_difference/mean": far / count, "sampling/sampling_logp_difference/max": most,
+            "sampling/importance_sampling_ratio/min": math.exp(-low), "sampling/importance_sampling_ratio/mean": ratio / count,
+            "sampling/importance_sampling_ratio/max": math.exp(high)}
+
+
+def speculation_metrics(speculation: Speculation | None) -> dict:
+    """Of all rollouts since the last call, over all ranks: tokens that a decode step gave a row, share of guessed tokens
+    that were drawn."""
+    if not speculation:
+        return {}
+    counts = {name: sum(all_gather([count])) for name, count in speculation.counts.items()}
+    speculation.counts = dict.fromkeys(speculation.counts, 0)
+    return {"speculation/tokens_per_step": counts["tokens"] / max(1, counts["steps"]),
+            "speculation/accepted": counts["accepted"] / max(1, counts["guessed"])}
 
 
 def readable(line: dict, rollouts: int) -> str:
