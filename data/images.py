@@ -91,7 +91,7 @@ def upright_copy(path, folder) -> str:
         return str(path)  # the task has words of its own for that
     copy = Path(folder) / Path(path).name
     if turned:
-        open_image(path, upright=True).save(copy, "PNG")
+        open_image(path, upright=True).save(copy, "PNG", exif=b"")  # else it might say once more how to turn it
     return str(copy if turned else path)
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from data.images import check_image, grey_image, open_image
 from data.read import read_json_lines, shown
 from data.task import load_module
-from rewards.jsonl import VERIFIERS, Verifier, marked, own_verifier, suitable
+from rewards.jsonl import VERIFIERS, Verifier, correct, marked, own_verifier, suitable
 
 QUESTIONS, ANSWERS = ("prompt", "question", "problem"), ("answer", "solution")
 PARTS = ("test", "valid", "train")  # of one file: a tenth, a tenth, the rest
@@ -35,6 +35,7 @@ class Rules(NamedTuple):
     reasoning: bool
     tolerance: float
     whole_answer: bool
+    upright: bool = False
 
 
 @dataclass(eq=False)
@@ -65,7 +66,8 @@ class Sample:
 
 
 def load(data, split: str, *, missing_images: str = "stop", reasoning: bool = True, verifier: str = "auto",
-         tolerance: float = 1e-6, whole_answer: bool = False, split_seed: int = 0, seen_size: Callable | None = None):
+         tolerance: float = 1e-6, whole_answer: bool = False, exif_orientation: bool = True, split_seed: int = 0,
+         seen_size: Callable | None = None):
     """The samples of a split, every line checked: the first that is of no use is a ValueError with file and line.
 
     seen_size: (width, height) of an image → as the model sees it, ValueError from a model that sees nothing.
@@ -78,7 +80,7 @@ def load(data, split: str, *, missing_images: str = "stop", reasoning: bool = Tr
         raise FileNotFoundError(f"{path} is missing; {data} holds {there}")
     lines = read_lines(path)
     refuse_equal_ids(lines)
-    rules, chosen = Rules(reasoning, tolerance, whole_answer), find_verifier(verifier)
+    rules, chosen = Rules(reasoning, tolerance, whole_answer, exif_orientation), find_verifier(verifier)
     samples = []
     for where, entry in part_of(lines, split, split_seed, path) if one_file else lines:
         try:
@@ -89,6 +91,8 @@ def load(data, split: str, *, missing_images: str = "stop", reasoning: bool = Tr
                 samples.append(sample)
         except ValueError as problem:
             raise ValueError(f"{where}: {problem}" if where not in str(problem) else str(problem)) from None
+        except OSError as problem:  # a missing image's own, or one whose name no file system takes
+            raise type(problem)(str(problem) if where in str(problem) else f"{where}: {shown(str(problem))}") from None
     return samples
 
 
@@ -156,7 +160,8 @@ def make_sample(entry: dict, where: str, folder: Path, rules: Rules, missing_ima
 
 def measure(sample: Sample, where: str, seen_size: Callable | None) -> None:
     """Its images' sizes, from their headers alone."""
-    sample.sizes = [grey_image().size if path is None else check_image(path, where) for path in sample.images]
+    upright = sample.rules.upright
+    sample.sizes = [grey_image().size if path is None else check_image(path, where, upright) for path in sample.images]
     sample.seen_sizes = [seen_size(*size) if seen_size else size for size in sample.sizes]
 
 
@@ -169,6 +174,9 @@ def judge(sample: Sample, verifier: Verifier | None) -> None:
         sample.golds = [sample.verifier.gold(value, sample) for value in values]
     except ValueError as problem:
         raise ValueError(f"answer is {shown(sample.answer)}; {problem}") from None
+    itself = [VERIFIERS[name] for name in ("exact", "text", "number", "choice")]  # what these are given is an answer too
+    if sample.verifier in itself and not correct(target(sample), sample):
+        raise ValueError(f"answer is {shown(sample.answer)}; one that is right when it is given as an answer expected")
 
 
 def without_marks(value):
@@ -207,7 +215,8 @@ def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
     wishes = ["think in <think></think>"] * reasoning + ["write the answer in <answer></answer>"] * sample.asks_for_tags
     if wishes:
         text.append(("First " * reasoning + ", then ".join(wishes)).capitalize() + ".")
-    return [grey_image() if path is None else open_image(path) for path in sample.images], "\n".join(text)
+    images = [grey_image() if path is None else open_image(path, sample.rules.upright) for path in sample.images]
+    return images, "\n".join(text)
 
 
 def target(sample: Sample) -> str:
@@ -216,6 +225,8 @@ def target(sample: Sample) -> str:
     answer = [[round(edge) for edge in box] for box in sample.golds[0]] if boxes else sample.answer
     if isinstance(answer, list) and not boxes:
         answer = answer[0]
+    if sample.verifier is VERIFIERS["choice"] and isinstance(answer, int):
+        answer = sample.choices[sample.golds[0]]
     answer = json.dumps(answer) if boxes else str(without_marks(answer))
     return answer if sample.rules.whole_answer else f"<answer>{answer}</answer>"
 

@@ -6,7 +6,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from data import more
+from data import jsonl, more
 from data.images import check_image, crop_box, open_image, upright_copy
 from data.toy.model import write_tiny_model
 from grpo import predict
@@ -73,7 +73,7 @@ def test_a_photo_is_turned_where_asked_and_kept_as_stored_where_boxes_refer_to_i
     assert turned.size == check_image(path, "here", upright=True) == size and turned.getpixel(red) == (255, 0, 0)
     (tmp_path / "copies").mkdir()
     copy = upright_copy(path, tmp_path / "copies")
-    assert open_image(copy).tobytes() == turned.tobytes() and (copy == str(path)) == (orientation in (0, 1, 9))
+    assert open_image(copy, upright=True).tobytes() == turned.tobytes() and (copy == str(path)) == (orientation in (0, 1, 9))
 
 
 def test_a_broken_orientation_leaves_the_photo_as_it_is(tmp_path):
@@ -101,3 +101,12 @@ def test_predict_shows_a_phones_photo_upright_unless_the_box_refers_to_stored_pi
     assert (turned.size, stored.size) == ((40, 60), (60, 40))
     assert crop.size == (40, 30) and crop.getpixel((20, 5))[0] > 200  # the upper half, as it is seen, is red
     assert crop.tobytes() == crop_box(turned, (0.5, 0.25, 1, 0.5)).tobytes()
+
+
+def test_a_file_of_questions_shows_photos_upright_unless_told_otherwise(tmp_path):
+    photo(tmp_path / "phone.jpg", 6)
+    (tmp_path / "q.jsonl").write_text('{"question": "Which colour is above?", "image": "phone.jpg", "answer": "red"}\n')
+    turned, = jsonl.load(tmp_path / "q.jsonl", "all")
+    stored, = jsonl.load(tmp_path / "q.jsonl", "all", exif_orientation=False)
+    assert (turned.sizes, stored.sizes) == ([(40, 60)], [(60, 40)])
+    assert [image.size for one in (turned, stored) for image in jsonl.build_prompt(one)[0]] == [(40, 60), (60, 40)]

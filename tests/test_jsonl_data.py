@@ -54,6 +54,15 @@ def test_the_prompt_is_the_question_its_choices_and_the_form_of_the_answer(tmp_p
     assert text(whole, reasoning=False) == whole.text and not jsonl.is_none(whole)
 
 
+def test_what_is_learned_without_an_expert_is_right(tmp_path):
+    choices = {"question": "Which?", "choices": ["a cat", "a dog", "B"]}
+    samples = load(write(tmp_path / "q.jsonl", *({**choices, "answer": answer} for answer in ("a dog", "A", 0, 1, 2))), "all")
+    assert [target(sample) for sample in samples] == [f"<answer>{text}</answer>" for text in ("a dog", "A", "a cat", "a dog", "B")]
+    assert all(correct(target(sample), sample) for sample in samples)
+    with pytest.raises(ValueError, match=r"q.jsonl:1: answer is .*; one that is right when it is given as an answer expected"):
+        load(write(tmp_path / "q.jsonl", {"question": "?", "answer": "so <answer>x</ans,wer>"}), "all")
+
+
 def test_images_are_found_beside_the_file_and_boxes_know_the_size_that_the_model_sees(tmp_path):
     (tmp_path / "img").mkdir()
     Image.new("RGB", (100, 80), "red").save(tmp_path / "img" / "a.png")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import jmere, more
+from data import jmere, jsonl, more
 from data.read import json_value, read_json, read_json_lines
 from data.task import sample_hash
 from grpo import compare, predict
@@ -19,7 +19,7 @@ from grpo.runtime.settings import parse
 from jmere_folder import post, write_jmere
 from more_folder import line, write_more
 from mutator import mutations
-from rewards import jmere as jmere_rewards, more as more_rewards
+from rewards import jmere as jmere_rewards, jsonl as jsonl_rewards, more as more_rewards
 from sft.annotate import file_expert
 from sft.experts import read_answers
 from sft.train import Settings
@@ -40,6 +40,12 @@ def check_jmere(samples):
     for sample in samples:
         images, text = jmere.build_prompt(sample)
         assert len(images) == 1 and text.encode() and jmere_rewards.correct(jmere.target(sample), sample)
+
+
+def check_jsonl(samples):
+    for sample in samples:
+        images, text = jsonl.build_prompt(sample)
+        assert len(images) == len(sample.images) and text.encode() and jsonl_rewards.correct(jsonl.target(sample), sample)
 
 
 def check_answers(answers):
@@ -65,6 +71,9 @@ class Readers:
         answers = [{**one, "tokens_in": 7, "tokens_out": 9, "request": "d1"} for one in responses]
         recipe = {"model": "m", "data": "d", "output": "o", "task": "more", "epochs": 3, "learning_rate": 1e-6,
                   "train_vision": True, "schedule": "cosine"}
+        questions = [{"id": "a", "question": "What is 2 + 2?", "answer": 4, "category": "sums"},
+                     {"prompt": "Which?", "choices": ["a cat", "a dog"], "answer": "B", "system": "Be short."},
+                     {"problem": "Wer?", "image": "img_org/train/a.png", "solution": "so <answer>Zoë</answer>", "level": [1]}]
         file, words = folder / "file.json", line(token=["Zoë", "met", "Heat"], relation="/per/per/peer")
         nothing, load = (lambda _: None), dict(missing_images="blank")
         self.all = {
@@ -74,6 +83,7 @@ class Readers:
                               lambda: more.load(folder, "train", **load), check_more),
             "JMERE": (folder / "jmere" / "train.json", [post(0), post(1)], "whole",
                       lambda: jmere.load(folder / "jmere", "train", **load), check_jmere),
+            "jsonl": (folder / "q.jsonl", questions, "lines", lambda: jsonl.load(folder / "q.jsonl", "all", **load), check_jsonl),
             "responses": (file, responses, "lines", lambda: read_lines(str(file), SAMPLES, "response", str, TASK),
                           lambda pairs: [text.encode() for _, text in pairs]),
             "predictions": (file, predictions, "lines", lambda: read_lines(str(file), SAMPLES, "correct", bool, TASK), nothing),
@@ -95,7 +105,7 @@ def folder():
         yield Path(name)
 
 
-NAMES = ("MORE", "MORE's labels", "JMERE", "responses", "predictions", "ids", "an expert's file", "an expert's answers", "settings",
+NAMES = ("MORE", "MORE's labels", "JMERE", "jsonl", "responses", "predictions", "ids", "an expert's file", "an expert's answers", "settings",
          "a run's settings", "metrics")
 
 

@@ -85,6 +85,8 @@ class TaskSettings:
                                       "boxes (IoU), regex, my.module:function; auto: choice, number or text by the line")
     tolerance: float = from_file(1e-6, "a number may be wrong by this share of the right one", least=0)
     whole_answer: bool = from_file(False, "a completion with neither <answer></answer> nor \\boxed{} is an answer as a whole")
+    exif_orientation: bool = from_file(True, "turn a photo as its EXIF orientation says, as whoever wrote about it saw it; off: as "
+                                             "it is stored, where boxes refer to that")
     split_seed: int = from_file(0, "random seed that parts a single file into train, valid and test")
 
 
