@@ -325,7 +325,8 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
         raise ValueError(f"nothing was learned: {sum(all_gather([run.prompts.too_long]))} prompts are longer than --max_prompt_tokens "
                          f"{settings.max_prompt_tokens} (the longest has {max(all_gather([run.prompts.longest]))} tokens), the rest gave "
                          f"zero-variance groups")
-    say(outcome(run.metrics_log.values("reward"), settings.valid_metric if run.valid else "", run.best_step))
+    say(outcome(run.metrics_log.values("reward"), run.metrics_log.values(f"valid/{settings.valid_metric}"),
+                f"best {settings.valid_metric} at step {run.best_step}" if run.valid else ""))
 
 
 def main() -> None:

@@ -52,9 +52,10 @@ def test_a_line_says_how_many_completions_were_cut_and_length_is_one_thing():
 
 def test_the_end_says_whether_anything_was_learned():
     falling, rising = [2.4] * 2 + [2.3] * 16 + [2.2] * 2, [1.0] * 2 + [1.5] * 16 + [2.0] * 2
-    hint = ": not learning, see docs/training-guide.md"
-    assert outcome(falling, "f1", 0) == "reward 2.40 → 2.20 (first and last tenth), best f1 at step 0" + hint
-    assert outcome(falling, "", 0) == "reward 2.40 → 2.20 (first and last tenth)" + hint
-    assert outcome(falling, "f1", 10) == "reward 2.40 → 2.20 (first and last tenth), best f1 at step 10"
-    assert outcome(rising, "f1", 0) == "reward 1.00 → 2.00 (first and last tenth), best f1 at step 0"
-    assert hint not in outcome(falling[:9], "f1", 0)  # too few to tell
+    hint, best = ": not learning, see docs/training-guide.md", "best f1 at step 0"
+    assert outcome(falling, [0.5, 0.4], best) == "reward 2.40 → 2.20 (first and last tenth), best f1 at step 0" + hint
+    assert outcome(falling, [], "") == "reward 2.40 → 2.20 (first and last tenth)" + hint
+    assert outcome(falling, [0.0, 0.0], "best f1 at step 20").endswith("best f1 at step 20" + hint)  # the newer of equals
+    assert outcome(falling, [0.5, 0.6], "best f1 at step 10") == "reward 2.40 → 2.20 (first and last tenth), best f1 at step 10"
+    assert outcome(rising, [0.5, 0.4], best) == "reward 1.00 → 2.00 (first and last tenth), best f1 at step 0"
+    assert hint not in outcome(falling[:9], [0.5, 0.4], best)  # too few to tell

@@ -92,13 +92,12 @@ def readable(line: dict, rollouts: int) -> str:
             f"{line['step_time']:.1f} s")
 
 
-def outcome(rewards: list[float], metric: str, best_step: int) -> str:
-    """What has become of the mean rewards of a run's rollouts, whose best validation by `metric` ("": none) is of this step."""
+def outcome(rewards: list[float], valid: list[float], best: str) -> str:
+    """What has become of the mean rewards of a run's rollouts, and of its validations; `best` says which was the best."""
     tenth = -(-len(rewards) // 10)
     first, last = (sum(part) / tenth for part in (rewards[:tenth], rewards[-tenth:]))
-    best = f", best {metric} at step {best_step}" if metric else ""
-    learning = last > first or best_step or len(rewards) < 10
-    return f"reward {first:.2f} → {last:.2f} (first and last tenth){best}" + (
+    learning = last > first or valid and max(valid) > valid[0] or len(rewards) < 10
+    return f"reward {first:.2f} → {last:.2f} (first and last tenth){', ' if best else ''}{best}" + (
         "" if learning else ": not learning, see docs/training-guide.md")
 
 
