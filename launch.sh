@@ -11,7 +11,7 @@
 #   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME[,NAME…]] …
 #                                         JMERE-R1 with the paper's settings, see docs/recipes/jmere-r1.sh; likewise
 #   ./launch.sh test [pytest arguments]   the tests but those that are heavy; -m heavy: these alone; -h lists pytest's own
-#                                         arguments. Without the name of a file two processes share them
+#                                         arguments. PROCESSES of them share the files, where none is named
 #
 # PYTHON=/path/to/python ./launch.sh …    use that interpreter as it is and install nothing
 # PROCESSES=N ./launch.sh …               number of processes (default: one a GPU, two without any)
@@ -165,7 +165,7 @@ processes_and_threads() {
 
 side_by_side() { # pytest's arguments: how its two processes share the tests, where neither a file nor a look inside is asked for
     [[ " $*" != *" tests/"* && " $* " != *" -s "* && " $*" != *" --pdb"* ]] && "$python" -c 'import xdist' 2>/dev/null &&
-        echo "-n 2 --dist worksteal"
+        echo "-n ${PROCESSES:-2} --dist worksteal"
 }
 
 commands="setup demo more-r1 jmere-r1 test"

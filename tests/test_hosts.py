@@ -22,22 +22,27 @@ def ip(*words):
     return subprocess.run(["ip", *words], capture_output=True, text=True)
 
 
+def name(host):
+    """Of its network namespace, which is the machine's: other tests may run beside this one."""
+    return f"grpo-{host}-{os.getpid()}"
+
+
 def lay_cable():
     """Whether it could be done: it takes root and Linux."""
-    if not shutil.which("ip") or any(ip("netns", "add", f"grpo-{host}").returncode for host in ADDRESS):
+    if not shutil.which("ip") or any(ip("netns", "add", name(host)).returncode for host in ADDRESS):
         return False
-    ip("link", "add", "cable-a", "netns", "grpo-a", "type", "veth", "peer", "name", "cable-b", "netns", "grpo-b")
+    ip("link", "add", "cable-a", "netns", name("a"), "type", "veth", "peer", "name", "cable-b", "netns", name("b"))
     for host, address in ADDRESS.items():
-        ip("-n", f"grpo-{host}", "addr", "add", f"{address}/24", "dev", f"cable-{host}")
-        ip("-n", f"grpo-{host}", "link", "set", "lo", "up")
-        ip("-n", f"grpo-{host}", "link", "set", f"cable-{host}", "up")
+        ip("-n", name(host), "addr", "add", f"{address}/24", "dev", f"cable-{host}")
+        ip("-n", name(host), "link", "set", "lo", "up")
+        ip("-n", name(host), "link", "set", f"cable-{host}", "up")
     return True
 
 
 def lose_power(host):
     """The cable first, so that nobody hears of it."""
-    ip("-n", f"grpo-{host}", "link", "set", f"cable-{host}", "down")
-    for pid in ip("netns", "pids", f"grpo-{host}").stdout.split():
+    ip("-n", name(host), "link", "set", f"cable-{host}", "down")
+    for pid in ip("netns", "pids", name(host)).stdout.split():
         os.kill(int(pid), signal.SIGKILL)
 
 
@@ -49,14 +54,14 @@ def hosts():
         for host in ADDRESS:
             lose_power(host)
     for host in ADDRESS:
-        ip("netns", "delete", f"grpo-{host}")
+        ip("netns", "delete", name(host))
     if not laid:
         pytest.skip("no network namespaces here (they take root)")
 
 
 def begin(host, words, restarts, log):
     """torchrun on one host, as docs/long-runs.md starts it on each; what it says goes into the file."""
-    command = ["ip", "netns", "exec", f"grpo-{host}", sys.executable, "-m", "torch.distributed.run", "--nnodes", 2,
+    command = ["ip", "netns", "exec", name(host), sys.executable, "-m", "torch.distributed.run", "--nnodes", 2,
                "--nproc-per-node", 1, "--max-restarts", restarts, "--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint",
                f"{ADDRESS['a']}:29511", "--rdzv-conf", f"is_host={host == 'a'},join_timeout=90,keep_alive_interval=1", "--local-addr", ADDRESS[host],
                "--monitor-interval", 0.1, ROOT / "tests" / "faulty.py", *words]
@@ -86,7 +91,7 @@ def test_one_host_is_cut_off_the_other_waits_and_both_go_on(hosts, folder, tmp_p
     hear(logs["stays"], "no rank has made progress")
     time.sleep(10)
     assert stays.poll() is None  # it waits
-    ip("-n", "grpo-b", "link", "set", "cable-b", "up")
+    ip("-n", name("b"), "link", "set", "cable-b", "up")
     comes = begin("b", words, 2, logs["comes"])
     ends, said = [stays.wait(timeout=240), comes.wait(timeout=60)], logs["stays"].read_text() + logs["comes"].read_text()
     assert ends == [0, 0], said
