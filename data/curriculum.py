@@ -30,8 +30,7 @@ def easy_ratio(epoch: int, decay: float) -> float:
     return float(decay) ** epoch if decay else 0.0
 
 
-def stratified_draw(samples: list, fraction: float, stratum: Callable[..., Hashable],
-                    seed: int) -> tuple[list, list]:
+def stratified_draw(samples: list, fraction: float, stratum: Callable[..., Hashable], seed: int) -> tuple[list, list]:
     """(drawn, rest): `fraction` of each stratum at random, both lists in the order of `samples`.
 
     A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: a label that the cold
@@ -56,9 +55,8 @@ def none_share(samples: list, is_none: Callable[..., bool]) -> float:
     return sum(map(is_none, samples)) / len(samples) if samples else 0.0
 
 
-def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_share: float,
-                  is_none: Callable[..., bool], decay: float = 0.5, mixing: str = "progressive",
-                  last: str = "fill", seed: int = 0) -> Epoch:
+def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_share: float, is_none: Callable[..., bool],
+                  decay: float = 0.5, mixing: str = "progressive", last: str = "fill", seed: int = 0) -> Epoch:
     """The epoch in mini-batches of `batch_size` samples, the prompts per rollout of all processes together.
 
     "progressive" (MORE-R1, section 3.3.2): every hard sample, and `easy_ratio(epoch, decay)` times as many
@@ -78,7 +76,9 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
         raise ValueError(f"epoch {epoch}: {total} samples are fewer than a batch of {batch_size}, "
                          "and an incomplete last batch is dropped; fill it, or make the batch smaller")
     if mixing == "raw":
-        order = _raw_order(hard, easy, size, seed, epoch)
+        both = [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
+        both = _shuffled(both, _generator(seed, epoch, "raw"))
+        order = [both[position % len(both)] for position in range(size)]
     else:
         if easy_total < int(len(hard) * ratio):
             log.warning("epoch %d: %d easy samples wanted for %d hard ones, there are only %d",
@@ -91,21 +91,20 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
     for number, batch in enumerate(batches):
         # Hard and easy alternate; shuffled, no way of sharing out a batch gives one process all of a kind.
         _generator(seed, epoch, "batch", number).shuffle(batch)
+    seen = [sample for sample, is_hard in order if not is_hard]
     record = {"epoch": epoch, "mixing": mixing, "ratio": float(ratio) if mixing == "progressive" else None,
-              "batches": len(batches), **_counts(order, is_none), "filled": max(size - total, 0),
-              "left_out": max(total - size, 0)}
+              "batches": len(batches), "hard": len(order) - len(seen), "easy": len(seen),
+              "easy_none": sum(map(is_none, seen)), "filled": max(size - total, 0), "left_out": max(total - size, 0)}
     return Epoch([[sample for sample, _ in batch] for batch in batches], record)
 
 
-def draw_easy(easy: list, count: int, none_share: float, is_none: Callable[..., bool],
-              generator: random.Random) -> list:
+def draw_easy(easy: list, count: int, none_share: float, is_none: Callable[..., bool], generator: random.Random) -> list:
     """`count` easy samples in random order, `none_share` of them none (MORE-R1, section 4.1).
 
     Where one of the two kinds runs out, the other fills its place and the log says so: the ratio of easy to
     hard is the strategy itself, the proportion of none among the easy ones comes second."""
-    pools = {True: [], False: []}
-    for sample in _shuffled(easy, generator):
-        pools[is_none(sample)].append(sample)
+    shuffled = _shuffled(easy, generator)
+    pools = {kind: [sample for sample in shuffled if is_none(sample) == kind] for kind in (True, False)}
     wanted = _nearest(count * _exact(none_share))
     others = min(count - min(wanted, len(pools[True])), len(pools[False]))
     if count - others != wanted:
@@ -124,17 +123,6 @@ def _mixed_order(hard: list, easy: list, share: Fraction, size: int) -> list[tup
         else:
             order.append((hard[(position - 1 - easy_so_far) % len(hard)], True))
     return order
-
-
-def _raw_order(hard: list, easy: list, size: int, seed: int, epoch: int) -> list[tuple[object, bool]]:
-    order = [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
-    order = _shuffled(order, _generator(seed, epoch, "raw"))
-    return [order[position % len(order)] for position in range(size)]
-
-
-def _counts(order: list[tuple[object, bool]], is_none: Callable[..., bool]) -> dict[str, int]:
-    easy = [sample for sample, is_hard in order if not is_hard]
-    return {"hard": len(order) - len(easy), "easy": len(easy), "easy_none": sum(map(is_none, easy))}
 
 
 def _refuse_senseless(hard: list, easy: list, batch_size: int, mixing: str, last: str) -> None:

@@ -118,8 +118,7 @@ def main(words: list[str] | None = None) -> None:
     if not finished:
         print(f"(cut off after --max_completion_tokens {settings.max_completion_tokens})")
     answer = task.rewards.parse(completion, one)
-    if isinstance(answer, list):
-        answer = "\n".join(map(str, answer)) or "nothing"
+    answer = "\n".join(map(str, answer)) or "nothing" if isinstance(answer, list) else answer
     print(f"\nanswer: {'none that can be read' if answer is None else answer}")
 
 

@@ -12,19 +12,13 @@ def heaviest_pairing(weights: list[list[int]]) -> int:
         return 0
     if len(weights) > len(weights[0]):
         weights = [list(column) for column in zip(*weights)]
-    weights = _best_columns(weights)
-    columns = len(weights[0])
-    row_price, column_price = [0] * len(weights), [0] * columns
-    owner: list[int | None] = [None] * columns
+    # With R rows, one of a row's R best columns is always left for it: the others are dropped.
+    best = {column for row in weights for column in heapq.nlargest(len(weights), range(len(row)), key=row.__getitem__)}
+    weights = [[row[column] for column in sorted(best)] for row in weights]
+    row_price, column_price, owner = [0] * len(weights), [0] * len(best), [None] * len(best)
     for row in range(len(weights)):
         _place(row, weights, row_price, column_price, owner)
     return sum(weights[row][column] for column, row in enumerate(owner) if row is not None)
-
-
-def _best_columns(weights: list[list[int]]) -> list[list[int]]:
-    """Drops columns that no row needs: with R rows, one of a row's R best columns is always left for it."""
-    best = {column for row in weights for column in heapq.nlargest(len(weights), range(len(row)), key=row.__getitem__)}
-    return [[row[column] for column in sorted(best)] for row in weights]
 
 
 def _place(row: int, weights: list, row_price: list, column_price: list, owner: list) -> None:

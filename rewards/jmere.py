@@ -26,14 +26,12 @@ def reward(completion: str, sample, *, keep_format: bool = False) -> dict[str, f
         return {"quintuple": 0.0, "partial": 0.0, "format": float(tagged and keep_format)}
     text = _between_answer_tags(completion).strip()
     gold = list(dict.fromkeys(sample.quintuples))
-    return {"quintuple": quintuple_reward(predicted, gold), "partial": partial_reward(predicted, gold, text),
-            "format": 1.0}
+    return {"quintuple": quintuple_reward(predicted, gold), "partial": partial_reward(predicted, gold, text), "format": 1.0}
 
 
 def quintuple_reward(predicted: list[Quintuple], gold: list[Quintuple]) -> float:
     """Equation 2: r_q = 2c / (m + n), the F1 of this one answer."""
-    c = len(set(predicted) & set(gold))
-    return 2 * c / (len(gold) + len(predicted))
+    return 2 * len(set(predicted) & set(gold)) / (len(gold) + len(predicted))
 
 
 def partial_reward(predicted: list[Quintuple], gold: list[Quintuple], text: str) -> float:
@@ -72,17 +70,15 @@ def parse(completion: str, sample) -> list[Quintuple] | None:
     """The distinct quintuples of the one `<answer>`, in order; None where it or one of them is malformed.
 
     The reasoning before it is not looked at, so that answers of label-only and zero-shot models are read too."""
-    answer = _between_answer_tags(completion)
-    if answer is None:
+    if (answer := _between_answer_tags(completion)) is None:
         return None
     relations = {spoken(relation): relation for relation in sample.relations}
-    quintuples = []
+    quintuples = {}
     for line in filter(None, map(str.strip, answer.split("\n"))):
-        quintuple = parse_line(line, sample.types, relations)
-        if quintuple is None:
+        if (quintuple := parse_line(line, sample.types, relations)) is None:
             return None
-        quintuples.append(quintuple)
-    return list(dict.fromkeys(quintuples))
+        quintuples[quintuple] = None
+    return list(quintuples)
 
 
 def _between_answer_tags(completion: str) -> str | None:
@@ -164,6 +160,5 @@ def _micro(pairs: list, things, before: str = "", after: str = "") -> dict[str, 
     counted = [(things(predicted), things(gold)) for predicted, gold in pairs]
     right = sum(len(predicted & gold) for predicted, gold in counted)
     predicted, gold = sum(len(p) for p, _ in counted), sum(len(g) for _, g in counted)
-    values = {"f1": 2 * right / max(predicted + gold, 1), "precision": right / max(predicted, 1),
-              "recall": right / max(gold, 1)}
-    return {f"{before}{name}{after}": value for name, value in values.items()}
+    shares = (2 * right / max(predicted + gold, 1), right / max(predicted, 1), right / max(gold, 1))
+    return {f"{before}{name}{after}": share for name, share in zip(("f1", "precision", "recall"), shares)}

@@ -41,9 +41,7 @@ def boxed(text: str) -> str | None:
 
 def answer_text(completion: str, sample) -> str | None:
     found = marked(completion)
-    if found is None and sample.rules.whole_answer:
-        found = completion.rpartition("</think>")[2]
-    return found
+    return completion.rpartition("</think>")[2] if found is None and sample.rules.whole_answer else found
 
 
 # ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -103,16 +101,12 @@ def number_of(found: re.Match | None) -> Number | None:
 
 def read_number(text: str, sample=None) -> Number | None:
     """The last number that stands in it: 1,200 and 1200.0, 3/4 and 0.75 and 75%, 1.2e3; no decimal comma."""
-    last = None
-    for last in NUMBER.finditer(plain_number(text)):
-        pass
-    return number_of(last)
+    return number_of(max(NUMBER.finditer(plain_number(text)), key=re.Match.start, default=None))
 
 
 def gold_number(value, sample) -> Number:
     """The whole text must be one number: of the last of several nobody knows that it is meant."""
-    number = number_of(NUMBER.fullmatch(plain_number(str(value)).strip()))
-    if number is None:
+    if (number := number_of(NUMBER.fullmatch(plain_number(str(value)).strip()))) is None:
         raise ValueError("a number expected")
     return number
 
@@ -188,8 +182,7 @@ def iou(one: tuple, other: tuple) -> float:
     """Intersection over union of two (x1, y1, x2, y2)."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
-    both = max(width, 0) * max(height, 0)
-    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
+    both, area = max(width, 0) * max(height, 0), lambda box: (box[2] - box[0]) * (box[3] - box[1])
     return both / (area(one) + area(other) - both)
 
 
@@ -225,7 +218,8 @@ def matches(found: str, gold: re.Pattern, sample=None) -> float:
     return float(len(found) <= LONGEST and gold.fullmatch(found) is not None)
 
 
-VERIFIERS = {"exact": Verifier(read_exact, equal, gold_text(read_exact)),
+VERIFIERS = {
+    "exact": Verifier(read_exact, equal, gold_text(read_exact)),
     "text": Verifier(read_text, equal, gold_text(read_text)), "number": Verifier(read_number, near, gold_number),
     "choice": Verifier(read_choice, equal, gold_choice), "boxes": Verifier(read_boxes, overlap, gold_boxes),
     "regex": Verifier(read_exact, matches, gold_pattern)}

@@ -84,8 +84,7 @@ def per_label(completions: list[str], samples: list) -> dict[str, dict[str, floa
     for label in dict.fromkeys(label for sample in samples for label in sample.labels):
         right = sum(answer == gold == label for answer, gold in zip(answers, golds))
         predicted, gold = answers.count(label), golds.count(label)
-        counts = {"support": gold, "predicted": predicted, "right": right}
-        table[label] = {**_scores(right, predicted, gold), **counts}
+        table[label] = {**_scores(right, predicted, gold), "support": gold, "predicted": predicted, "right": right}
     return table
 
 
@@ -97,8 +96,7 @@ def _answers(completions: list[str], samples: list) -> list[str | None]:
 
 def _scores(right: int, predicted: int, gold: int) -> dict[str, float]:
     precision, recall = _share(right, predicted), _share(right, gold)
-    f1 = _share(2 * precision * recall, precision + recall)
-    return {"f1": f1, "precision": precision, "recall": recall}
+    return {"f1": _share(2 * precision * recall, precision + recall), "precision": precision, "recall": recall}
 
 
 def _share(part: float, whole: float) -> float:

@@ -5,9 +5,8 @@
 
 writes beside each other
     cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
-    cold_start.drawn.json       the ids drawn, filtered out or not, with their samples' hashes: the split and
-                                Stage 2 leave them all out.
-                                Written before the expert is asked, which it does not depend on
+    cold_start.drawn.json       the ids drawn, filtered out or not, with their samples' hashes: the split and Stage 2
+                                leave them all out. Written before the expert is asked
     cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
     cold_start.responses.jsonl  what --expert openai:MODEL or local:MODEL answered, as it came
 
@@ -29,7 +28,7 @@ from grpo.runtime.log import say, table
 from grpo.runtime.settings import TaskSettings, read_settings, required, run_program, setting
 from sft.experts import ask_all, endpoint_from_environment, fill_template, read_template
 from sft.filters import (Ask, Candidate, Fallen, best_of_each, candidates_of, filter_responses, repredict_filter,
-    score_filter)
+                         score_filter)
 
 EXAMPLES = 10
 
@@ -41,9 +40,8 @@ filters, experts = (partial(setting, group=title) for title in ("filters", "expe
 class Settings(TaskSettings):
     """Cold-start data for Stage 1. The defaults are MORE-R1's."""
 
-    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, "
-                           "openai:MODEL, asked at OPENAI_BASE_URL with OPENAI_API_KEY, "
-                           "or local:MODEL, a checkpoint folder or hub name that runs here")
+    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, openai:MODEL, asked "
+        "at OPENAI_BASE_URL with OPENAI_API_KEY, or local:MODEL, a checkpoint folder or hub name that runs here")
     output: str = required("JSONL to write; the drawn ids and the report go beside it")
     split: str = setting("train", "split to draw from", top=True)
     fraction: float = setting(0.25, "share of every stratum (MORE: of every relation) to draw", top=True)
@@ -96,34 +94,24 @@ def expert_options(settings: Settings) -> dict:
     return options
 
 
-def responses_path(settings: Settings) -> Path:
-    return Path(settings.responses or Path(settings.output).with_suffix(".responses.jsonl"))
+def asking_expert(kind: str, model: str, settings: Settings) -> Ask:
+    """Responses asked for over HTTP ("openai"), or of a checkpoint that runs here, but for those that are in the
+    .responses.jsonl beside the output."""
+    path = Path(settings.responses or Path(settings.output).with_suffix(".responses.jsonl"))
+    options, template = expert_options(settings), read_template(settings.template)
+    if kind == "local":
+        from sft import local_expert  # the engine is loaded for this expert alone
 
-
-def endpoint_expert(model: str, settings: Settings) -> Ask:
-    """Responses asked for over HTTP, but for those that are in the .responses.jsonl beside the output."""
-    options = expert_options(settings)
+        options = local_expert.check_options(options)
+        return lambda requests: local_expert.ask_all(model, requests, path, options=options, template=template)
     endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout, attempts=settings.attempts)
-    return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), responses_path(settings),
-                                    template=template_of(settings), concurrency=settings.concurrency)
-
-
-def checkpoint_expert(model: str, settings: Settings) -> Ask:
-    """Responses of a checkpoint that runs here, kept in the same file."""
-    from sft import local_expert  # the engine is loaded for this expert alone
-
-    options = local_expert.check_options(expert_options(settings))
-    return lambda requests: local_expert.ask_all(model, requests, responses_path(settings), options=options,
-                                          template=template_of(settings))
-
-
-def template_of(settings: Settings) -> str:
-    return read_template(settings.template) if settings.template else ""
+    return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), path, template=template,
+                                    concurrency=settings.concurrency)
 
 
 def prompt_maker(settings: Settings, task: Task):
     """A function sample → (images, text): what the expert is asked for a candidate."""
-    template = template_of(settings)
+    template = read_template(settings.template)
     if not template and not hasattr(task.data, "expert_prompt") and not settings.expert.startswith("file:"):
         raise ValueError(f"task {settings.task} has no expert prompt of its own; --template FILE expected")
 
@@ -137,15 +125,11 @@ def prompt_maker(settings: Settings, task: Task):
 
 
 def find_expert(settings: Settings) -> Ask:
-    """The expert that --expert names. To add a kind is to write one more function."""
+    """The expert that --expert names."""
     kind, _, rest = settings.expert.partition(":")
-    if kind == "file" and rest:
-        return file_expert(rest)
-    if kind == "openai" and rest:
-        return endpoint_expert(rest, settings)
-    if kind == "local" and rest:
-        return checkpoint_expert(rest, settings)
-    raise ValueError(f"--expert {settings.expert}: file:PATH, openai:MODEL or local:MODEL expected")
+    if kind not in ("file", "openai", "local") or not rest:
+        raise ValueError(f"--expert {settings.expert}: file:PATH, openai:MODEL or local:MODEL expected")
+    return file_expert(rest) if kind == "file" else asking_expert(kind, rest, settings)
 
 
 def examples(fallen: list[Fallen], task: Task) -> list[dict]:
@@ -186,20 +170,17 @@ def make_report(settings: Settings, task: Task, samples: list, drawn: list, kept
     strata = {}
     for column, members in (("samples", samples), ("drawn", drawn), ("kept", [one.sample for one in kept])):
         for sample in members:
-            counts = strata.setdefault(str(task.data.stratum(sample)), {"samples": 0, "drawn": 0, "kept": 0})
-            counts[column] += 1
-    return {"task": settings.task, "split": settings.split, "expert": settings.expert,
-        "fraction": settings.fraction, "seed": settings.seed,
-        "samples": len(samples), "drawn": len(drawn), "kept": len(kept), "strata": strata, "stages": stages,
-        "fallen": dict(Counter(case.reason for case in fallen).most_common()), "examples": examples(fallen, task)}
+            strata.setdefault(str(task.data.stratum(sample)), {"samples": 0, "drawn": 0, "kept": 0})[column] += 1
+    return {**{name: getattr(settings, name) for name in ("task", "split", "expert", "fraction", "seed")},
+            "samples": len(samples), "drawn": len(drawn), "kept": len(kept), "strata": strata, "stages": stages,
+            "fallen": dict(Counter(case.reason for case in fallen).most_common()), "examples": examples(fallen, task)}
 
 
 def print_report(report: dict) -> None:
-    strata = [[name, *counts.values()] for name, counts in report["strata"].items()]
+    rows = lambda part: [[name, *counts.values()] for name, counts in report[part].items()]
     total = ["all", report["samples"], report["drawn"], report["kept"]]
-    say(table([["stratum", "samples", "drawn", "kept"], *strata, total]))
-    stages = [[name, *counts.values()] for name, counts in report["stages"].items()]
-    say("\n" + table([["left after", "candidates", "samples"], *stages]))
+    say(table([["stratum", "samples", "drawn", "kept"], *rows("strata"), total]))
+    say("\n" + table([["left after", "candidates", "samples"], *rows("stages")]))
     if report["fallen"]:
         say("\n" + table([["fell because", "responses"], *report["fallen"].items()]))
 
@@ -214,9 +195,8 @@ def main(words: list[str] | None = None) -> None:
     # Before the expert is asked: the baseline on this quarter's bare labels needs the draw and no expert.
     write_json(output.with_suffix(".drawn.json"), {sample.id: sample_hash(task, sample) for sample in drawn})
     kept, fallen, stages = survivors(settings, task, drawn, expert)
-    report = make_report(settings, task, samples, drawn, kept, fallen, stages)
+    print_report(report := make_report(settings, task, samples, drawn, kept, fallen, stages))
     write_json(output.with_suffix(".report.json"), report)
-    print_report(report)
     if not kept:
         raise ValueError(f"{settings.expert}: no response of use for any of {len(drawn)} drawn samples; "
                          f"{output.with_suffix('.report.json')} says why")

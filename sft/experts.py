@@ -122,10 +122,8 @@ def ask(endpoint: Endpoint, body: bytes, stop: threading.Event) -> dict:
 
 
 def _post(endpoint: Endpoint, body: bytes) -> bytes:
-    headers = {"Content-Type": "application/json"}
-    if endpoint.key:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
-    request = urllib.request.Request(endpoint.url, body, headers)
+    key = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+    request = urllib.request.Request(endpoint.url, body, {"Content-Type": "application/json", **key})
     deadline = time.monotonic() + endpoint.timeout
     try:
         with urllib.request.build_opener(NoRedirects).open(request, timeout=endpoint.timeout) as reply:
@@ -270,8 +268,7 @@ def read_answers(path: Path, request: str) -> dict[str, dict]:
     content = path.read_bytes()
     whole = content[:content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
+        os.truncate(path, len(whole))
     answers = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
@@ -291,15 +288,16 @@ def read_answers(path: Path, request: str) -> dict[str, dict]:
 
 def fill_template(template: str, sample, question: str, answer: str) -> str:
     """A user's own prompt: {question} is the task's, {answer} the gold one, {text} and so on the sample's."""
-    values = {part.name: getattr(sample, part.name) for part in fields(sample)}
-    values |= {"question": question, "answer": answer}
+    values = {part.name: getattr(sample, part.name) for part in fields(sample)} | {"question": question, "answer": answer}
     values = {name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
               for name, value in values.items()}
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def read_template(path: str) -> str:
-    """Raises a one-line ValueError where there is no template, or one that would not show the expert the text."""
+    """"" without a path; ValueError where there is no template, or one that would not show the expert the text."""
+    if not path:
+        return ""
     try:
         template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:

@@ -53,9 +53,8 @@ def candidates_of(samples: list, count: int, prompt_of: Callable, ask: Ask) -> l
 
 def filter_responses(task, candidates: list[Candidate]) -> tuple[list[Candidate], list[Fallen]]:
     """Structure intact and answer the gold one (MORE-R1, section 3.2); a task may mend small slips before."""
-    normalise = getattr(task.data, "normalise_response", lambda text, _: text.strip())
-    mended = [replace(one, response=normalise(one.response, one.sample)) if one.response is not None else one
-              for one in candidates]
+    mend = getattr(task.data, "normalise_response", lambda text, _: text.strip())
+    mended = [one if one.response is None else replace(one, response=mend(one.response, one.sample)) for one in candidates]
     return divide(mended, lambda one: reason_to_drop(task, one.sample, one.response))
 
 
@@ -67,9 +66,7 @@ def reason_to_drop(task, sample, response: str | None) -> str | None:
         fault = task.rewards.fault(response, sample)
     else:
         fault = "broken structure" if task.rewards.reward(response, sample).get("format", 1) < 1 else None
-    if fault is None and not task.rewards.correct(response, sample):
-        return "answer is not the gold one"
-    return fault
+    return fault if fault or task.rewards.correct(response, sample) else "answer is not the gold one"
 
 
 def repredict_filter(task, candidates: list[Candidate], ask: Ask) -> tuple[list[Candidate], list[Fallen]]:
@@ -128,10 +125,6 @@ def best_of_each(candidates: list[Candidate], seed: int) -> list[Candidate]:
 
 def divide(candidates: list[Candidate], reason: Callable) -> tuple[list[Candidate], list[Fallen]]:
     """(kept, fallen) by the reason to drop, None where there is none."""
-    kept, fallen = [], []
-    for one in candidates:
-        if why := reason(one):
-            fallen.append(Fallen(one.sample, why, one.response))
-        else:
-            kept.append(one)
-    return kept, fallen
+    why = {one.id: reason(one) for one in candidates}
+    return ([one for one in candidates if not why[one.id]],
+            [Fallen(one.sample, why[one.id], one.response) for one in candidates if why[one.id]])

@@ -73,8 +73,7 @@ class Settings:
         if min(self.gpus, default=0) < 1:
             raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
         if self.image_tokens >= self.prompt_tokens:
-            raise ValueError(f"--image_tokens is {self.image_tokens}; "
-                             f"it must be below --prompt_tokens {self.prompt_tokens}")
+            raise ValueError(f"--image_tokens is {self.image_tokens}; it must be below --prompt_tokens {self.prompt_tokens}")
         if self.spare >= self.gpu_memory:
             raise ValueError(f"--spare is {self.spare}; it must be below --gpu_memory {self.gpu_memory}")
         for gpus in self.gpus:
@@ -117,9 +116,6 @@ def plan(shape: Shape, s: Settings, gpus: int) -> Plan:
     return Plan(gpus, costs.prompts * gpus, costs.memory(), costs.host(), paces, bound, (s.gpu_memory - s.spare) * GIB)
 
 
-# ── what would make it fit ───────────────────────────────────────────────────────────────────────────────────────
-
-
 def moves(s: Settings, gpus: int) -> list[tuple[str, object]]:
     """Single changes worth trying: settings that cost time, then more GPUs, then an adapter, which learns otherwise."""
     halves = lambda value, least: [value >> times for times in range(1, 12) if value >> times >= least]
@@ -147,9 +143,8 @@ class Suggestion:
 
 def changed(shape: Shape, s: Settings, gpus: int, changes) -> Plan:
     """The plan under other settings."""
-    other = dict(changes)
-    gpus = other.pop("gpus", gpus)
-    return plan(shape, replace(s, **other), gpus)
+    other = {"gpus": gpus, **dict(changes)}
+    return plan(shape, replace(s, **{name: value for name, value in other.items() if name != "gpus"}), other["gpus"])
 
 
 def suggestions(shape: Shape, s: Settings, gpus: int) -> list[Suggestion]:
@@ -158,19 +153,12 @@ def suggestions(shape: Shape, s: Settings, gpus: int) -> list[Suggestion]:
     found: list[Suggestion] = []
     for size in range(1, MOST_CHANGES + 1):
         for changes in itertools.combinations(moves(s, gpus), size):
-            if len(dict(changes)) < size or any(covers(changes, old.changes) for old in found):
+            # what touches all that a set found earlier does asks for as much or more
+            if len(dict(changes)) < size or any(dict(old.changes).keys() <= dict(changes).keys() for old in found):
                 continue
             if (new := changed(shape, s, gpus, changes)).fits:
                 found.append(Suggestion(changes, new))
     return sorted(found, key=Suggestion.cost)[:MOST_SUGGESTIONS]
-
-
-def covers(changes, old) -> bool:
-    """Whether `changes` touches all that `old` does: it then asks for as much or more."""
-    return {name for name, _ in old} <= {name for name, _ in changes}
-
-
-# ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def by_phase(one: Plan) -> str:
@@ -184,8 +172,7 @@ def by_phase(one: Plan) -> str:
 
 
 def by_gpus(plans: list[Plan]) -> str:
-    rows = [["GPUs", "prompts", "peak, GiB", "in phase", "fits", "rollout, s", "reference, s", "update, s", "step, s",
-             "waits for"]]
+    rows = ["GPUs|prompts|peak, GiB|in phase|fits|rollout, s|reference, s|update, s|step, s|waits for".split("|")]
     for one in plans:
         rows.append([one.gpus, one.prompts, f"{one.peak / GIB:.1f}", one.peak_phase, "yes" if one.fits else "no",
                      *(f"{value:.3g}" for value in (*one.seconds.values(), sum(one.seconds.values()))), one.bound])
@@ -213,7 +200,8 @@ def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
     """One number of GPUs in full, the smallest that fits or else the largest; then all; then what would help."""
     shown = next((one for one in plans if one.fits), plans[-1])
     machine = min(shown.gpus, s.gpus_per_machine)
-    parts = [f"{s.model}: {shape.total / 1e9:.3f} billion parameters, "
+    parts = [
+        f"{s.model}: {shape.total / 1e9:.3f} billion parameters, "
         f"{Costs(shape, s, 1).trained / 1e9:.3f} billion of them train",
         f"{shown.gpus} {devices(s, shown.gpus)}, GiB on each, {shown.limit / GIB:.0f} to be had\n" + by_phase(shown),
         f"host memory of a machine: {shown.host['loading'] * machine / GIB:.0f} GiB while it loads, "

@@ -104,8 +104,7 @@ class Costs:
         self.shards = min(s.shard_size or gpus, gpus)
         self.wanted, known = target_names(s.lora_targets) if s.lora_rank else [], {name for name, _ in shape.matrices}
         if unknown := [name for name in self.wanted if name not in known]:
-            raise ValueError(f"--lora_targets: no matrix {unknown[0]!r} in the language model; "
-                             f"it has {', '.join(sorted(known))}")
+            raise ValueError(f"--lora_targets: no matrix {unknown[0]!r} in the language model; it has {', '.join(sorted(known))}")
         self.adapted = [size for name, size in shape.matrices if name in self.wanted]
         self.adapter = s.lora_rank * sum(self.adapted)
         self.trained = self.adapter if s.lora_rank else shape.total - shape.vision
@@ -118,8 +117,6 @@ class Costs:
         self.passes = ceil(self.prompts / self.groups)
         self.tokens = self.groups * (written - s.group_size)  # read in one pass: a completion's last one is not
         self.scored = self.groups * s.group_size * s.max_completion_tokens
-
-    # ── what stays ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def weights(self) -> float:
         """Float32 masters of what trains; what is frozen in the compute type."""
@@ -164,15 +161,12 @@ class Costs:
         return {"loading": MASTER * self.shape.table / self.shards, "waiting": waiting,  # one tensor's rows at a time
                 "checkpoint": copied * MASTER * self.trained / self.shards}
 
-    # ── activations ──────────────────────────────────────────────────────────────────────────────────────────────
-
     def forward_bytes(self, tokens: int) -> float:
         """The widest moment of a pass without gradient: embedding, residual, normed input, and what a block makes."""
         x, wide = self.shape, 4 / self.width  # the norm computes in float32
         mlp = 3 * x.intermediate  # silu(gate), up and their product
         attention = 2 * x.keys + 4 * x.queries  # rope's terms, later the outputs and their two copies
-        norm = 3 * wide * x.hidden
-        return tokens * self.width * (3 * x.hidden + max(mlp, attention, norm))
+        return tokens * self.width * (3 * x.hidden + max(mlp, attention, 3 * wide * x.hidden))
 
     def vision_bytes(self) -> float:
         """Pixels once more end to end, then the widest moment of a block; its rope computes in float32."""
@@ -186,8 +180,7 @@ class Costs:
     def layer_bytes(self) -> float:
         """What autograd keeps of one decoder layer in one packed pass."""
         x, s, width, tokens = self.shape, self.s, self.width, self.tokens
-        # [prompt, own] of each continuation
-        both_keys = self.groups * s.group_size * (s.prompt_tokens + s.max_completion_tokens - 1)
+        both_keys = self.groups * s.group_size * (s.prompt_tokens + s.max_completion_tokens - 1)  # [prompt, own] of each
         keys = 2 * both_keys * x.keys
         if self.on_gpu:  # there keys are repeated for every query head, the prompt's too
             keys = 2 * (both_keys + self.groups * s.prompt_tokens) * x.queries
@@ -225,16 +218,10 @@ class Costs:
         places = self.slots * self.s.prompt_tokens + self.rows * self.s.max_completion_tokens
         return 2 * self.shape.layers * self.shape.keys * places * self.width
 
-    # ── the head ─────────────────────────────────────────────────────────────────────────────────────────────────
-
     def tile(self) -> int:
         """Logits that are there at once."""
         tokens, rows = GPU_TILE if self.on_gpu else TILE
         return min(tokens, self.scored) * min(rows, self.shape.vocabulary)
-
-    def head_forward(self) -> float:
-        """A tile of float32 logits and of their exponentials."""
-        return 2 * 4 * self.tile()
 
     def kept_logits(self) -> float:
         """What waits for the backward, which makes only the others again."""
@@ -248,8 +235,6 @@ class Costs:
             sums += x.table * (4 + cast)
         return sums
 
-    # ── phases ───────────────────────────────────────────────────────────────────────────────────────────────────
-
     def memory(self) -> dict[str, dict[str, float]]:
         """Bytes of each phase by component. A phase with several moments is shown at its worst."""
         whole, layered = self.gathered(self.s.rollout_weights == "whole"), self.gathered(False)
@@ -257,7 +242,8 @@ class Costs:
         prefilled = min(self.slots, max(1, PREFILL_TOKENS // self.s.prompt_tokens)) * self.s.prompt_tokens
         own_keys = 2 * x.layers * x.keys * prefilled * self.width  # before they are written into the caches
         scores = self.rows * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (4 + self.width)
-        phases = {"loading": self.loading(), "vision": add(rest, gathered=whole, activations=self.vision_bytes()),
+        phases = {
+            "loading": self.loading(), "vision": add(rest, gathered=whole, activations=self.vision_bytes()),
             "prefill": add(rest, gathered=whole, caches=self.cache_bytes() + own_keys,
                            activations=self.forward_bytes(prefilled)),
             # logits, their exponentials, those padded to whole blocks
@@ -278,7 +264,7 @@ class Costs:
         if self.gpus == 1 and not self.s.lora_rank:  # a frozen copy is used as it is, unless it comes from the host
             layered = self.width * (self.shape.root + 2 * self.shape.layer) * (self.s.offload_reference and self.on_gpu)
         return max(add(self.resident(), gathered=layered, activations=self.forward_bytes(self.tokens)),
-                   add(self.resident(), gathered=layered, activations=hidden, head=self.head_forward()), key=total)
+                   add(self.resident(), gathered=layered, activations=hidden, head=2 * 4 * self.tile()), key=total)
 
     def moments(self, layered: float) -> list[dict[str, float]]:
         """Of a packed pass: the head's forward and backward; the last layer's backward and the first's; the end."""
@@ -294,12 +280,12 @@ class Costs:
             root = MASTER * x.table * (x.tied or bool(before)) * full
         almost = max(before, every - MASTER * x.table * full / self.shards)  # the embedding's comes last
         kept, tail, one = self.kept_bytes(x.layers), self.tail_bytes(), self.kept_bytes(1)
-        again = self.layer_bytes() if self.s.gradient_checkpointing else 0.0
-        work = again + self.backward_bytes()
+        work = self.layer_bytes() * self.s.gradient_checkpointing + self.backward_bytes()
         rest = add(self.resident(), gathered=layered)
         hidden = self.tokens * x.hidden * self.width  # the trunk's output, still named while the head works
         return [
-            add(rest, gradients=before, activations=kept + tail + hidden, head=self.head_forward() + self.kept_logits()),
+            # a tile of float32 logits and of their exponentials
+            add(rest, gradients=before, activations=kept + tail + hidden, head=2 * 4 * self.tile() + self.kept_logits()),
             add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
             add(rest, gradients=before + head + layer, activations=kept + tail + work),
             add(rest, gradients=almost + (head if self.sharded else 0.0) + layer, activations=one + work),

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from grpo.plan.costs import MASTER, Costs
 
-RESOURCES = ("products", "memory", "network", "host")
-
 
 @dataclass
 class Part:
@@ -20,9 +18,6 @@ class Part:
     memory: float = 0.0
     network: float = 0.0
     host: float = 0.0
-
-    def seconds(self, rates: dict[str, float]) -> dict[str, float]:
-        return {name: getattr(self, name) / rates[name] for name in RESOURCES}
 
 
 def rates(s, shards: int) -> dict[str, float]:
@@ -83,8 +78,7 @@ class Work:
         full, again = not s.lora_rank, s.gradient_checkpointing
         logits_again = 1 - c.kept_logits() / (4 * c.scored * c.shape.vocabulary)
         products = trunk * (2 + full + again) + head * (2 + full + logits_again)
-        gather = 2 * self.everything  # for the forward and for the backward
-        reduce = MASTER * c.trained * self.others
+        gather, reduce = 2 * self.everything, MASTER * c.trained * self.others  # forward and backward gather
         replicas = c.gpus / c.shards
         between = 2 * MASTER * c.trained / c.shards * (replicas - 1) / replicas  # sums over replicas
         if c.shards <= s.gpus_per_machine < c.gpus:  # these leave the machine, which the shards' own traffic does not
@@ -103,7 +97,7 @@ def seconds(costs: Costs) -> tuple[dict[str, float], str]:
     """Of rollout, reference and update; and the resource that the step waits for longest."""
     pace, phases, waits = rates(costs.s, costs.shards), dict.fromkeys(("rollout", "reference", "update"), 0.0), {}
     for part in Work(costs).parts():
-        took = part.seconds(pace)
+        took = {name: getattr(part, name) / rate for name, rate in pace.items()}
         slowest = max(took, key=took.get)
         phases[part.phase] += took[slowest]
         waits[slowest] = waits.get(slowest, 0.0) + took[slowest]

@@ -17,9 +17,7 @@ class Images:
         self.room, self.seen = MOST_BYTES, {}
 
     def __call__(self, path: str) -> dict:
-        if path not in self.seen:
-            self.seen[path] = self.embed(path)
-        return self.seen[path]
+        return self.seen[path] if path in self.seen else self.seen.setdefault(path, self.embed(path))
 
     def embed(self, path: str) -> dict:
         if self.room <= 0:

@@ -6,10 +6,10 @@ The recipe names the metrics and, for each row, the folder under --runs where gr
 (none for a row that is only the paper's), and the paper's figures where it gives any. A row that was not run yet shows a dash;
 `<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.read import read_json
 from grpo.runtime.files import write_json
 from grpo.runtime.settings import read_settings, required, run_program, setting
 
@@ -25,11 +25,7 @@ class Settings:
 
 def read_object(path: Path) -> dict:
     """A JSON object; ValueError with its path for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content := read_json(path, "a JSON object"), dict):
         raise ValueError(f"{path}: found a {type(content).__name__}; a JSON object expected")
     return content
 
@@ -71,15 +67,13 @@ def main() -> None:
     settings = read_settings(Settings)
     recipe, output = Path(settings.recipe), Path(settings.output)
     paper = read_object(recipe)
-    missing = [name for name in ("source", "metrics", "rows") if name not in paper]
-    if missing:
+    if missing := [name for name in ("source", "metrics", "rows") if name not in paper]:
         raise ValueError(f"{recipe}: no {missing[0]}; source, metrics and rows expected")
     rows = rows_of(paper, Path(settings.runs))
     text = markdown(paper, rows)
     write_json(output.with_name(output.name + ".json"), rows)
     output.with_name(output.name + ".md").write_text(text, encoding="utf-8")
-    print(text)
-    print(f"wrote {output}.md and {output}.json")
+    print(f"{text}\nwrote {output}.md and {output}.json")
 
 
 if __name__ == "__main__":

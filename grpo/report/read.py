@@ -30,9 +30,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        if "reward" in self.columns or self.rollouts:
-            return "GRPO"
-        return "SFT" if self.columns else "evaluation"
+        return "GRPO" if "reward" in self.columns or self.rollouts else "SFT" if self.columns else "evaluation"
 
 
 def find_runs(words: list[str], wait: bool = False) -> list[Path]:
@@ -117,9 +115,8 @@ def columns(rows: list[dict], epochs: list[dict]) -> dict[str, list]:
     """Rows → columns of numbers in the order of first appearance; the curriculum's ratio joins by its epoch."""
     told = [epoch for epoch in epochs if is_number(epoch.get("hard")) and epoch["hard"] and is_number(epoch.get("easy"))]
     ratio = {epoch.get("epoch"): epoch["easy"] / epoch["hard"] for epoch in told}
-    mixed = any(ratio.values())
-    for row in rows:
-        if mixed and row.get("epoch") in ratio:
+    for row in rows if any(ratio.values()) else ():
+        if row.get("epoch") in ratio:
             row["curriculum/easy_per_hard"] = ratio[row["epoch"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = {name: [shorter(row.get(name)) for row in rows] for name in names}
@@ -127,9 +124,7 @@ def columns(rows: list[dict], epochs: list[dict]) -> dict[str, list]:
 
 
 def shorter(value) -> float | int | None:
-    if not is_number(value):
-        return None
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+    return None if not is_number(value) else value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def is_number(value) -> bool:

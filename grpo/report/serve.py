@@ -89,9 +89,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def read_known(query: str) -> list[dict]:
-    known = json.loads(parse_qs(query)["known"][0])
     return [{"name": str(entry["name"]), "lines": int(entry["lines"]), "recorded": float(entry["recorded"])}
-            for entry in known]
+            for entry in json.loads(parse_qs(query)["known"][0])]
 
 
 def server(words: list[str], port: int) -> ThreadingHTTPServer:
