@@ -30,7 +30,7 @@ def easy_ratio(epoch: int, decay: float) -> float:
     return float(decay) ** epoch if decay else 0.0
 
 
-def stratified_draw(samples: list, fraction: float, stratum: Callable[..., Hashable], seed: int) -> tuple[list, list]:
+def stratified_draw(samples: list, fraction: float, stratum: Callable, seed: int) -> tuple[list, list]:
     """(drawn, rest): `fraction` of each stratum at random, both lists in the order of `samples`.
 
     A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: a label that the cold
@@ -98,7 +98,7 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
     return Epoch([[sample for sample, _ in batch] for batch in batches], record)
 
 
-def draw_easy(easy: list, count: int, none_share: float, is_none: Callable[..., bool], generator: random.Random) -> list:
+def draw_easy(easy: list, count: int, none_share: float, is_none: Callable, generator: random.Random) -> list:
     """`count` easy samples in random order, `none_share` of them none (MORE-R1, section 4.1).
 
     Where one of the two kinds runs out, the other fills its place and the log says so: the ratio of easy to

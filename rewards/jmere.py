@@ -26,7 +26,8 @@ def reward(completion: str, sample, *, keep_format: bool = False) -> dict[str, f
         return {"quintuple": 0.0, "partial": 0.0, "format": float(tagged and keep_format)}
     text = _between_answer_tags(completion).strip()
     gold = list(dict.fromkeys(sample.quintuples))
-    return {"quintuple": quintuple_reward(predicted, gold), "partial": partial_reward(predicted, gold, text), "format": 1.0}
+    partial = partial_reward(predicted, gold, text)
+    return {"quintuple": quintuple_reward(predicted, gold), "partial": partial, "format": 1.0}
 
 
 def quintuple_reward(predicted: list[Quintuple], gold: list[Quintuple]) -> float:

@@ -40,8 +40,8 @@ filters, experts = (partial(setting, group=title) for title in ("filters", "expe
 class Settings(TaskSettings):
     """Cold-start data for Stage 1. The defaults are MORE-R1's."""
 
-    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, openai:MODEL, asked "
-        "at OPENAI_BASE_URL with OPENAI_API_KEY, or local:MODEL, a checkpoint folder or hub name that runs here")
+    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, openai:MODEL, "
+        "asked at OPENAI_BASE_URL with OPENAI_API_KEY, or local:MODEL, a checkpoint folder or hub name that runs here")
     output: str = required("JSONL to write; the drawn ids and the report go beside it")
     split: str = setting("train", "split to draw from", top=True)
     fraction: float = setting(0.25, "share of every stratum (MORE: of every relation) to draw", top=True)
@@ -195,8 +195,9 @@ def main(words: list[str] | None = None) -> None:
     # Before the expert is asked: the baseline on this quarter's bare labels needs the draw and no expert.
     write_json(output.with_suffix(".drawn.json"), {sample.id: sample_hash(task, sample) for sample in drawn})
     kept, fallen, stages = survivors(settings, task, drawn, expert)
-    print_report(report := make_report(settings, task, samples, drawn, kept, fallen, stages))
+    report = make_report(settings, task, samples, drawn, kept, fallen, stages)
     write_json(output.with_suffix(".report.json"), report)
+    print_report(report)
     if not kept:
         raise ValueError(f"{settings.expert}: no response of use for any of {len(drawn)} drawn samples; "
                          f"{output.with_suffix('.report.json')} says why")

@@ -54,7 +54,7 @@ def candidates_of(samples: list, count: int, prompt_of: Callable, ask: Ask) -> l
 def filter_responses(task, candidates: list[Candidate]) -> tuple[list[Candidate], list[Fallen]]:
     """Structure intact and answer the gold one (MORE-R1, section 3.2); a task may mend small slips before."""
     mend = getattr(task.data, "normalise_response", lambda text, _: text.strip())
-    mended = [one if one.response is None else replace(one, response=mend(one.response, one.sample)) for one in candidates]
+    mended = [replace(one, response=one.response and mend(one.response, one.sample)) for one in candidates]
     return divide(mended, lambda one: reason_to_drop(task, one.sample, one.response))
 
 

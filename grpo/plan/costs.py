@@ -104,7 +104,8 @@ class Costs:
         self.shards = min(s.shard_size or gpus, gpus)
         self.wanted, known = target_names(s.lora_targets) if s.lora_rank else [], {name for name, _ in shape.matrices}
         if unknown := [name for name in self.wanted if name not in known]:
-            raise ValueError(f"--lora_targets: no matrix {unknown[0]!r} in the language model; it has {', '.join(sorted(known))}")
+            raise ValueError(f"--lora_targets: no matrix {unknown[0]!r} in the language model; "
+                             f"it has {', '.join(sorted(known))}")
         self.adapted = [size for name, size in shape.matrices if name in self.wanted]
         self.adapter = s.lora_rank * sum(self.adapted)
         self.trained = self.adapter if s.lora_rank else shape.total - shape.vision

@@ -2,14 +2,13 @@
 
     python -m grpo.report.paper_table docs/recipes/jmere-r1/paper.json --runs runs/jmere-r1/test --output runs/jmere-r1/table
 
-The recipe names the metrics and, for each row, the folder under --runs where grpo.evaluate wrote its metrics.json
-(none for a row that is only the paper's), and the paper's figures where it gives any. A row that was not run yet shows a dash;
-`<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json."""
+The recipe names the metrics and, for each row, the folder under --runs where grpo.evaluate wrote its metrics.json (none
+for a row that is only the paper's), and the paper's figures where it gives any. A row not run yet shows a dash; `<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.read import read_json
 from grpo.runtime.files import write_json
 from grpo.runtime.settings import read_settings, required, run_program, setting
 
@@ -25,7 +24,11 @@ class Settings:
 
 def read_object(path: Path) -> dict:
     """A JSON object; ValueError with its path for anything else."""
-    if not isinstance(content := read_json(path, "a JSON object"), dict):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
         raise ValueError(f"{path}: found a {type(content).__name__}; a JSON object expected")
     return content
 

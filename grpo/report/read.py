@@ -113,8 +113,8 @@ def read_lines(path: Path, warnings: list[str]) -> list[dict]:
 
 def columns(rows: list[dict], epochs: list[dict]) -> dict[str, list]:
     """Rows → columns of numbers in the order of first appearance; the curriculum's ratio joins by its epoch."""
-    told = [epoch for epoch in epochs if is_number(epoch.get("hard")) and epoch["hard"] and is_number(epoch.get("easy"))]
-    ratio = {epoch.get("epoch"): epoch["easy"] / epoch["hard"] for epoch in told}
+    ratio = {epoch.get("epoch"): epoch["easy"] / epoch["hard"] for epoch in epochs
+             if is_number(epoch.get("hard")) and epoch["hard"] and is_number(epoch.get("easy"))}
     for row in rows if any(ratio.values()) else ():
         if row.get("epoch") in ratio:
             row["curriculum/easy_per_hard"] = ratio[row["epoch"]]
