@@ -55,7 +55,8 @@ def none_share(samples: list, is_none: Callable[..., bool]) -> float:
     return sum(map(is_none, samples)) / len(samples) if samples else 0.0
 
 
-def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_share: float, is_none: Callable[..., bool],
+def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_share: float,
+        is_none: Callable[..., bool],
                   decay: float = 0.5, mixing: str = "progressive", last: str = "fill", seed: int = 0) -> Epoch:
     """The epoch in mini-batches of `batch_size` samples, the prompts per rollout of all processes together.
 

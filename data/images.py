@@ -45,8 +45,8 @@ def check_image(path, where: str, upright: bool = False) -> tuple[int, int]:
     """(width, height) in pixels, from the header alone: milliseconds for an image of any size.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is no image, too elongated, or of numbers whose
-    black and white are not known; `where` names the sample in the one-line message. That a file is cut off after its header is only found by
-    decoding it."""
+    black and white are not known; `where` names the sample in the one-line message. That a file is cut off after
+    its header is only found by decoding it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{where}: image {path} is missing")
     try:
@@ -56,12 +56,14 @@ def check_image(path, where: str, upright: bool = False) -> tuple[int, int]:
     except UNREADABLE as problem:
         raise ValueError(f"{where}: image {path} cannot be read ({one_line(problem)})") from None
     if max(width, height) > LONGEST_RATIO * min(width, height):
-        raise ValueError(f"{where}: image {path} is {width}x{height} pixels; sides of at most {LONGEST_RATIO}:1 expected")
+        raise ValueError(f"{where}: image {path} is {width}x{height} pixels; sides of at most {LONGEST_RATIO}:1 "
+                         "expected")
     return width, height
 
 
 def open_image(path, upright: bool = False) -> Image.Image:
-    """The decoded image in RGB, white where transparent; of 16 bits the upper eight. ValueError if it cannot be decoded."""
+    """The decoded image in RGB, white where transparent; of 16 bits the upper eight. ValueError if it cannot be
+    decoded."""
     try:
         with Image.open(path) as image:
             if is_sixteen_bits(image):
@@ -122,7 +124,8 @@ def check_box(box, size: tuple[int, int] | None, where: str) -> None:
     known and only area and position are checked. A box that spills over the edge is fine: it is clamped."""
     cx, cy, w, h = box
     if not all(math.isfinite(value) and abs(value) < 1e6 for value in box):
-        raise ValueError(f"{where}: box {box} holds a value that is not a finite number, or none that a fraction can be")
+        raise ValueError(f"{where}: box {box} holds a value that is not a finite number, or none that a fraction can "
+                         "be")
     if w <= 0 or h <= 0:
         raise ValueError(f"{where}: box {box} has no area; (cx, cy, w, h) in fractions expected")
     if cx - w / 2 >= 1 or cy - h / 2 >= 1 or cx + w / 2 <= 0 or cy + h / 2 <= 0:

@@ -5,7 +5,8 @@
 
 A line is a JSON object:
     prompt, question or problem   what is asked: the first of them that there is
-    answer or solution            what is right: a text, a number, several that are all right, boxes; of a longer text what
+    answer or solution            what is right: a text, a number, several that are all right, boxes; of a longer
+    text what
                                   stands in <answer></answer>, in the last \\boxed{}, or behind GSM8K's ####
     images or image               paths, relative to the file, of what stands before the question
     choices                       texts to choose from, listed as A. B. C. where the question does not name them all
@@ -122,7 +123,8 @@ def part_of(lines: list, split: str, seed: int, path: Path) -> list:
     ranks = [blake2b(f"{seed}/{asked(entry)}".encode(), digest_size=8).hexdigest() for _, entry in lines]
     order = sorted(set(ranks))
     if len(order) < len(PARTS):
-        raise ValueError(f"{path}: {len(order)} different questions cannot be parted in three; --split all, or more of them")
+        raise ValueError(f"{path}: {len(order)} different questions cannot be parted in three; --split all, or more "
+                         "of them")
     tenth = max(1, round(len(order) / 10))
     part = dict(zip(order, ["test"] * tenth + ["valid"] * tenth + ["train"] * len(order)))
     return [line for line, rank in zip(lines, ranks) if part[rank] == split]
@@ -154,7 +156,8 @@ def make_sample(entry: dict, where: str, folder: Path, rules: Rules, missing_ima
         if missing_images == "drop":
             return None
         paths = [path if path.is_file() else None for path in paths]
-    return Sample(str(rest.pop("id")), text, paths, answer, system, choices, "" if category is None else str(category), rest,
+    return Sample(str(rest.pop("id")), text, paths, answer, system, choices, "" if category is None else str(category),
+        rest,
                   rules)
 
 
@@ -174,7 +177,8 @@ def judge(sample: Sample, verifier: Verifier | None) -> None:
         sample.golds = [sample.verifier.gold(value, sample) for value in values]
     except ValueError as problem:
         raise ValueError(f"answer is {shown(sample.answer)}; {problem}") from None
-    itself = [VERIFIERS[name] for name in ("exact", "text", "number", "choice")]  # what these are given is an answer too
+    # what these are given is an answer too
+    itself = [VERIFIERS[name] for name in ("exact", "text", "number", "choice")]
     if sample.verifier in itself and not correct(target(sample), sample):
         raise ValueError(f"answer is {shown(sample.answer)}; one that is right when it is given as an answer expected")
 
@@ -244,4 +248,5 @@ def is_none(sample: Sample) -> bool:
 def sample_from(text: str, image: str = "") -> Sample:
     """For grpo.predict: a question, perhaps with an image, whose answer nobody has written down."""
     images = [Path(image)] if image else []
-    return Sample("this question", text, images, "", "", [], "", {}, Rules(True, 0.0, False), verifier=VERIFIERS["exact"])
+    return Sample("this question", text, images, "", "", [], "", {}, Rules(True, 0.0, False),
+        verifier=VERIFIERS["exact"])

@@ -191,7 +191,8 @@ class SplitReader:
             box = _four_numbers(self._stored_box(image, name) if box is None else box)
         except ValueError as problem:
             raise BoxFault(f"{where}: {problem}", label) from None
-        return Sample(f"{self.split}/{int(where.rpartition(':')[2]) - 1}", self.folder / "img_org" / self.split / image, box,
+        return Sample(f"{self.split}/{int(where.rpartition(':')[2]) - 1}", self.folder / "img_org" / self.split / image,
+            box,
                       text, entity, label, self.labels)
 
     def image_size(self, sample: Sample, where: str) -> tuple[int, int] | None:
@@ -248,7 +249,8 @@ def read_labels(folder) -> tuple[str, ...]:
     if not isinstance(ids, dict) or not all(type(value) is int for value in ids.values()):
         raise ValueError(f"{file}: a dictionary from label to whole number expected")
     if not all(label.isprintable() and label == label.strip() != "" for label in ids):
-        raise ValueError(f"{file}: a label holds what cannot be printed, or begins or ends in space; found {shown(list(ids))}")
+        raise ValueError(f"{file}: a label holds what cannot be printed, or begins or ends in space; found "
+                         f"{shown(list(ids))}")
     if len(set(ids.values())) != len(ids):
         raise ValueError(f"{file}: two labels share an id")
     if "none" not in ids:
@@ -260,7 +262,8 @@ def _dictionary(line: str, where: str) -> dict:
     # JSON first: every line that is both means the same in both, and JSON's own escapes are no Python.
     for read in (json.loads, ast.literal_eval):
         try:
-            with warnings.catch_warnings(action="ignore"):  # Python's about a backslash in a text: what it means is plain
+            # Python's about a backslash in a text: what it means is plain
+            with warnings.catch_warnings(action="ignore"):
                 fields = read(line)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue

@@ -1,4 +1,5 @@
-"""JSON as other programs write it. Whatever is wrong is a ValueError of one line that names the file and the place in it.
+"""JSON as other programs write it. Whatever is wrong is a ValueError of one line that names the file and the place
+in it.
 
 A byte order mark is read over. Half of a surrogate pair, which JSON can spell and no tokenizer takes, becomes a "?"."""
 import json
@@ -24,7 +25,8 @@ def read_json_lines(path, expected: str, blank_lines: bool = False) -> Iterator[
                 entry = json_value(line)
             except ValueError as problem:
                 found = line.decode(errors="replace")[:60]
-                raise ValueError(f"{path}:{number}: found {found!r}; expected {expected} ({one_line(problem)})") from None
+                raise ValueError(f"{path}:{number}: found {found!r}; expected {expected} "
+                                 f"({one_line(problem)})") from None
             if not isinstance(entry, dict):
                 raise ValueError(f"{path}:{number}: found {shown(entry)}; expected {expected}")
             yield f"{path}:{number}", entry

@@ -1,8 +1,8 @@
 """A task by its name: the module with its samples and prompts, and the module with its rewards and metrics.
 
-`--task more` means data/more.py and rewards/more.py. `--task mine` means one module of your own that offers both halves,
-`--task my.samples,my.rewards` two. Nothing is registered: a name that can be imported is enough. `--rewards mine` puts a
-reward of yours in the place of the task's.
+`--task more` means data/more.py and rewards/more.py. `--task mine` means one module of your own that offers both
+halves, `--task my.samples,my.rewards` two. Nothing is registered: a name that can be imported is enough. `--rewards
+mine` puts a reward of yours in the place of the task's.
 """
 import difflib
 import hashlib
@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
-# What the programs call. `load` gets, besides folder and split, whichever settings of the program it has parameters for,
+# What the programs call. `load` gets, besides folder and split, whichever settings of the program it has parameters
+# for,
 # and seen_size, (width, height) of an image → as the model sees it. A sample with a `system` has a system turn.
 # A task may also offer, for sft.annotate:
 #   data half: expert_prompt(sample) -> str, normalise_response(response, sample) -> str
@@ -48,7 +49,8 @@ def resolve_task(name: str, rewards: str = "") -> Task:
 def sample_hash(task: Task, sample) -> str:
     """8 hexadecimal digits of a sample's id, text and target: it goes with a prediction or a response of the sample, so
     that a file made from other data is noticed although ids coincide. Where the data lies makes no difference."""
-    words = [sample.id, task.data.target(sample), *(getattr(sample, name, None) for name in ("text", "entity", "question"))]
+    words = [sample.id, task.data.target(sample),
+        *(getattr(sample, name, None) for name in ("text", "entity", "question"))]
     return hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:8]
 
 
@@ -64,7 +66,8 @@ def with_own_reward(task: ModuleType, name: str) -> SimpleNamespace:
         raise ValueError(f"--rewards {name}: no function reward(completion, sample)")
     halves = {**vars(task), **{key: value for key, value in vars(own).items() if key in vars(task)}}
     if not hasattr(own, "WEIGHTS"):
-        halves |= {"WEIGHTS": {"reward": 1.0}, "reward": lambda *one, **options: {"reward": own.reward(*one, **options)}}
+        halves |= {"WEIGHTS": {"reward": 1.0}, "reward": lambda *one,
+            **options: {"reward": own.reward(*one, **options)}}
     return SimpleNamespace(**{key: value for key, value in halves.items() if not key.startswith("__")}, __name__=name)
 
 
@@ -88,7 +91,8 @@ def load_samples(task: Task, settings, split: str, seen_size: Callable | None = 
     samples, places = task.data.load(settings.data, split, **given), {}
     for place, sample in enumerate(samples, 1):
         if (before := places.setdefault(sample.id, place)) != place:
-            raise ValueError(f"{settings.data}: samples {before} and {place} of split {split} have the same id {sample.id!r}; "
+            raise ValueError(f"{settings.data}: samples {before} and {place} of split {split} have the same id "
+                             f"{sample.id!r}; "
                              f"each needs its own")
     return samples
 
@@ -120,4 +124,5 @@ def _nearest(name: str) -> str:
 def _require(module: ModuleType, names: tuple[str, ...]) -> None:
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
-        raise ValueError(f"task module {module.__name__} ({module.__file__}) lacks {', '.join(missing)}; see data/task.py")
+        raise ValueError(f"task module {module.__name__} ({module.__file__}) lacks {', '.join(missing)}; see "
+                         "data/task.py")

@@ -70,13 +70,15 @@ def zero_variance_groups(rewards: Tensor, counted: Tensor | None = None) -> Tens
 
 
 def centre(rewards: Tensor, counted: Tensor) -> Tensor:
-    """r_i − mean(r) within each group; exact zeros where all are equal, and where not `counted`.  (groups, G) -> (groups, G)"""
+    """r_i − mean(r) within each group; exact zeros where all are equal, and where not `counted`.  (groups, G) ->
+    (groups, G)"""
     mean = rewards.masked_fill(~counted, 0.0).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp(min=1)
     return (rewards - mean).masked_fill(~counted | zero_variance_groups(rewards, counted).unsqueeze(1), 0.0)
 
 
 def standard_deviation(deviations: Tensor, n: Tensor, ddof: int) -> Tensor:
-    """sqrt(Σ (x − mean)² / (n − ddof)) of deviations x − mean along the last dimension, kept as size 1; 0 where n <= ddof."""
+    """sqrt(Σ (x − mean)² / (n − ddof)) of deviations x − mean along the last dimension, kept as size 1; 0 where n
+    <= ddof."""
     return (deviations.square().sum(dim=-1, keepdim=True) / (n - ddof).clamp(min=1)).sqrt()
 
 
@@ -90,8 +92,8 @@ def combine_rewards(
                   small its std.  GDPO, arXiv 2601.05242: pass the result on with `scale="none"`, or with
                   `scale="centred-batch"` for that paper's normalisation over the batch.
 
-    Equal parts give bitwise equal sums, so a zero-variance group stays one; a sum that is 0 but for the order of adding is 0.
-    `counted` as in group_advantages.  Raises ValueError as `group_advantages`.
+    Equal parts give bitwise equal sums, so a zero-variance group stays one; a sum that is 0 but for the order of
+    adding is 0. `counted` as in group_advantages.  Raises ValueError as `group_advantages`.
     """
     check_choice("how", how, COMBINATIONS)
     parts = check_rewards("parts", parts, ("groups", "G", "K"))
@@ -116,8 +118,7 @@ def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
     return (((limit - cache) - lengths) / cache).clamp(-1.0, 0.0)
 
 
-def kl_penalised_rewards(
-    rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float
+def kl_penalised_rewards(rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float
 ) -> Tensor:
     """R_i = r_i − β log(π(o_i) / π_ref(o_i)): the KL in the reward.  (groups, G) -> (groups, G)
 
@@ -139,8 +140,6 @@ def check_rewards(name: str, rewards: Tensor, axes: tuple[str, ...]) -> Tensor:
     bad = torch.nonzero(~torch.isfinite(rewards))
     if len(bad):
         place = bad[0].tolist()
-        raise ValueError(
-            f"{name}{place} is {rewards[tuple(place)].item()} (group {place[0]}, completion {place[1]}; "
-            f"{len(bad)} such in all); it takes finite numbers"
-        )
+        raise ValueError(f"{name}{place} is {rewards[tuple(place)].item()} (group {place[0]}, completion {place[1]}; "
+            f"{len(bad)} such in all); it takes finite numbers")
     return rewards if rewards.is_floating_point() else rewards.float()

@@ -40,10 +40,12 @@ def main(words: list[str] | None = None) -> None:
     settings = read_settings(Settings, words)
     folders = {name: folder for name, _, folder in (word.partition("=") for word in settings.evaluations)}
     if len(folders) < len(settings.evaluations) or not all(folders.values()):
-        raise ValueError(f"found {' '.join(settings.evaluations)}; expected name=folder [name=folder …], each name once")
+        raise ValueError(f"found {' '.join(settings.evaluations)}; expected name=folder [name=folder …], each name "
+                         "once")
     results = {name: read_metrics(folder) for name, folder in folders.items()}
     metrics = [name for name in HEADLINE if all(name in row for row in results.values())]
-    print(table([["%", *metrics], *([name, *(f"{100 * row[m]:.2f}" for m in metrics)] for name, row in results.items())]))
+    print(table([["%", *metrics], *([name, *(f"{100 * row[m]:.2f}" for m in metrics)]
+        for name, row in results.items())]))
     for name, folder in folders.items():
         print(f"{name}: {folder}/predictions.jsonl")
     if settings.output:

@@ -24,7 +24,8 @@ class Settings(CommonSettings):
     samples: int = setting(1, "completions a sample; of several the most frequent answer counts", top=True, least=1)
     top_p: float = setting(1.0, "keep the smallest set of tokens this likely", group="sampling", above=0, most=1)
     top_k: int = setting(0, "keep this many tokens; 0 for all", group="sampling", least=0)
-    guesses: str = setting("", "predictions.jsonl of an earlier evaluation of these samples, to guess from: fewer decode "
+    guesses: str = setting("", "predictions.jsonl of an earlier evaluation of these samples, to guess from: fewer "
+                               "decode "
                                "steps", group="memory and speed", path="file", resume="free")
     reward_options: str = setting("", "options of the task's reward, name=number[,name=number]", group="reward")
 
@@ -72,7 +73,8 @@ def write_predictions(path: Path, task, samples: list, voted: list[tuple[str, in
     with new.open("w", encoding="utf-8") as file:
         for sample, (text, votes) in zip(samples, voted):
             parts = task.rewards.reward(text, sample, **options)
-            line = {"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)), "reward": parts,
+            line = {"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)),
+                "reward": parts,
                     "votes": votes, "sample": sample_hash(task, sample)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     new.replace(path)
@@ -98,7 +100,8 @@ def main() -> None:
     check_reward_options(task, samples, options)
     sampling = settings.sampling(encoder)
     device, watch = start(), Stopwatch()
-    policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device, encoder.vocabulary)
+    policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device,
+        encoder.vocabulary)
     speculation = Speculation() if settings.speculate == "auto" else None
     if settings.guesses:
         remember_predictions(speculation, settings.guesses, samples, encoder)
@@ -108,8 +111,7 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         voted = [majority(task.rewards, texts, sample) for texts, sample in zip(several, samples)]
         texts = [text for text, _ in voted]
-        metrics = {**task.rewards.metrics(texts, samples), "samples": len(samples),
-                   "seconds": round(watch.total(), 1)}
+        metrics = {**task.rewards.metrics(texts, samples), "samples": len(samples), "seconds": round(watch.total(), 1)}
         write_predictions(output / "predictions.jsonl", task, samples, voted, options)
         if hasattr(task.rewards, "per_label"):
             report_by_label(output / "per_label.json", task, samples, texts)

@@ -13,11 +13,11 @@ def sapo_surrogate(r: Tensor, A: Tensor, tau_positive: float = 1.0, tau_negative
     return 4 / tau * torch.sigmoid(tau * (r - 1)) * A
 
 
-def vespo_surrogate(
-    logp: Tensor, old_logp: Tensor, A: Tensor, k_positive: float = 2.0, lambda_positive: float = 3.0,
+def vespo_surrogate(logp: Tensor, old_logp: Tensor, A: Tensor, k_positive: float = 2.0, lambda_positive: float = 3.0,
     k_negative: float = 3.0, lambda_negative: float = 2.0,
 ) -> Tensor:
-    """sg(φ(w)) A log π_θ, φ(w) = w^k exp(λ (1 − w)): a weight that fades on both sides of w = 1.  VESPO, arXiv 2602.10693
+    """sg(φ(w)) A log π_θ, φ(w) = w^k exp(λ (1 − w)): a weight that fades on both sides of w = 1.  VESPO, arXiv
+    2602.10693
 
     w = π_θ(o) / π_old(o) of the whole completion, neither clipped nor divided by its length; both log-probabilities
     are 0 in the padding. k and λ are one pair for A ≥ 0, one for A < 0.

@@ -18,25 +18,11 @@ from grpo.variants import AGGREGATES, KL_KINDS, LEVELS, SURROGATES, TRUNCATED, c
 
 
 def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float | None = 0.2,
-    clip_high: float | None = 0.2,
-    beta: float = 0.0,
-    kl: str = "k3",
-    level: str = "token",
-    aggregate: str = "sequence",
-    denominator: float | Tensor | None = None,
-    surrogate: str = "ppo",
-    kl_weighted: bool = False,
-    length: int | None = None,
-    entropy: Tensor | None = None,
-    log_ratio_bound: float | None = 20.0,
-    **shape: float,
+    logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor, *,
+    clip_low: float | None = 0.2, clip_high: float | None = 0.2, beta: float = 0.0, kl: str = "k3",
+    level: str = "token", aggregate: str = "sequence", denominator: float | Tensor | None = None,
+    surrogate: str = "ppo", kl_weighted: bool = False, length: int | None = None, entropy: Tensor | None = None,
+    log_ratio_bound: float | None = 20.0, **shape: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = −mean of [ surrogate(r, A) − β D_KL(π_θ ‖ π_ref) ].  The defaults are GRPO, arXiv 2402.03300 eq. 3.
 
@@ -75,8 +61,7 @@ def grpo_loss(
                                    for x in (logp if old_logp is None else old_logp, ref_logp, entropy))
     A = advantages.unsqueeze(1)  # (N, 1): an outcome reward gives every token the same advantage
     r = probability_ratio(logp, old_logp, mask, level, log_ratio_bound)  # (N, L)
-    if surrogate in ("sapo", "vespo"):
-        clip_low = clip_high = None
+    clip_low, clip_high = (clip_low, clip_high) if surrogate in ("ppo", "cispo") else (None, None)
     if surrogate == "ppo":
         gain = ppo_surrogate(r, A, clip_low, clip_high, **shape)
     elif surrogate == "cispo":
@@ -90,8 +75,7 @@ def grpo_loss(
     loss = aggregate_loss(penalty - gain, mask, aggregate, denominator, length)
     sums = sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entropy)
     if ref_logp is not None:
-        far = (logp.detach() - ref_logp).abs() > (log_ratio_bound or math.inf)  # the padding's is 0
-        sums["kl/bounded_tokens"] = far.sum().to(logp.dtype)
+        sums["kl/bounded_tokens"] = ((logp.detach() - ref_logp).abs() > (log_ratio_bound or math.inf)).sum().to(r.dtype)
     return loss, sums
 
 
@@ -246,7 +230,8 @@ def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
 
     ratio_mean, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (either side), kl in nats if
     there was a reference, entropy in nats if it was given.  A fork's own sums keep their names.  Sums called
-    …_tokens are counts and stay: kl/bounded_tokens, those beyond log_ratio_bound.  No tokens at all: NaN, there is no mean.  Raises ValueError without "tokens", the count to divide by.
+    …_tokens are counts and stay: kl/bounded_tokens, those beyond log_ratio_bound.  No tokens at all: NaN, there is
+    no mean.  Raises ValueError without "tokens", the count to divide by.
     """
     if "tokens" not in sums:
         raise ValueError(f"statistics are {', '.join(sums) or 'empty'}; they take 'tokens', the count to divide by")
@@ -259,7 +244,8 @@ def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
         "ratio": "ratio_mean", "clipped_low": "clip_ratio/low_mean", "clipped_high": "clip_ratio/high_mean",
         "clipped": "clip_ratio/region_mean",
     }
-    return {names.get(name, name): total if name.endswith("_tokens") else total / tokens for name, total in totals.items()}
+    return {names.get(name, name): total if name.endswith("_tokens") else total / tokens
+        for name, total in totals.items()}
 
 
 def check_inputs(logp: Tensor, advantages: Tensor, mask: Tensor, **others: Tensor | None) -> Tensor:

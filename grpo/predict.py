@@ -62,7 +62,8 @@ def trained_with(model: str) -> dict:
     found = read_json(path, expected)
     settings = found.get("settings") if isinstance(found, dict) else None
     kinds = {"task": str, "data": str, "max_pixels": int}
-    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()):
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, kind()), kind)
+            for name, kind in kinds.items()):
         raise ValueError(f"{path}: expected {expected}; found {shown(found)}")
     return settings
 
@@ -70,10 +71,12 @@ def trained_with(model: str) -> dict:
 def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "", before: dict = {}):
     """The task's sample of what was given; ValueError for what it needs and did not get, or got and cannot use.
 
-    usual_data takes the place of --data where the task reads one and none is given; before: the training run's settings.
+    usual_data takes the place of --data where the task reads one and none is given; before: the training run's
+    settings.
     """
     if not hasattr(task.data, "sample_from"):
-        raise ValueError(f"task {name} makes no samples of one's own: {task.data.__name__} has no sample_from(image, text, …), "
+        raise ValueError(f"task {name} makes no samples of one's own: {task.data.__name__} has no sample_from(image, "
+                         "text, …), "
                          f"see docs/your-own-task.md; grpo.evaluate answers the samples of its dataset")
     parameters = inspect.signature(task.data.sample_from).parameters
     takes = f"task {name} takes {', '.join(f'--{part}' for part in parameters if part in PARTS)}"
@@ -85,7 +88,8 @@ def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "
         if parameter.default is parameter.empty and not given.get(part):
             raise ValueError(f"--{part} expected; {takes}")
     before = {name: value for name, value in before.items() if name not in PARTS}
-    return task.data.sample_from(**{name: value for name, value in {**before, **given}.items() if name in parameters and value})
+    return task.data.sample_from(**{name: value for name, value in {**before, **given}.items() if name in parameters
+        and value})
 
 
 def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
@@ -95,7 +99,8 @@ def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
     encoder = Encoder(settings.model, settings.max_pixels)
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature,
                         seed=f"{settings.seed}/predict")
-    policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device, encoder.vocabulary)
+    policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device,
+        encoder.vocabulary)
     group, = sample(policy, [encoder.encode(images, text, one, one.id)], 1, sampling)
     return encoder.decode(group.completions[0]), group.finished[0]
 

@@ -19,72 +19,27 @@ refuse_early(Settings, __name__)  # --help, a misspelled setting and a missing p
 import torch
 from torch import Tensor
 
-from data.curriculum import Epoch, epoch_batches, none_share
-from data.task import Task, resolve_task
-from grpo.advantage import (
-    combine_rewards,
-    group_advantages,
-    kl_penalised_rewards,
-    overlong_penalty,
-    zero_variance_groups,
-)
+from grpo.advantage import combine_rewards, group_advantages, kl_penalised_rewards, overlong_penalty
+from grpo.advantage import zero_variance_groups
 from grpo.engine.lora import adapter_off
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
-from grpo.group import Group, Pack, idle_pack, make_packs, pad_rows, row_mask
+from grpo.group import Group, Pack, make_packs, pad_rows, row_mask
 from grpo.objective import count_terms, mean_statistics, truncation_mask
 from grpo.runtime.answer import check_reward_options, remember_predictions, roll_out
 from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
 from grpo.runtime.fsdp import reshard
 from grpo.runtime.liveness import Phases
 from grpo.runtime.log import Means, progress, say
-from grpo.runtime.metrics import MetricsLog
-from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optimizer, optimizer_step, packed_pass
+from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optimizer, optimizer_step
+from grpo.runtime.optim import packed_pass, skip_idle
 from grpo.runtime.reward_calls import RewardCalls, reward_weights
 from grpo.runtime.rollout_log import RolloutLog
-from grpo.runtime.run import Run, read_lines
-from grpo.runtime.step_metrics import Sums, Symptoms, outcome, readable, rollout_metrics, sampling_metrics, speculation_metrics
+from grpo.runtime.run import Run
+from grpo.runtime.schedule import Curriculum, earlier_appearances
+from grpo.runtime.step_metrics import Sums, Symptoms, outcome, readable
+from grpo.runtime.step_metrics import rollout_metrics, sampling_metrics, speculation_metrics
 from grpo.variants import PRESETS, load_objective, loss_options
-
-# ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_predictions(path: str, samples: list, task: Task) -> tuple[list, list]:
-    """(hard, easy): the samples that grpo.evaluate got wrong and right. Those it did not answer are in neither."""
-    answered = read_lines(path, samples, "correct", bool, task)
-    return [sample for sample, right in answered if not right], [sample for sample, right in answered if right]
-
-
-class Curriculum:
-    """Which samples each epoch's rollouts hold; see data/curriculum.py for how they are mixed."""
-
-    def __init__(self, settings: Settings, samples: list, is_none):
-        self.settings, self.is_none = settings, is_none
-        self.none_share = none_share(samples, is_none)
-        self.mixing = settings.mixing if settings.predictions else "raw"
-        self.hard, self.easy = samples, []
-        if settings.predictions:
-            self.hard, self.easy = read_predictions(settings.predictions, samples, resolve_task(settings.task))
-        # All epochs at once: the learning rate's schedule needs the number of rollouts, and a fault shows at once.
-        self.epochs = [self.epoch(index) for index in range(settings.epochs)]
-        everything = sum(len(epoch.batches) for epoch in self.epochs)
-        self.rollouts = min(everything, settings.max_rollouts or everything)
-        metrics_log, drawn = (MetricsLog(settings.output, f"{name}.jsonl") for name in ("curriculum", "drawn"))
-        for index, epoch in enumerate(self.epochs):
-            metrics_log.write(epoch.record)
-            drawn.write({"epoch": index, "batches": [[sample.id for sample in batch] for batch in epoch.batches]})
-
-    def plan(self) -> list[tuple[int, list, bool]]:
-        """(epoch, samples, whether they are the epoch's last) of every rollout."""
-        every = [(index, batch, batch is epoch.batches[-1]) for index, epoch in enumerate(self.epochs) for batch in epoch.batches]
-        return every[: self.rollouts]
-
-    def epoch(self, index: int) -> Epoch:
-        s = self.settings
-        return epoch_batches(
-            self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
-            none_share=self.none_share, decay=s.decay, mixing=self.mixing, last=s.last_batch, seed=s.seed)
-
 
 # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -139,8 +94,8 @@ class Trainer:
     # ── sample and reward ────────────────────────────────────────────────────────────────────────────────────────
 
     def draw(self, samples: list, number: int | str, earlier: list[int] = ()) -> list[Group]:
-        """This rank's groups with their rewards; `earlier` as in `sample`. With zero_variance_groups=resampled, groups that teach nothing are drawn
-        again with other noise: DAPO's dynamic sampling."""
+        """This rank's groups with their rewards; `earlier` as in `sample`. With zero_variance_groups=resampled,
+        groups that teach nothing are drawn again with other noise: DAPO's dynamic sampling."""
         groups = self.reward(self.sample(samples, number, earlier))
         tries = self.settings.resample_tries if self.preset.zero_variance_groups == "resampled" else 0
         for attempt in range(tries):  # every rank goes through every try: gathering weights is a collective
@@ -152,8 +107,8 @@ class Trainer:
         return groups
 
     def sample(self, samples: list, number: int | str, earlier: list[int] = ()) -> list[Group]:
-        """G completions for each sample whose prompt is short enough. earlier: how often each sample came before in this
-        rollout, over all ranks (empty: never); its completions then have noise of their own."""
+        """G completions for each sample whose prompt is short enough. earlier: how often each sample came before in
+        this rollout, over all ranks (empty: never); its completions then have noise of their own."""
         settings = self.settings
         prompts = self.run.prompts.short_enough(samples, settings.max_prompt_tokens)
         short = {id(prompt.sample) for prompt in prompts}
@@ -170,7 +125,8 @@ class Trainer:
         weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
         for group in groups:
             group.parts, group.counted = self.call_reward(group)
-            group.rewards = combine_rewards(group.parts[None], weights, self.preset.combine, counted=group.counted[None])[0]
+            group.rewards = combine_rewards(group.parts[None], weights, self.preset.combine,
+                counted=group.counted[None])[0]
         return groups
 
     # ── reference and advantage ──────────────────────────────────────────────────────────────────────────────────
@@ -183,7 +139,8 @@ class Trainer:
             apart = [[group for group in groups if zero_variance(group) == flat] for flat in (False, True)]
         packs = [pack for some in apart for pack in make_packs(some, self.settings.tokens_per_pass, self.run.device)]
         for pack in packs:
-            cut = torch.tensor([not finished for group in pack.groups for finished in group.finished], device=self.run.device)
+            cut = torch.tensor([not finished for group in pack.groups for finished in group.finished],
+                device=self.run.device)
             counted = torch.cat([group.counted for group in pack.groups]).to(self.run.device)
             pack.mask = truncation_mask(pack.mask, cut, self.preset.truncated) & counted[:, None]
         return packs
@@ -234,7 +191,7 @@ class Trainer:
         denominator = float(all_reduce_sum(torch.as_tensor(terms, dtype=torch.float32, device=device)))
         if not denominator:
             return {}
-        packs, skipped = self.skip(packs)
+        packs, skipped = skip_idle(packs, device) if self.may_skip else (packs, {})
         norms, sums = [], Sums()
         with progress(len(packs) * len(rates), "update", "pack") as bar:
             for rate in rates:
@@ -254,25 +211,13 @@ class Trainer:
                     loss_of_update += pack.loss
                     sums.add({"loss": loss / len(rates), **statistics})
                     bar.update()
-                norms.append(optimizer_step(self.policy, self.optimizer, loss_of_update, self.settings.max_grad_norm, rate))
+                limit = self.settings.max_grad_norm
+                norms.append(optimizer_step(self.policy, self.optimizer, loss_of_update, limit, rate))
         statistics = sums.over_ranks()
-        good = [norm for norm in norms if math.isfinite(norm)]
-        return {"loss": statistics.pop("loss"), "grad_norm": sum(good) / len(good) if good else math.nan,
+        good = [norm for norm in norms if math.isfinite(norm)] or [math.nan]
+        return {"loss": statistics.pop("loss"), "grad_norm": sum(good) / len(good),
                 "learning_rate": rates[-1], **skipped, **self.run.judge(norms, packs), **mean_statistics(statistics),
                 **sampling_metrics(packs)}
-
-    def skip(self, packs: list[Pack]) -> tuple[list[Pack], dict]:
-        """The packs whose passes can change the weights, at least one on every rank, and how many groups are in none.
-
-        Without a KL, a completion of advantage 0 adds exactly 0 to the loss and to every gradient. It stays in the
-        denominator; statistics of the update (ratio, entropy, clip) cover the others alone.
-        """
-        if not self.may_skip:
-            return packs, {}
-        teaching = [pack for pack in packs if pack.advantages.any()]
-        skipped = sum(len(pack.groups) for pack in packs if pack.mask.any() and not pack.advantages.any())
-        device = self.run.device
-        return equal_passes(teaching, device) or [idle_pack(device)], {"groups_skipped": sum(all_gather([skipped]))}
 
     def progress(self) -> dict:
         """What a run that goes on must know besides weights and optimizer."""
@@ -280,11 +225,6 @@ class Trainer:
         return {"too_long": sum(all_gather([prompts.too_long])), "longest": max(all_gather([prompts.longest])),
                 "learned": any(all_gather([self.learned])), "without_signal": self.without_signal,
                 "rollout_log_thinned": self.rollout_log.every // self.settings.rollout_log_every}
-
-
-def earlier_appearances(samples: list) -> list[int]:
-    """How often each one came before in the list: twice in a rollout, a sample is to be answered in two ways."""
-    return [sum(other is sample for other in samples[:i]) for i, sample in enumerate(samples)]
 
 
 def zero_variance(group: Group) -> bool:
@@ -298,19 +238,20 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
     """Epochs of rollouts; validation before the first, then every so often, keeps the best checkpoint."""
     run, settings, mu = trainer.run, trainer.settings, trainer.preset.updates
     rollouts = curriculum.rollouts
-    split = f"{len(curriculum.hard)} hard and {len(curriculum.easy)} easy" if settings.predictions else len(curriculum.hard)
-    say(f"{split} samples, {rollouts} rollouts of "
+    hard, easy = len(curriculum.hard), len(curriculum.easy)
+    say(f"{f'{hard} hard and {easy} easy' if settings.predictions else hard} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
     trainer.rollout_log.last, symptoms, means = rollouts - 1, Symptoms(), Means(rollouts)
     if not run.step:
         if settings.predictions:
-            remember_predictions(trainer.speculation, settings.predictions, curriculum.hard + curriculum.easy, run.encoder)
+            remember_predictions(trainer.speculation, settings.predictions, curriculum.hard + curriculum.easy,
+                run.encoder)
         run.metrics_log.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
         bar.update(run.step)
         for done, (epoch, batch, last_of_epoch) in enumerate(curriculum.plan()[run.step:], run.step):
-            rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup, settings.schedule)
-                     for i in range(mu)]
+            rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup,
+                                   settings.schedule) for i in range(mu)]
             step, last = done + 1, done + 1 == rollouts
             line = {"step": step, "epoch": epoch, **trainer.step(batch, done, rates, epoch)}
             bar.update()
@@ -322,9 +263,9 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
                 say("\n".join([readable(mean, rollouts), *found]))
             run.checkpoint(trainer.optimizer, step, trainer.progress, last)
     if not sum(all_gather([trainer.learned])):
-        raise ValueError(f"nothing was learned: {sum(all_gather([run.prompts.too_long]))} prompts are longer than --max_prompt_tokens "
-                         f"{settings.max_prompt_tokens} (the longest has {max(all_gather([run.prompts.longest]))} tokens), the rest gave "
-                         f"zero-variance groups")
+        raise ValueError(f"nothing was learned: {sum(all_gather([run.prompts.too_long]))} prompts are longer than "
+                         f"--max_prompt_tokens {settings.max_prompt_tokens} (the longest has "
+                         f"{max(all_gather([run.prompts.longest]))} tokens), the rest gave zero-variance groups")
     say(outcome(run.metrics_log.values("reward"), run.metrics_log.values(f"valid/{settings.valid_metric}"),
                 f"best {settings.valid_metric} at step {run.best_step}" if run.valid else ""))
 

@@ -59,8 +59,8 @@ class Preset:
     overlong_share: float = setting(0.0, "last share of the completion limit in which length costs", least=0, most=1)
 
     # advantages to the loss: `grpo_loss`
-    surrogate: str = setting("ppo", "what a ratio earns: clipped gain (ppo), clipped weight (cispo), a soft gate (sapo, "
-                                    "vespo)", choices=SURROGATES, loss=True)
+    surrogate: str = setting("ppo", "what a ratio earns: clipped gain (ppo), clipped weight (cispo), a soft gate "
+                                    "(sapo, vespo)", choices=SURROGATES, loss=True)
     clip_low: float | None = setting(0.2, "ε below 1; none: that side is not clipped", least=0, loss=True)
     clip_high: float | None = setting(0.2, "ε above 1; none: that side is not clipped", least=0, loss=True)
     level: str = setting("token", "one ratio a token, or one a completion", choices=LEVELS, loss=True)
@@ -70,8 +70,9 @@ class Preset:
     beta: float = setting(0.0, "β, weight of the KL to the reference; 0: no reference", least=0, loss=True, top=True)
     kl: str = setting("k3", "estimator of the KL", choices=KL_KINDS, loss=True)
     kl_weighted: bool = setting(False, "weight the KL by the ratio, as TRL does unless told otherwise", loss=True)
-    log_ratio_bound: float | None = setting(20.0, "KL and ratio are straight lines beyond this log-ratio, in nats; none: "
-                                                  "one token far from the reference may own or end a run", above=0, loss=True)
+    log_ratio_bound: float | None = setting(20.0, "KL and ratio are straight lines beyond this log-ratio, in nats; "
+                                                  "none: one token far from the reference may own or end a run",
+                                            above=0, loss=True)
 
     # the loop
     group_size: int = setting(8, "G, completions a prompt", least=2, top=True)
@@ -108,57 +109,44 @@ class Vespo(Preset):
 PRESETS = {
     "grpo": Preset(
         source="DeepSeekMath, arXiv 2402.03300 eq. 3; its clip range is not given: 0.2, PPO's [chosen]",
-        beta=0.04,
-    ),
+        beta=0.04),
     "more-r1": Preset(
         source="MORE-R1 eq. 2-4 and Algorithm 1; G and the ratio per token are [chosen]",
-        beta=0.001, updates=2, temperature=0.8,
-    ),
+        beta=0.001, updates=2, temperature=0.8),
     "jmere-r1": Preset(
         source="JMERE-R1 eq. 6 and 7: no clip, one update; the temperature, its evaluation's, is [chosen]",
-        clip_low=None, clip_high=None, beta=0.01, updates=1, temperature=0.8,
-    ),
+        clip_low=None, clip_high=None, beta=0.01, updates=1, temperature=0.8),
     "dr-grpo": Preset(
         source="Dr. GRPO, arXiv 2503.20783 §3.2: no std, no division by the completion's own length",
-        scale="none", aggregate="constant",
-    ),
+        scale="none", aggregate="constant"),
     "dapo": Preset(
         source="DAPO, arXiv 2503.14476 eq. 8, 10-13: cache 4096 of 20480 tokens; number of updates [chosen]",
-        clip_high=0.28, aggregate="token", zero_variance_groups="resampled", overlong_share=0.2, updates=2,
-    ),
+        clip_high=0.28, aggregate="token", zero_variance_groups="resampled", overlong_share=0.2, updates=2),
     "gspo": Preset(
         source="GSPO, arXiv 2507.18071 eq. 5-7 and §5.1; number of updates [chosen]",
-        level="sequence", clip_low=3e-4, clip_high=4e-4, updates=2,
-    ),
+        level="sequence", clip_low=3e-4, clip_high=4e-4, updates=2),
     "cispo": Preset(
         source="CISPO, arXiv 2506.13585 eq. 4 and 5; the weight's bound, 5, and number of updates [chosen]",
-        surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token", updates=2,
-    ),
+        surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token", updates=2),
     "bnpo": Preset(
         source="TRL's name for the mean over all tokens of the batch; number of updates [chosen]",
-        aggregate="token", updates=2,
-    ),
+        aggregate="token", updates=2),
     "luspo": Preset(
         source="LUSPO, arXiv 2602.05261: GSPO's ratio, each completion weighed by its length; updates [chosen]",
-        level="sequence", aggregate="constant", length=1, clip_low=3e-4, clip_high=4e-4, updates=2,
-    ),
+        level="sequence", aggregate="constant", length=1, clip_low=3e-4, clip_high=4e-4, updates=2),
     "sapo": Sapo(
         source="SAPO, arXiv 2511.20347; number of updates [chosen]",
-        surrogate="sapo", clip_low=None, clip_high=None, updates=2,
-    ),
+        surrogate="sapo", clip_low=None, clip_high=None, updates=2),
     "vespo": Vespo(
         source="VESPO, arXiv 2602.10693; number of updates [chosen]",
-        surrogate="vespo", clip_low=None, clip_high=None, aggregate="token", updates=2,
-    ),
+        surrogate="vespo", clip_low=None, clip_high=None, aggregate="token", updates=2),
     "rloo": Preset(
         source="RLOO, arXiv 2402.14740: the completion is one action, its tokens are summed; beta [chosen]",
         scale="leave-one-out", clip_low=None, clip_high=None, aggregate="constant", length=1,
-        beta=0.05, kl_in_reward=True,
-    ),
+        beta=0.05, kl_in_reward=True),
     "reinforce++": Preset(
         source="REINFORCE++ with baseline, arXiv 2501.03262; beta and the mean over sequences [chosen]",
-        scale="centred-batch", kl="k2", beta=0.001,
-    ),
+        scale="centred-batch", kl="k2", beta=0.001),
 }
 
 

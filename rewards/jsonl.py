@@ -71,8 +71,10 @@ class Number(NamedTuple):
     percent: bool
 
 
-DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3}){1,8}(?!,?\d)|\d{1,40}(?!\d))(?:\.\d{1,40})?|\.\d{1,40})"  # bounded: linear in the text
-NUMBER = re.compile(rf"(?<![\w.])([-+]?)(?:(?:(\d{{1,40}}) )?({DECIMAL}) ?/ ?({DECIMAL})|({DECIMAL}(?:e[-+]?\d{{1,40}}(?!\d))?))"
+# bounded: linear in the text
+DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3}){1,8}(?!,?\d)|\d{1,40}(?!\d))(?:\.\d{1,40})?|\.\d{1,40})"
+NUMBER = re.compile(rf"(?<![\w.])([-+]?)(?:(?:(\d{{1,40}}) )?({DECIMAL}) ?/ "
+                    rf"?({DECIMAL})|({DECIMAL}(?:e[-+]?\d{{1,40}}(?!\d))?))"
                     r"(?: ?(%|percent))?", re.IGNORECASE | re.ASCII)
 FRACTION = re.compile(r"\\[dt]?frac ?\{([^{}\\]{1,40})\} ?\{([^{}\\]{1,40})\}")
 SPELLED = str.maketrans({"−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", **dict.fromkeys("$€£¥", "")})
@@ -141,7 +143,8 @@ def gold_choice(value, sample) -> int:
     """A letter, a text, or a whole number that counts from 0."""
     index = value if type(value) is int and str(value) not in sample.choices else read_choice(str(value), sample)
     if not sample.choices or index is None or not 0 <= index < len(sample.choices):
-        raise ValueError("a choice's letter, text or number from 0 expected" if sample.choices else "no choices in the line")
+        raise ValueError("a choice's letter, text or number from 0 expected" if sample.choices else "no choices in "
+            "the line")
     return index
 
 
@@ -167,7 +170,8 @@ def gold_boxes(value, sample) -> tuple:
     for box in boxes:
         numbers = isinstance(box, list) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)
         if not numbers or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
-            raise ValueError(f"[x1, y1, x2, y2] within the image's {width} × {height} pixels expected, or a list of such")
+            raise ValueError(f"[x1, y1, x2, y2] within the image's {width} × {height} pixels expected, or a list of "
+                             "such")
     across, down = seen_width / width, seen_height / height
     return tuple((x1 * across, y1 * down, x2 * across, y2 * down) for x1, y1, x2, y2 in boxes)
 
@@ -190,8 +194,8 @@ def iou(one: tuple, other: tuple) -> float:
 
 
 class Verifier(NamedTuple):
-    """read: (answer's text, sample) → what is compared, hashable, or None; gold: (value of the file, sample) → what it is
-    compared with, ValueError where it is of no use; score: (read, gold, sample) → 0 to 1, right from ½ on."""
+    """read: (answer's text, sample) → what is compared, hashable, or None; gold: (value of the file, sample) → what
+    it is compared with, ValueError where it is of no use; score: (read, gold, sample) → 0 to 1, right from ½ on."""
 
     read: Callable
     score: Callable
@@ -218,8 +222,7 @@ def matches(found: str, gold: re.Pattern, sample=None) -> float:
     return float(len(found) <= LONGEST and gold.fullmatch(found) is not None)
 
 
-VERIFIERS = {
-    "exact": Verifier(read_exact, equal, gold_text(read_exact)),
+VERIFIERS = {"exact": Verifier(read_exact, equal, gold_text(read_exact)),
     "text": Verifier(read_text, equal, gold_text(read_text)), "number": Verifier(read_number, near, gold_number),
     "choice": Verifier(read_choice, equal, gold_choice), "boxes": Verifier(read_boxes, overlap, gold_boxes),
     "regex": Verifier(read_exact, matches, gold_pattern)}
@@ -233,7 +236,8 @@ def own_verifier(function: Callable) -> Verifier:
 def suitable(sample, values: list) -> Verifier:
     """--verifier auto: choice where there are choices, number where the answer is one, else text."""
     try:
-        return VERIFIERS["choice"] if sample.choices else [gold_number(v, sample) for v in values] and VERIFIERS["number"]
+        return VERIFIERS["choice"] if sample.choices else [gold_number(v, sample)
+            for v in values] and VERIFIERS["number"]
     except ValueError:
         return VERIFIERS["text"]
 

@@ -288,7 +288,8 @@ def read_answers(path: Path, request: str) -> dict[str, dict]:
 
 def fill_template(template: str, sample, question: str, answer: str) -> str:
     """A user's own prompt: {question} is the task's, {answer} the gold one, {text} and so on the sample's."""
-    values = {**{part.name: getattr(sample, part.name) for part in fields(sample)}, "question": question, "answer": answer}
+    values = {**{part.name: getattr(sample, part.name) for part in fields(sample)}, "question": question,
+        "answer": answer}
     values = {name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
               for name, value in values.items()}
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)

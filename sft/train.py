@@ -121,7 +121,8 @@ def train(run: Run, pairs: list[tuple]) -> None:
                 if mean := means.add({"loss": math.nan, **line, "step_time": watch.total()}, due=done == steps):
                     say(f"{done}/{steps}  loss {mean['loss']:.4f}  rate {rate:.2g}  {mean['step_time']:.1f} s")
                 if done % per_epoch == 0:
-                    report_dropped(epoch, int(all_reduce_sum(torch.tensor(trained, device=run.device))), len(pairs), settings.max_tokens)
+                    report_dropped(epoch, int(all_reduce_sum(torch.tensor(trained, device=run.device))), len(pairs),
+                        settings.max_tokens)
                     trained, (in_vain, over) = 0, end_epoch(run, epoch, done, in_vain, minutes())
                 run.checkpoint(optimizer, done, lambda: {
                     "in_vain": in_vain, "trained": sum(all_gather([trained])), "seconds": 60 * minutes(), "over": over},
@@ -151,7 +152,8 @@ def agreed(flag, device) -> bool:
 
 def report_dropped(epoch: int, trained: int, given: int, limit: int) -> None:
     if not trained:
-        raise ValueError(f"no response to train on: all {given} are longer than --max_tokens {limit} with their prompts")
+        raise ValueError(f"no response to train on: all {given} are longer than --max_tokens {limit} with their "
+                         "prompts")
     if trained < given and epoch == 0:
         say(f"dropped {given - trained} of {given} responses: longer than --max_tokens {limit} with their prompts")
 

@@ -73,3 +73,31 @@ def test_rewards_and_the_report_import_no_torch():
             names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
             names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
             assert not {name for name in names if name.split(".")[0] in ("torch", "transformers")}, module
+
+
+def lines(path: Path) -> int:
+    return sum(bool(line.strip()) for line in path.read_text().splitlines())
+
+
+def functions():
+    for path in (path for package in ("grpo", "sft", "data", "rewards") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+
+
+def test_the_lesson_can_be_read_in_a_sitting(capsys):
+    """pytest -s prints the figures."""
+    sizes = {str(path.relative_to(ROOT)): lines(path) for path in LESSON}
+    longest = max(functions())
+    print(*(f"{size:6} {name}" for name, size in sizes.items()), sep="\n")
+    print(f"{sum(sizes.values()):6} lines of the lesson; the longest function of the product has {longest[0]}: {longest[1]}")
+    assert sum(sizes.values()) <= 1400 and longest[0] <= 60
+    assert sizes["grpo/train.py"] + lines(ROOT / "grpo" / "settings.py") <= 300
+    assert lines(ROOT / "grpo" / "minimal.py") <= 150 and len(list((ROOT / "grpo").glob("*.py"))) <= 12
+
+
+def test_no_line_is_wider_than_120():
+    wide = [f"{path}:{number}" for package in ("grpo", "sft", "data", "rewards") for path in (ROOT / package).rglob("*.py")
+            for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+    assert not wide

@@ -14,7 +14,8 @@ from grpo.objective import grpo_loss
 from grpo.runtime.run import Run
 from grpo.runtime.settings import parse
 from grpo.runtime.step_metrics import readable
-from grpo.train import Curriculum, Settings, Trainer, earlier_appearances
+from grpo.runtime.schedule import Curriculum, earlier_appearances
+from grpo.train import Settings, Trainer
 from grpo.variants import PRESETS, Preset, setting
 from programs import COMMON, lines
 from tiny import pack_of

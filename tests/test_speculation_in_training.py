@@ -6,7 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from programs import COMMON, lines
+from test_answer import SAMPLING, Encoder, samples, task
+from test_loop import make, weights
 
+from grpo.runtime.optim import skip_idle
 from grpo.engine.speculation import Speculation
 from grpo.group import Group, Pack, idle_pack, row_mask
 from grpo.runtime.answer import Prompts, answer, remember, remember_predictions
@@ -16,9 +20,6 @@ from grpo.runtime.settings import parse
 from grpo.runtime.step_metrics import sampling_metrics, speculation_metrics
 from grpo.train import Settings, train
 from processes import run_processes
-from programs import COMMON, lines
-from test_answer import SAMPLING, Encoder, samples, task
-from test_loop import make, weights
 from tiny import END, tiny_policy, tiny_prompt
 
 
@@ -155,8 +156,7 @@ def steps(folder, output, monkeypatch, every_pass: bool, rewards, *words):
 
     monkeypatch.setattr(trainer, "reward", reward)
     monkeypatch.setattr(trainer.policy, "score", count)
-    if every_pass:
-        monkeypatch.setattr(trainer, "skip", lambda packs: (packs, {}))
+    monkeypatch.setattr("grpo.train.skip_idle", (lambda packs, device: (packs, {})) if every_pass else skip_idle)
     found = [trainer.step(some[:3], number, [1e-2, 1e-2]) for number in range(2)]
     return weights(trainer), found, scored
 

@@ -34,8 +34,10 @@ def main(words=None) -> None:
     parser = argparse.ArgumentParser("python -m data.toy", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write into; it is made where it is missing")
-    parser.add_argument("--task", choices=[*sorted(WORLDS), "text"], default="more", help="whose layout and answers (default: more)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into; it is made where it is "
+        "missing")
+    parser.add_argument("--task", choices=[*sorted(WORLDS), "text"], default="more", help="whose layout and answers "
+        "(default: more)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the scenes and of the model (default: 0)")
     for split, count in (("train", 4800), ("valid", 200), ("test", 800)):
         parser.add_argument(f"--{split}", type=at_least_1, default=count, help=f"{split} samples (default: {count})")
@@ -50,7 +52,8 @@ def main(words=None) -> None:
         parser.error(str(error))
     reasoned = [line["response"] for line in expert if " " not in line["id"]]  # without what the filters ask
     parameters = write_tiny_model(s.output / "model", prompts(task, s.output / name) + reasoned[:1200], s.seed)
-    print(f"{s.output}: {name}/ ({s.train} + {s.valid} + {s.test} samples), expert.jsonl, model/ ({parameters:,} parameters)")
+    print(f"{s.output}: {name}/ ({s.train} + {s.valid} + {s.test} samples), expert.jsonl, model/ ({parameters:,} "
+          "parameters)")
 
 
 if __name__ == "__main__":

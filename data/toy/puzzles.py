@@ -32,5 +32,6 @@ def write_puzzles(folder: Path, seed: int, kinds: tuple[str, ...] = tuple(PUZZLE
             question, answer = PUZZLES[kind](draw)
             if question not in asked:
                 asked.add(question)
-                lines.append({"question": f"{question} Answer with the number alone.", "answer": answer, "category": kind})
+                lines.append({"question": f"{question} Answer with the number alone.", "answer": answer,
+                    "category": kind})
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

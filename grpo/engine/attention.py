@@ -28,10 +28,8 @@ class Packed:
     segments: one (P, [C₁ … C_G]) per group. `prompt_cache`, if given, is a list that receives, layer by layer,
     the keys and values of every prompt: [(heads, P, head size), …] twice; that is what makes a pass a prefill.
 
-    Attention form, chosen by measurement (benchmarks/RESULTS.md): one call for the prompt, then one lower-right
-    causal call per continuation on [prompt, own] keys, P² + Σ C_i (P + C_i) scores. One call with a dense mask over the
-    whole group computes (P + ΣC)² and takes several times as long; a batch of G rows padded to the longest is as fast
-    where all are equally long and twice as slow where they are ragged. FlexAttention has no backward on a CPU.
+    One call for the prompt, then one lower-right causal call per continuation on [prompt, own] keys: P² + Σ C_i (P +
+    C_i) scores. Other forms were measured and are slower, or slower where ragged (benchmarks/RESULTS.md).
     """
 
     def __init__(self, segments: list[tuple[int, list[int]]], prompt_cache: list | None = None):
@@ -41,7 +39,8 @@ class Packed:
         self._masks: dict[tuple, Tensor] = {}
 
     def _lower_right(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """(C, P + C): row j of a continuation sees the whole prompt and its own first j + 1 tokens; 0 there, −∞ elsewhere.
+        """(C, P + C): row j of a continuation sees the whole prompt and its own first j + 1 tokens; 0 there, −∞
+        elsewhere.
 
         Added and not bool: torch would make this of a bool mask in every layer, and keep each for the backward.
         """
@@ -65,7 +64,8 @@ class Packed:
                 suffix_query, suffix_key, suffix_value = next(queries), next(keys), next(values)
                 if length:
                     outputs.append(attention(
-                        suffix_query, torch.cat([prompt_key, suffix_key], dim=2), torch.cat([prompt_value, suffix_value], dim=2),
+                        suffix_query, torch.cat([prompt_key, suffix_key], dim=2),
+                        torch.cat([prompt_value, suffix_value], dim=2),
                         scaling, self._lower_right(length, prompt_length + length, query)))
         if self.prompt_cache is not None:
             self.prompt_cache.append(cached)
@@ -78,4 +78,5 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: T
     if query.is_cuda:  # there only the kernels that take no mask know grouped heads
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling,
+        enable_gqa=grouped)

@@ -50,7 +50,8 @@ class Grid:
 
 
 class Decode:
-    """Some tokens, end to end, of each of B live rows: attention to the shared prompt, attention to the row's suffix keys.
+    """Some tokens, end to end, of each of B live rows: attention to the shared prompt, attention to the row's
+    suffix keys.
 
     The G rows of a group are G more queries on the *same* prompt keys, so the prompt is read once a step for
     all of them. The two parts are merged by log-sum-exp, so that nothing as wide as a prompt is ever regrouped.
@@ -61,7 +62,8 @@ class Decode:
     first_position  rope position of each row's first token
     """
 
-    def __init__(self, caches: list[KeysValues], prompt_lengths: list[int], group_of_row: list[int], first_position: list[int]):
+    def __init__(self, caches: list[KeysValues], prompt_lengths: list[int], group_of_row: list[int],
+            first_position: list[int]):
         _, self.heads, longest, _ = caches[0].prompt_key.shape
         self.caches, self.device, self.counts = caches, caches[0].prompt_key.device, []
         seen = torch.arange(longest) < torch.tensor(prompt_lengths)[:, None]
@@ -69,7 +71,8 @@ class Decode:
         self.group_of_row, self.first_position = torch.tensor(group_of_row), torch.tensor(first_position)
 
     def place(self, cached: list[int], counts: list[int]) -> Tensor:
-        """The tokens of the next step: `counts` of each row behind the `cached` ones. Returns (3, 1, N) rope positions."""
+        """The tokens of the next step: `counts` of each row behind the `cached` ones. Returns (3, 1, N) rope
+        positions."""
         if counts != self.counts:
             row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
             self.by_row = Grid(row, len(counts), self.heads, self.device)
@@ -101,9 +104,9 @@ class Decode:
 
 
 def partial_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to a part of the keys, in float32: (n, H_kv, t, r, d), keys and values (n, H_kv, k, d), bias of 0 and −∞
-    that broadcasts over (n, H_kv, t, r, k) → (n, H_kv, t, r, d) and log-sum-exps (n, H_kv, t, r, 1), by which it is merged
-    with another part: out = lerp(a, b, sigmoid(lse_b − lse_a))."""
+    """Attention to a part of the keys, in float32: (n, H_kv, t, r, d), keys and values (n, H_kv, k, d), bias of 0
+    and −∞ that broadcasts over (n, H_kv, t, r, k) → (n, H_kv, t, r, d) and log-sum-exps (n, H_kv, t, r, 1), by
+    which it is merged with another part: out = lerp(a, b, sigmoid(lse_b − lse_a))."""
     t_r = query.shape[2:4]
     scores = (query.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, t_r).float().add_(bias)
     top = scores.amax(-1, keepdim=True)
@@ -111,3 +114,30 @@ def partial_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -
     mass = weights.sum(-1, keepdim=True)
     out = (weights.to(value.dtype).flatten(2, 3) @ value).unflatten(2, t_r).float()
     return out.div_(mass), mass.log().add_(top)
+
+
+def slots(prompts: int, group_size: int, rows: int) -> tuple[int, int]:
+    """(groups, rows) that caches have room for. A group that has no live row while its others wait leaves a row free:
+    never more groups than rows."""
+    rows = min(rows, prompts * group_size)
+    return min(rows, prompts), rows
+
+
+def head_size(text) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def cache_bytes(text, prompts: list, group_size: int, rows: int, max_tokens: int, item: int) -> int:
+    """What the caches of a rollout take, `item` bytes a number: prompts padded to the longest, rows to the limit."""
+    groups, rows = slots(len(prompts), group_size, rows)
+    tokens = groups * max(map(len, prompts), default=0) + rows * max_tokens
+    return 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * item
+
+
+def allocate(text, groups: int, longest: int, rows: int, max_tokens: int, like: Tensor) -> list[KeysValues]:
+    """A layer's caches each, of the type and on the device of `like`."""
+    # zeros, not empty: a weight of exactly 0 times uninitialised memory may still be NaN
+    new = lambda slots, length: torch.zeros(slots, text.num_key_value_heads, length, head_size(text),
+                                            dtype=like.dtype, device=like.device)
+    return [KeysValues(new(groups, longest), new(groups, longest), new(rows, max_tokens), new(rows, max_tokens))
+            for _ in range(text.num_hidden_layers)]

@@ -20,8 +20,9 @@ class Sampling:
 
     temperature 0 is greedy. `seed`, the prompt's id and the completion's number make its own noise, so that it depends
     neither on who else is in the batch nor on the number of ranks. `earlier` says of each prompt how often it came
-    before in the same rollout (empty: never): its completions are then numbered on, from G or 2G. `rows` live at once (memory, not result).
-    top_p and top_k are for evaluation: in training rollouts they are refused (see `check_training`).
+    before in the same rollout (empty: never): its completions are then numbered on, from G or 2G. `rows` live at
+    once (memory, not result). top_p and top_k are for evaluation: in training rollouts they are refused (see
+    `check_training`).
     """
 
     max_tokens: int
@@ -92,7 +93,8 @@ def invert(masses: Tensor, uniform: Tensor) -> Tensor:
     ends = blocks.sum(-1).double().cumsum(-1)  # of the blocks
     block, before = first_beyond(ends, uniform * ends[:, -1])
     inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
-    # The number lies within the block's own sum, which this sum may miss by a rounding: scaled from the one to the other.
+    # The number lies within the block's own sum, which this sum may miss by a rounding: scaled from the one to the
+    # other.
     share = (uniform * ends[:, -1] - before) / (ends.gather(1, block[:, None])[:, 0] - before)
     return block * BLOCK + first_beyond(inside, share * inside[:, -1])[0]
 

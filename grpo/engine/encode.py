@@ -36,7 +36,8 @@ class Encoder:
         self.image_processor = self.backbone.load_image_processor(model, max_pixels) if self.sees else None
         self.image_token = self.token_id(self.backbone.IMAGE_TOKEN)
         if self.sees and self.image_token is None:
-            raise ValueError(f"{model}: the tokenizer has no {self.backbone.IMAGE_TOKEN} token, which its config.json's "
+            raise ValueError(f"{model}: the tokenizer has no {self.backbone.IMAGE_TOKEN} token, which its "
+                             "config.json's "
                              f"model_type promises")
         if not self.tokenizer.chat_template:
             raise ValueError(f"{model}: no chat template; expected chat_template.jinja, chat_template.json or one in "
@@ -60,7 +61,8 @@ class Encoder:
         """One user turn, images first, behind the system turn of a sample that has a `system`. ValueError, naming the
         sample, for what cannot be tokenised or preprocessed."""
         if images and not self.sees:
-            raise ValueError(f"{id or 'prompt'}: has {len(images)} images; a model of type {self.model_type} reads text alone")
+            raise ValueError(f"{id or 'prompt'}: has {len(images)} images; a model of type {self.model_type} reads "
+                             "text alone")
         texts = text, getattr(sample, "system", "") or ""
         if not all(map(is_unicode, texts)):
             raise ValueError(f"{id or 'prompt'}: its text holds half of a surrogate pair, which is no character")
@@ -80,8 +82,10 @@ class Encoder:
     def render(self, images: list, text: str, system: str = "") -> str:
         turns = [("system", [], system)] * bool(system) + [("user", images, text)]
         # templates of text-only models expect a string
-        content = lambda images, text: [*({"type": "image"} for _ in images), {"type": "text", "text": text}] if self.sees else text
-        return self.tokenizer.apply_chat_template([{"role": role, "content": content(*parts)} for role, *parts in turns],
+        content = lambda images, text: [*({"type": "image"} for _ in images), {"type": "text",
+            "text": text}] if self.sees else text
+        return self.tokenizer.apply_chat_template([{"role": role, "content": content(*parts)} for role,
+            *parts in turns],
                                                   tokenize=False, add_generation_prompt=True, date_string=DATE)
 
     def stand_ins(self, text: str) -> dict[str, str]:
@@ -109,7 +113,8 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def seen_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of an image as the model sees it. ValueError if that sees nothing, or not an image so shaped."""
+        """(width, height) of an image as the model sees it. ValueError if that sees nothing, or not an image so
+        shaped."""
         if not self.sees:
             raise ValueError(f"has images; a model of type {self.model_type} reads text alone")
         return self.backbone.seen_size(self.image_processor, width, height)

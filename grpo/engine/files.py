@@ -13,7 +13,8 @@ HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def hub_options(model: str) -> dict:
-    """How transformers is to look for a hub's model: only among what was downloaded before where there is no network."""
+    """How transformers is to look for a hub's model: only among what was downloaded before where there is no
+    network."""
     return {} if Path(model).is_dir() or hub_answers() else {"local_files_only": True}
 
 
@@ -48,7 +49,8 @@ def model_file(model: str, name: str) -> Path:
     except OSError as error:
         reason = " ".join(str(error).split("\n")[:2])  # the second line says where to ask for access to a gated model
     if options:
-        reason = f"not among the models that were downloaded before, while {HUB} cannot be reached (or HF_HUB_OFFLINE is set)"
+        reason = (f"not among the models that were downloaded before, while {HUB} cannot be reached "
+                  "(or HF_HUB_OFFLINE is set)")
     raise ValueError(f"{model}: {name}: no folder here, and {reason}")
 
 

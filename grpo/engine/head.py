@@ -56,7 +56,8 @@ class Head:
     `kept` holds the logits of the first tiles, `room` is the number of logits that may still join them.
     """
 
-    def __init__(self, weight: Tensor, temperature: float, banned: tuple[int, ...], rows: int, tile: tuple[int, int], room: int = 0):
+    def __init__(self, weight: Tensor, temperature: float, banned: tuple[int, ...], rows: int, tile: tuple[int, int],
+            room: int = 0):
         self.weight, self.temperature, self.banned, self.rows, self.tile = weight, temperature, banned, rows, tile
         self.kept, self.room = deque(), room
 
@@ -145,8 +146,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> None:
         total += sign * (a @ b)
 
 
-def completion_logp(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: tuple[int, ...],
+def completion_logp(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: tuple[int, ...],
     tile: tuple[int, int] | None = None, vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (nats, float32, without gradient) of each target token.

@@ -22,7 +22,8 @@ from grpo.engine.weights import local, network_name, open_weights, rows_of
 
 PEFT = "base_model.model."  # before every name in PEFT's files
 # What PEFT can do besides: what it stands at where it is not used.
-UNUSED = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
+UNUSED = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None,
+    "rank_pattern": {},
           "alpha_pattern": {}}
 
 
@@ -90,11 +91,13 @@ class AdapterFile:
         config, self.folder = read_json(folder, "adapter_config.json"), folder
         for name, unused in UNUSED.items():
             if config.get(name) not in (unused, None):
-                raise ValueError(f"{folder}: an adapter with {name} {config[name]!r}; expected a plain one ({unused!r})")
+                raise ValueError(f"{folder}: an adapter with {name} {config[name]!r}; expected a plain one "
+                                 f"({unused!r})")
         try:
             self.rank, self.alpha = int(config["r"]), float(config["lora_alpha"])
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{folder}: adapter_config.json: expected numbers r and lora_alpha, as PEFT writes them") from None
+            raise ValueError(f"{folder}: adapter_config.json: expected numbers r and lora_alpha, as PEFT writes "
+                             "them") from None
         file = open_weights(model_file(folder, "adapter_model.safetensors"))
         self.slices = {name.removeprefix(PEFT).removesuffix(".weight"): file.get_slice(name) for name in file.keys()}
         self.targets = ",".join(sorted({name.rpartition(".")[0].rpartition(".")[2] for name in self.slices}))
@@ -106,13 +109,15 @@ class AdapterFile:
                   for part in ("lora_A", "lora_B")}
         found = {network_name(name, wanted): name for name in self.slices}
         if None in found or len(found) < len(self.slices):
-            raise ValueError(f"{self.folder}: an adapter of another model: the language model has no {found.get(None, 'such names')}")
+            raise ValueError(f"{self.folder}: an adapter of another model: the language model has no "
+                             f"{found.get(None, 'such names')}")
         for name, parameter in wanted.items():
             if name not in found:
                 raise ValueError(f"{self.folder}: an adapter of another model: it has no {name}")
             rows, (start, stop) = self.slices[found[name]], rows_of(parameter)
             if rows.get_shape() != list(parameter.shape):
-                raise ValueError(f"{self.folder}: an adapter of another model: {found[name]} has the shape {rows.get_shape()}; "
+                raise ValueError(f"{self.folder}: an adapter of another model: {found[name]} has the shape "
+                                 f"{rows.get_shape()}; "
                                  f"{list(parameter.shape)} expected")
             if start < stop:
                 local(parameter).copy_(rows[start:stop])

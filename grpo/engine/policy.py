@@ -104,8 +104,10 @@ class Policy(nn.Module):
         return F.pad(vectors, (0, self.backbone.width(self.config) - vectors.shape[-1]))
 
     def embed(self, prompts: list[Prompt]) -> Tensor:
-        """(ΣP, width) input embeddings of the prompts end to end, their image tokens replaced by the images' features."""
-        return self.scatter_image_features(self.embed_tokens(torch.cat([prompt.tokens for prompt in prompts])), prompts, [len(p) for p in prompts])
+        """(ΣP, width) input embeddings of the prompts end to end, their image tokens replaced by the images'
+        features."""
+        return self.scatter_image_features(self.embed_tokens(torch.cat([prompt.tokens for prompt in prompts])), prompts,
+            [len(p) for p in prompts])
 
     def scatter_image_features(self, vectors: Tensor, prompts: list[Prompt], lengths: list[int]) -> Tensor:
         """`vectors` with the prompts' features in their places; each prompt begins a stretch of the given length."""
@@ -142,16 +144,11 @@ class Policy(nn.Module):
             words += [completion[:-1] for completion in group.completions]
             segments.append((len(group.prompt), [length - 1 for length in group.lengths]))
         # one lookup: the gradient of each would be a tensor as large as the whole table
-        vectors = self.scatter_image_features(self.embed_tokens(torch.cat(words)), [group.prompt for group in groups], [p + sum(c) for p, c in segments])
+        vectors = self.scatter_image_features(self.embed_tokens(torch.cat(words)), [group.prompt for group in groups],
+            [p + sum(c) for p, c in segments])
         hidden = self.trunk(vectors[None], torch.cat(positions, 1)[:, None], Packed(segments))[0]
-        logp, entropy = completion_logp(
-            hidden[torch.tensor(places, device=self.device)],
-            self.model.lm_head.weight,
-            torch.cat(targets).to(self.device),
-            temperature,
-            self.banned,
-            vocabulary=self.vocabulary,
-        )
+        logp, entropy = completion_logp(hidden[torch.tensor(places, device=self.device)], self.model.lm_head.weight,
+            torch.cat(targets).to(self.device), temperature, self.banned, vocabulary=self.vocabulary)
         if not self.vision_is_frozen:
             # Gradients are reduced over processes: each must have one for every weight, also a process whose samples
             # have no image, and for weights that no image uses (CLIP's last layer, which LLaVA does not read).

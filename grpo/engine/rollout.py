@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo.engine.attention import Packed
-from grpo.engine.decode import Decode, KeysValues
+from grpo.engine.decode import Decode, allocate, slots
 from grpo.engine.draw import Sampling, draw_tokens, noise
 from grpo.engine.head import token_logits
 from grpo.engine.policy import Policy
@@ -54,24 +54,6 @@ class Slot:
     last_hidden: Tensor  # (hidden,): what predicts every row's first token
 
 
-def slots(prompts: list[Prompt], group_size: int, sampling: Sampling) -> tuple[int, int]:
-    """(groups, rows) that caches have room for. A group that has no live row while its others wait leaves a row free:
-    never more groups than rows."""
-    rows = min(sampling.rows, len(prompts) * group_size)
-    return min(rows, len(prompts)), rows
-
-
-def head_size(text) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def cache_bytes(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling, item: int) -> int:
-    """What the caches of a rollout take, `item` bytes a number: prompts padded to the longest, rows to the limit."""
-    text, (groups, rows) = policy.text_config, slots(prompts, group_size, sampling)
-    tokens = groups * max(map(len, prompts), default=0) + rows * sampling.max_tokens
-    return 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * item
-
-
 class Rollout:
     """The state of one call of `sample`: caches, live rows, live groups."""
 
@@ -82,25 +64,13 @@ class Rollout:
         self.waiting = deque((p, i) for p in range(len(prompts)) for i in range(group_size))
         self.rows: list[Row] = []
         self.slots: list[Slot] = []
-        self.max_rows = slots(prompts, group_size, sampling)[1]
-        self.caches = self._allocate(*slots(prompts, group_size, sampling))
+        groups, self.max_rows = slots(len(prompts), group_size, sampling.rows)
+        self.caches = allocate(policy.text_config, groups, max(map(len, prompts)), self.max_rows, sampling.max_tokens,
+                               policy.model.lm_head.weight)
         self.hidden: Tensor | None = None  # (live rows and their guesses, hidden): each predicts a token
         self.layout: Decode | None = None
         self.done: list[list[Row | None]] = [[None] * group_size for _ in prompts]
         self.spared = 0  # tokens of the limit that ended rows will not write
-
-    def _allocate(self, groups: int, rows: int) -> list[KeysValues]:
-        text, weight = self.policy.text_config, self.policy.model.lm_head.weight
-        heads = text.num_key_value_heads
-        size = head_size(text)
-        longest = max(map(len, self.prompts))
-        # zeros, not empty: a weight of exactly 0 times uninitialised memory may still be NaN
-        new = lambda slots, length: torch.zeros(slots, heads, length, size, dtype=weight.dtype, device=weight.device)
-        return [
-            KeysValues(new(groups, longest), new(groups, longest), new(rows, self.sampling.max_tokens),
-                       new(rows, self.sampling.max_tokens))
-            for _ in range(text.num_hidden_layers)
-        ]
 
     def prefill(self, indices: list[int]) -> None:
         """Prompts that enter, in packed passes of bounded size."""
@@ -212,40 +182,35 @@ class Rollout:
         if self.speculation:
             self.speculation.guess(self.rows, self.sampling.max_tokens)
         tokens = torch.tensor([token for row in self.rows for token in (row.tokens[-1], *row.guess)])
-        positions = self.layout.place([len(row.tokens) - 1 for row in self.rows], [1 + len(row.guess) for row in self.rows])
+        positions = self.layout.place([len(row.tokens) - 1 for row in self.rows],
+            [1 + len(row.guess) for row in self.rows])
         embedded = self.policy.model.get_input_embeddings()(tokens.to(self.policy.device))
         self.turn(True)
         self.hidden = self.policy.trunk(embedded[None], positions, self.layout)[0]
 
     def groups(self) -> list[Group]:
         ended = self.sampling.end_tokens
-        return [
-            Group(
-                prompt,
-                [torch.tensor(row.tokens) for row in rows],
-                [torch.tensor(row.logps) for row in rows],
-                [row.tokens[-1] in ended for row in rows],
-            )
-            for prompt, rows in zip(self.prompts, self.done)
-        ]
+        return [Group(prompt, [torch.tensor(row.tokens) for row in rows], [torch.tensor(row.logps) for row in rows],
+                [row.tokens[-1] in ended for row in rows]) for prompt, rows in zip(self.prompts, self.done)]
 
 
 @torch.no_grad()
-def sample(
-    policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling,
+def sample(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling,
     on_tokens: Callable[[int, int, int], None] | None = None, turn: Turn | None = None,
     speculation: Speculation | None = None,
 ) -> list[Group]:
     """Continue every prompt `group_size` times. Every step calls `on_tokens(tokens written, rows ended,
     tokens that these rows have not written of their limit)`.
 
-    Weights are unsharded meanwhile, or every pass through the layers is a collective and `turn` keeps the ranks in step:
-    it is called before every pass and tells whether any rank has work; a rank without any joins with a dummy forward as
-    long as others have. `fsdp.sample_unsharded` sees to both. `speculation` guesses, None for one token a step and row.
+    Weights are unsharded meanwhile, or every pass through the layers is a collective and `turn` keeps the ranks in
+    step: it is called before every pass and tells whether any rank has work; a rank without any joins with a dummy
+    forward as long as others have. `fsdp.sample_unsharded` sees to both. `speculation` guesses, None for one token
+    a step and row.
     """
     if speculation:
         speculation.begin(prompts, policy)
-    rollout = Rollout(policy, prompts, group_size, sampling, turn or (lambda working: working), speculation) if prompts else None
+    rollout = Rollout(policy, prompts, group_size, sampling, turn or (lambda working: working),
+        speculation) if prompts else None
     while rollout and (rollout.waiting or rollout.rows):
         rollout.admit()
         live, spared = len(rollout.rows), rollout.spared

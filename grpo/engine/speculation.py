@@ -153,8 +153,8 @@ class Speculation:
 
     def guess(self, rows: list, max_tokens: int) -> None:
         """Set every row's guess. With N live rows a step costs `fixed` + N + guessed tokens: a guessed token pays while
-        the chance that it is kept exceeds the share of a step's cost that a token is worth, N / (fixed + N). Nothing here
-        is timed: the same run guesses the same."""
+        the chance that it is kept exceeds the share of a step's cost that a token is worth, N / (fixed + N).
+        Nothing here is timed: the same run guesses the same."""
         share = len(rows) / (self.fixed + len(rows))
         for row in rows:
             row.guess = row.draft.guess(share, max_tokens - len(row.tokens) - 1)

@@ -26,8 +26,7 @@ RENAMED = (
     ("model.", "model.language_model."), ("visual.", "model.visual."),  # Qwen2.5-VL on the Hub
     ("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),  # LLaVA there
     ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
-    ("vision_tower.vision_model.", "model.vision_tower."), ("model.vision_tower.vision_model.", "model.vision_tower."),
-)
+    ("vision_tower.vision_model.", "model.vision_tower."), ("model.vision_tower.vision_model.", "model.vision_tower."))
 COMPUTED = re.compile(r"(inv_freq|position_ids)$")  # buffers that old files hold and a network makes by itself
 
 
@@ -58,8 +57,10 @@ def weight_files(model: str) -> list[Path]:
         return [model_file(model, name) for name in sorted(set(index["weight_map"].values()))]
     for name in PICKLED:
         if path := find(model, name):
-            raise ValueError(f"{path}: a pickle, which may run code when it is read; where you trust it, convert it: python -c "
-                             f"\"from transformers import AutoModelForImageTextToText as M; M.from_pretrained({model!r}).save_pretrained('NEW')\"")
+            raise ValueError(f"{path}: a pickle, which may run code when it is read; where you trust it, convert it: "
+                             "python -c "
+                             "\"from transformers import AutoModelForImageTextToText as M; "
+                             f"M.from_pretrained({model!r}).save_pretrained('NEW')\"")
     model_file(model, SINGLE)  # says what a checkpoint needs
     raise AssertionError
 
@@ -101,11 +102,13 @@ class Checkpoint:
         if missing:
             raise ValueError(f"{self.model}: {len(missing)} tensors are missing from the weights, {missing[0]} first")
         if extra:
-            raise ValueError(f"{self.model}: {len(extra)} tensors in the weights that its config.json has no place for, {extra[0]} first")
+            raise ValueError(f"{self.model}: {len(extra)} tensors in the weights that its config.json has no place "
+                             f"for, {extra[0]} first")
         for own, name in self.names.items():
             found, expected = list(self.slices[name].get_shape()), list(wanted[own].shape)
             if found != expected:
-                raise ValueError(f"{self.model}: {name} has the shape {found} in the weights; config.json makes it {expected}")
+                raise ValueError(f"{self.model}: {name} has the shape {found} in the weights; config.json makes it "
+                                 f"{expected}")
         return self
 
     def rows(self, own: str, start: int, stop: int) -> Tensor:

@@ -156,7 +156,8 @@ class Costs:
             "reference": 0.0 if s.offload_reference and self.on_gpu else self.reference()}
 
     def host(self) -> dict[str, float]:
-        """Of one process in its machine's memory: while it loads; what waits there; a checkpoint's copy of its shard."""
+        """Of one process in its machine's memory: while it loads; what waits there; a checkpoint's copy of its
+        shard."""
         waiting = self.optimizer() * self.s.offload_optimizer + self.reference() * self.s.offload_reference
         copied = 1 if self.s.offload_optimizer else 3  # weights, and two moments that are not there already
         return {"loading": MASTER * self.shape.table / self.shards, "waiting": waiting,  # one tensor's rows at a time
@@ -181,7 +182,8 @@ class Costs:
     def layer_bytes(self) -> float:
         """What autograd keeps of one decoder layer in one packed pass."""
         x, s, width, tokens = self.shape, self.s, self.width, self.tokens
-        both_keys = self.groups * s.group_size * (s.prompt_tokens + s.max_completion_tokens - 1)  # [prompt, own] of each
+        # [prompt, own] of each
+        both_keys = self.groups * s.group_size * (s.prompt_tokens + s.max_completion_tokens - 1)
         keys = 2 * both_keys * x.keys
         if self.on_gpu:  # there keys are repeated for every query head, the prompt's too
             keys = 2 * (both_keys + self.groups * s.prompt_tokens) * x.queries
@@ -196,7 +198,8 @@ class Costs:
         return self.tokens * (2 * self.shape.hidden * self.width + 4)
 
     def backward_bytes(self) -> float:
-        """Of an MLP's backward: the product made again, its gradient, up's and gate's; the residual's and the input's."""
+        """Of an MLP's backward: the product made again, its gradient, up's and gate's; the residual's and the
+        input's."""
         return self.tokens * self.width * (4 * self.shape.intermediate + 2 * self.shape.hidden)
 
     def kept_bytes(self, layers: int) -> float:
@@ -256,7 +259,8 @@ class Costs:
 
     def loading(self) -> dict[str, float]:
         """Each tensor is read into its place."""
-        return {"weights": self.weights(), "reference": 0.0 if self.s.offload_reference and self.on_gpu else self.reference()}
+        return {"weights": self.weights(), "reference": 0.0 if self.s.offload_reference and self.on_gpu
+            else self.reference()}
 
     def reference_pass(self, layered: float) -> dict[str, float]:
         if not self.s.beta:
@@ -286,7 +290,8 @@ class Costs:
         hidden = self.tokens * x.hidden * self.width  # the trunk's output, still named while the head works
         return [
             # a tile of float32 logits and of their exponentials
-            add(rest, gradients=before, activations=kept + tail + hidden, head=2 * 4 * self.tile() + self.kept_logits()),
+            add(rest, gradients=before, activations=kept + tail + hidden, head=2 * 4 * self.tile()
+            + self.kept_logits()),
             add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
             add(rest, gradients=before + head + layer, activations=kept + tail + work),
             add(rest, gradients=almost + (head if self.sharded else 0.0) + layer, activations=one + work),

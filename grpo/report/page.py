@@ -18,7 +18,8 @@ SCRIPTS = ("dom.js", "curves.js", "charts.js", "rollouts.js", "completions.js", 
 
 def run_data(run: Run) -> dict:
     return {"name": run.name, "kind": run.kind, "folder": str(run.folder), "columns": run.columns,
-            "rollouts": run.rollouts, "recorded": run.recorded, "evaluation": run.evaluation, "best": run.best, "warnings": run.warnings,
+            "rollouts": run.rollouts, "recorded": run.recorded, "evaluation": run.evaluation, "best": run.best,
+            "warnings": run.warnings,
             **{name: run.what_ran.get(name) for name in
                ("settings", "versions", "commit", "data_hash", "model_hash", "processes", "started")}}
 

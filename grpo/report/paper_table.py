@@ -1,9 +1,11 @@
 """What was tested beside the figures of the paper, as Markdown and JSON.
 
-    python -m grpo.report.paper_table docs/recipes/jmere-r1/paper.json --runs runs/jmere-r1/test --output runs/jmere-r1/table
+    python -m grpo.report.paper_table docs/recipes/jmere-r1/paper.json --runs runs/jmere-r1/test --output
+    runs/jmere-r1/table
 
 The recipe names the metrics and, for each row, the folder under --runs where grpo.evaluate wrote its metrics.json (none
-for a row that is only the paper's), and the paper's figures where it gives any. A row not run yet shows a dash; `<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json."""
+for a row that is only the paper's), and the paper's figures where it gives any. A row not run yet shows a dash;
+`<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json."""
 
 import json
 from dataclasses import dataclass

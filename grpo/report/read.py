@@ -14,7 +14,8 @@ class Run:
     """One folder that grpo.train, sft.train or grpo.evaluate wrote.
 
     columns   {name: one value or None a line of metrics.jsonl}; `step` is always there
-    rollouts  records of rollouts.jsonl, as grpo/runtime/rollout_log.py describes them; of `recorded` ones those that are shown
+    rollouts  records of rollouts.jsonl, as grpo/runtime/rollout_log.py describes them; of `recorded` ones those
+              that are shown
     """
 
     name: str
@@ -34,8 +35,8 @@ class Run:
 
 
 def find_runs(words: list[str], wait: bool = False) -> list[Path]:
-    """The folders named, or the runs directly inside them. ValueError names one that holds neither; with `wait` it is left
-    out, for it may come yet."""
+    """The folders named, or the runs directly inside them. ValueError names one that holds neither; with `wait` it
+    is left out, for it may come yet."""
     folders = []
     for word in words:
         folder = Path(word)

@@ -13,7 +13,8 @@ from grpo.report.images import Images
 from grpo.report.page import as_json, image_data, render, report_data, run_data
 from grpo.report.read import Run, find_runs, read_run, short_names
 
-WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3"><title>Training report</title>
+WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3">
+<title>Training report</title>
 <p>Waiting for {}: nothing has been written there yet.</p></html>
 """
 

@@ -21,7 +21,8 @@ class Prompts:
     come from whichever batch was first, which may change their last bits from one run to another.
     """
 
-    def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0, keep_features: bool = False):
+    def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0,
+            keep_features: bool = False):
         self.encoder, self.task, self.reasoning, self.keep_features = encoder, task, reasoning, keep_features
         self.room, self.kept = cache_bytes, {}  # by the sample itself: ids may begin anew in another split
         self.too_long, self.longest = 0, 0  # prompts left out since the run began, tokens of the longest seen
@@ -38,8 +39,8 @@ class Prompts:
         return prompt
 
     def short_enough(self, samples: list, most: int) -> list[Prompt]:
-        """The samples' prompts of at most so many tokens; longer ones are counted and left out, never cut: that would split
-        an image's tokens."""
+        """The samples' prompts of at most so many tokens; longer ones are counted and left out, never cut: that
+        would split an image's tokens."""
         encoded = [self(sample) for sample in samples]
         self.too_long += sum(len(prompt) > most for prompt in encoded)
         self.longest = max([self.longest, *map(len, encoded)])
@@ -55,7 +56,8 @@ class Prompts:
         return True
 
     def release_features(self, prompts: list[Prompt]) -> None:
-        """After use: features leave the accelerator; they are forgotten, or kept in host memory instead of the pixels."""
+        """After use: features leave the accelerator; they are forgotten, or kept in host memory instead of the
+        pixels."""
         for prompt in prompts:
             features, prompt.features = prompt.features, None
             if features is None or not self.keep_features:
@@ -67,8 +69,7 @@ class Prompts:
                 prompt.pixels, prompt.features = pixels, None
 
 
-def answer(
-    policy: Policy, prompts_of: Prompts, samples: list, sampling: Sampling, *,
+def answer(policy: Policy, prompts_of: Prompts, samples: list, sampling: Sampling, *,
     group_size: int = 1, what: str = "evaluate", speculation: Speculation | None = None,
 ) -> list[list[str]]:
     """`group_size` completions' texts for every sample, in the samples' order, on every rank.
@@ -116,7 +117,8 @@ def remember(speculation: Speculation | None, groups: list[Group]) -> None:
 
 
 def remember_predictions(speculation: Speculation | None, path: str, samples: list, encoder: Encoder) -> None:
-    """The completions in a file of predictions, to guess from. Lines that fit no sample are said once and cost nothing."""
+    """The completions in a file of predictions, to guess from. Lines that fit no sample are said once and cost
+    nothing."""
     if not speculation:
         return
     known, unfit = {sample.id for sample in samples}, 0

@@ -47,8 +47,8 @@ class Checkpoints:
 
     def save(self, policy: Policy, optimizer: torch.optim.Optimizer, step: int, state: dict,
              history: dict[str, Tensor] | None = None) -> None:
-        """Write the run after `step` updates; `state` is what else it needs, as JSON, `history` what all ranks hold alike.
-        OSError if that fails, and then everything that was there before still is."""
+        """Write the run after `step` updates; `state` is what else it needs, as JSON, `history` what all ranks hold
+        alike. OSError if that fails, and then everything that was there before still is."""
         place = self.folder / f"step-{step:08}"
         new = place.with_name(place.name + ".new")
 
@@ -115,7 +115,8 @@ class Checkpoints:
     def damage(self, place: Path, parts: dict) -> str:
         """What is wrong with the parts, "" if nothing; each rank reads its share of them."""
         with heartbeat_during():
-            mine = [fault for name in sorted(parts)[rank() :: world_size()] if (fault := part_fault(place / name, parts[name]))]
+            mine = [fault for name in sorted(parts)[rank() :: world_size()]
+                if (fault := part_fault(place / name, parts[name]))]
         faults = all_gather(mine)
         return faults[0] if faults else ""
 
@@ -138,7 +139,8 @@ class Checkpoints:
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
-    """"kind/parameter's name" → (parameter, tensor) for every weight that trains and all that the optimizer keeps of it."""
+    """"kind/parameter's name" → (parameter, tensor) for every weight that trains and all that the optimizer keeps
+    of it."""
     found = {}
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
@@ -148,9 +150,10 @@ def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str,
     return found
 
 
-def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, history: dict[str, Tensor]) -> tuple[str, int, str]:
-    """This rank's rows; (file name, bytes, sha256). Of hybrid sharding's copies the first one writes the rows, and rank 0
-    the history."""
+def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, history: dict[str, Tensor]) -> tuple[str,
+        int, str]:
+    """This rank's rows; (file name, bytes, sha256). Of hybrid sharding's copies the first one writes the rows, and
+    rank 0 the history."""
     path = folder / f"part-{rank():05}-of-{world_size():05}.safetensors"
     tensors, rows = {}, {}
     for key, (parameter, tensor) in state_tensors(policy, optimizer).items() if is_first_replica(policy) else ():
@@ -181,7 +184,8 @@ def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimiz
             if key not in rows[holders[0]]:  # a number, Adam's count of steps
                 optimizer.state[parameter][kind] = parts[holders[0]].get_tensor(key).to(local(parameter).device)
                 continue
-            target = parameter.detach() if kind == "weight" else torch.zeros_like(parameter, device="cpu" if on_host else parameter.device)
+            target = parameter.detach() if kind == "weight" else torch.zeros_like(parameter, device="cpu" if on_host
+                else parameter.device)
             fill(local(target), rows_of(parameter), [(rows[i][key], parts[i].get_slice(key)) for i in holders], key)
             if kind != "weight":
                 optimizer.state[parameter][kind] = target
@@ -206,12 +210,10 @@ def random_states() -> dict[str, Tensor]:
     """Of every generator that a task, a fork or dropout may draw from; our own draws have generators of their own."""
     kind, keys, *rest = np.random.get_state()
     _, words, gauss = random.getstate()
-    states = {
-        "torch": torch.get_rng_state(),
+    states = {"torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(keys.astype(np.int64)), "numpy_rest": torch.tensor(rest, dtype=torch.float64),
         "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
-    }
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64)}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -284,6 +286,6 @@ def refusal(changed: dict[str, tuple], place: Path, resume: str, rules: dict[str
         return ""
     shown = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in (forbidden or changed).items())
     if forbidden:
-        return f"{place} is of another run: {shown}; choose another --output, or --resume never to begin anew in this one"
+        return f"{place} is of another run: {shown}; choose another --output, or --resume never to begin anew here"
     return (f"{place} was made with other settings: {shown}; --resume changed goes on with the new ones, "
             f"--resume never begins anew")

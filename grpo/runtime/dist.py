@@ -15,8 +15,8 @@ from grpo.runtime.rendezvous import connect, rendezvous
 def start(hang_minutes: float = 30.0) -> torch.device:
     """Join the ranks that torchrun has started (one alone without it) and take this one's device.
 
-    Where no rank makes progress for `hang_minutes` the run ends and says who is missing, see grpo/runtime/liveness.py; a
-    collective would wait twice as long.
+    Where no rank makes progress for `hang_minutes` the run ends and says who is missing, see
+    grpo/runtime/liveness.py; a collective would wait twice as long.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -29,7 +29,8 @@ def start(hang_minutes: float = 30.0) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         mine, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         store, restart = rendezvous(mine, world, hang_minutes) if "RANK" in os.environ else (dist.HashStore(), "")
-        dist.init_process_group(backend, store=store, rank=mine, world_size=world, timeout=timedelta(minutes=2 * hang_minutes))
+        dist.init_process_group(backend, store=store, rank=mine, world_size=world,
+            timeout=timedelta(minutes=2 * hang_minutes))
         Watchdog(connect(timedelta(minutes=hang_minutes)) if world > 1 else store, restart, mine, world, hang_minutes)
     if rank():
         logging.disable(logging.WARNING)  # every rank finds the same; rank 0 says it

@@ -36,10 +36,10 @@ PIECE = 2**26  # numbers that are on their way at once
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of --export_dtype
 COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "chat_template.json",
     "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json", "tokenizer.model",
-)
+    "processor_config.json", "video_preprocessor_config.json", "tokenizer.model")
 
 
 class Writing:
@@ -164,7 +164,8 @@ class Content:
         entries, at = {"__metadata__": {"format": "pt"}}, 0
         for name in names:
             end = at + self.bytes[name]
-            entries[name] = {"dtype": self.types[name], "shape": self.source.slices[name].get_shape(), "data_offsets": [at, end]}
+            entries[name] = {"dtype": self.types[name], "shape": self.source.slices[name].get_shape(),
+                "data_offsets": [at, end]}
             at = end
         text = json.dumps(entries).encode()
         text += b" " * (-len(text) % 8)
@@ -178,7 +179,8 @@ class Content:
         if self.retyped:  # else stock transformers would round the weights to the source's type again
             path, (kind,) = folder / "config.json", self.retyped
             said = next(name for name, code in CODES.items() if code == kind)
-            path.write_text(re.sub(r'("(?:torch_)?dtype": *)"\w+"', rf'\1"{said}"', path.read_text(encoding="utf-8")), encoding="utf-8")
+            path.write_text(re.sub(r'("(?:torch_)?dtype": *)"\w+"', rf'\1"{said}"', path.read_text(encoding="utf-8")),
+                encoding="utf-8")
         own = [path.name for path in self.source.files] == list(self.files)
         if own and not self.retyped and (path := find(self.source.model, INDEX)):
             shutil.copyfile(path, folder / INDEX)
@@ -207,7 +209,8 @@ def export(policy: Policy, source: str, place: Path, dtype: str = "auto", traini
     writing.do(write_json, writing.new / TRAINING, training)
     writing.end()
     if content.moved and dtype in ("bfloat16", "float16"):
-        say(f"{place}: of the adapter's update {content.kept / content.moved:.1%} of the entries survive the rounding to "
+        say(f"{place}: of the adapter's update {content.kept / content.moved:.1%} of the entries survive the rounding "
+            "to "
             f"{dtype}; {place.with_name('adapter')} holds all of it")
 
 
@@ -217,12 +220,12 @@ def export_adapter(policy: Policy, targets: str, training: dict, place: Path) ->
     layers = adapted(policy.model)
     layer = next(iter(layers.values()))
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": training["model"], "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": training["model"],
+        "inference_mode": True,
         "r": len(layer.lora_A), "lora_alpha": layer.scale * len(layer.lora_A), "lora_dropout": layer.dropout,
         "bias": "none",
         # a pattern and not a list, which PEFT would look for in the vision encoder too
-        "target_modules": re.escape(policy.backbone.LANGUAGE_MODEL) + rf"\..*\.({'|'.join(target_names(targets))})",
-    }
+        "target_modules": re.escape(policy.backbone.LANGUAGE_MODEL) + rf"\..*\.({'|'.join(target_names(targets))})"}
     tensors = {f"{PEFT}{name}.{part}.weight": gathered(getattr(layer, part)) for name, layer in layers.items()
                for part in ("lora_A", "lora_B")}
     writing = Writing(place)

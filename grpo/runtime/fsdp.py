@@ -9,17 +9,13 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard,
+    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 
 from grpo.engine.policy import Policy
-from grpo.engine.rollout import Sampling, cache_bytes, sample
+from grpo.engine.decode import cache_bytes
+from grpo.engine.rollout import Sampling, sample
 from grpo.engine.speculation import Speculation
 from grpo.group import Group
 from grpo.runtime.dist import any_rank, rank, world_size
@@ -125,8 +121,10 @@ def unsharded_fits(policy: Policy, more_bytes: int) -> bool:
 
 def sample_unsharded(policy: Policy, prompts: list, group_size: int, sampling: Sampling, on_tokens=None,
                      speculation: Speculation | None = None) -> list[Group]:
-    """`sample` on sharded weights: unsharded, or layer by layer, where every rank makes as many passes as the busiest."""
-    needed = cache_bytes(policy, prompts, group_size, sampling, policy.compute_dtype.itemsize)
+    """`sample` on sharded weights: unsharded, or layer by layer, where every rank makes as many passes as the
+    busiest."""
+    needed = cache_bytes(policy.text_config, prompts, group_size, sampling.rows, sampling.max_tokens,
+                         policy.compute_dtype.itemsize)
     with enough_memory("in a rollout", "lower --rollout_rows or --max_completion_tokens"):
         if not sharded_modules(policy) or unsharded_fits(policy, needed):
             with unsharded(policy):

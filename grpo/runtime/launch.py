@@ -26,7 +26,8 @@ def main(words: list[str] | None = None) -> None:
         ended_by_others = lambda failure: failure.error_file == "<N/A>" and failure.exitcode in (2, -signal.SIGTERM)
         rank, failure = min(error.failures.items(), key=lambda one: (ended_by_others(one[1]), one[1].timestamp))
         if failure.exitcode < 0:  # it could not say anything itself
-            print(f"error: rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}; the same command goes on from "
+            print(f"error: rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}; the same command "
+                  "goes on from "
                   f"the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
 

@@ -1,10 +1,10 @@
 """No silent waiting: where no rank makes progress any more, the one that the others wait for is named and the run ends.
 
-Every rank counts its steps (`heartbeat`: a phase begun, a token written, a reward given). A thread of each rank puts the
-count into the store through which the ranks found each other, and reads everybody's. While any count moves, all is well,
-however long one rank waits for another. Where none has moved for `minutes`, the rank that has gone through the fewest
-phases and collectives is the one that the others wait for. Under torchrun --max-restarts the run then restarts from its
-last checkpoint.
+Every rank counts its steps (`heartbeat`: a phase begun, a token written, a reward given). A thread of each rank
+puts the count into the store through which the ranks found each other, and reads everybody's. While any count
+moves, all is well, however long one rank waits for another. Where none has moved for `minutes`, the rank that has
+gone through the fewest phases and collectives is the one that the others wait for. Under torchrun --max-restarts
+the run then restarts from its last checkpoint.
 
 The same file hears SIGTERM and Ctrl-C, which ask a run to end after the step at hand.
 """
@@ -71,7 +71,8 @@ class Watchdog:
 
     def __init__(self, store: Store, restart: str, rank: int, world: int, minutes: float):
         global _watchdog
-        self.store, self.rank, self.world, self.seconds = PrefixStore(f"{restart}/heartbeat", store), rank, world, 60 * minutes
+        self.store, self.rank, self.world, self.seconds = PrefixStore(f"{restart}/heartbeat",
+            store), rank, world, 60 * minutes
         self.over = threading.Event()
         _watchdog = self
         self.publish()
@@ -80,14 +81,16 @@ class Watchdog:
     def publish(self) -> None:
         p = _heartbeat
         try:
-            self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} {p['phase']}")
+            self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} "
+                                           f"{p['phase']}")
         except RuntimeError:  # the store's host is going down or gone
             pass
 
     def read_all(self) -> list[list[str]]:
         """[phases, steps, process id, host, phase] of each rank that has begun to watch."""
         keys = map(str, range(self.world))
-        return [self.store.get(key).decode().split(" ", 4) if self.store.check([key]) else ["0", "0", "?", "?", "starting"]
+        return [self.store.get(key).decode().split(" ", 4) if self.store.check([key])
+            else ["0", "0", "?", "?", "starting"]
                 for key in keys]
 
     def watch(self) -> None:

@@ -28,7 +28,8 @@ def progress(total: int, what: str, unit: str):
         return PlainProgress(total, what, unit)
     from transformers.utils.logging import tqdm  # here, for it brings transformers along
 
-    # says 80 × 24 where a terminal does not know its size (many containers'); left to itself the bar draws nothing there
+    # says 80 × 24 where a terminal does not know its size (many containers'); left to itself the bar draws nothing
+    # there
     columns, lines = shutil.get_terminal_size()
     return tqdm(total=total, desc=what, unit=unit, leave=False, ncols=columns, nrows=lines, disable=not is_rank_0())
 
@@ -62,8 +63,8 @@ class PlainProgress:
 
 
 class Means:
-    """Lines about a run's updates: the first, the last, and between them at most LINES, SECONDS apart at least. Each is the
-    mean since the one before: single updates are noise, and every one of them is in metrics.jsonl."""
+    """Lines about a run's updates: the first, the last, and between them at most LINES, SECONDS apart at least.
+    Each is the mean since the one before: single updates are noise, and every one of them is in metrics.jsonl."""
 
     LINES, SECONDS = 50, 10.0
 
@@ -78,7 +79,8 @@ class Means:
         if not due and self.said and (few or now - self.said < self.SECONDS):
             return None
         told, self.since, self.said = self.since, [], now
-        names = {name: [entry[name] for entry in told if isinstance(entry.get(name), float) and math.isfinite(entry[name])]
+        names = {name: [entry[name] for entry in told if isinstance(entry.get(name), float)
+            and math.isfinite(entry[name])]
                  for entry in told for name in entry}
         return {name: sum(values) / len(values) if values else told[-1].get(name) for name, values in names.items()}
 
@@ -111,7 +113,7 @@ def table(rows: list[list[str]]) -> str:
     """Rows of words, the first one the heading → aligned text."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(str(cell).ljust(width) if i == 0 else str(cell).rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
+        "  ".join(str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows]
     return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])

@@ -53,6 +53,7 @@ def open_events(folder: Path, choice: str, step: int = 0):
             how = "pip install 'grpo-vlm[tensorboard]'"
             raise ValueError(f"--tensorboard on: tensorboard is not installed ({how})") from None
         return None
-    for old in folder.glob("events.out.tfevents.*") if not step else ():  # like metrics.jsonl, they begin anew with the run
+    # like metrics.jsonl, they begin anew with the run
+    for old in folder.glob("events.out.tfevents.*") if not step else ():
         old.unlink()
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from grpo.engine.policy import Policy
 from grpo.group import Pack, idle_pack
-from grpo.runtime.dist import all_reduce_max, any_rank, world_size
+from grpo.runtime.dist import all_gather, all_reduce_max, any_rank, world_size
 from grpo.runtime.fsdp import clip_gradients
 from grpo.runtime.liveness import heartbeat
 from grpo.runtime.memory import enough_memory, keep_state_on_host
@@ -17,18 +17,18 @@ from grpo.runtime.memory import enough_memory, keep_state_on_host
 def make_optimizer(policy: Policy, settings) -> torch.optim.AdamW:
     """AdamW over what trains; decay on matrices, not on biases and norms."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
+        fused=True)
     if settings.offload_optimizer:
         keep_state_on_host(optimizer)
     return optimizer
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
-    """Linear from peak/w to peak over the first w = warmup · steps updates, then constant or cosine to 0; step from 0."""
+    """Linear from peak/w to peak over the first w = warmup · steps updates, then constant or cosine to 0; step from
+    0."""
     rising = max(1, round(warmup * steps)) if warmup else 0
     if step < rising:
         return peak * (step + 1) / rising
@@ -43,13 +43,25 @@ def equal_passes(packs: list[Pack], device) -> list[Pack]:
     return packs + [idle_pack(device) for _ in range(passes - len(packs))]
 
 
+def skip_idle(packs: list[Pack], device) -> tuple[list[Pack], dict]:
+    """The packs whose passes can change the weights, at least one on every rank, and how many groups are in none.
+
+    Without a KL, a completion of advantage 0 adds exactly 0 to the loss and to every gradient. It stays in the
+    denominator; statistics of the update (ratio, entropy, clip) cover the others alone.
+    """
+    teaching = [pack for pack in packs if pack.advantages.any()]
+    skipped = sum(len(pack.groups) for pack in packs if pack.mask.any() and not pack.advantages.any())
+    return equal_passes(teaching, device) or [idle_pack(device)], {"groups_skipped": sum(all_gather([skipped]))}
+
+
 @contextmanager
 def packed_pass(pack: Pack):
     """A heartbeat; and memory that does not suffice for the pass ends in one line that says what to lower."""
     heartbeat()
     smaller = ("lower --tokens_per_pass" if len(pack.groups) > 1 else
                "one group is all there is in it: lower --group_size or --max_completion_tokens")
-    with enough_memory(f"in a packed pass of {pack.packed_tokens} tokens", f"{smaller}, or set --gradient_checkpointing True"):
+    with enough_memory(f"in a packed pass of {pack.packed_tokens} tokens", f"{smaller}, or set "
+        "--gradient_checkpointing True"):
         yield
 
 
@@ -58,7 +70,8 @@ def backward(loss: Tensor) -> None:
     (loss * world_size()).backward()  # sharding averages over ranks; their losses are parts of one sum
 
 
-def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float, rate: float) -> float:
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float,
+        rate: float) -> float:
     """One step on the gradients that the passes have added up. Returns their norm before clipping; NaN where the step
     was skipped on every rank, because the norm or the loss of one of them is not finite. loss: this rank's sum."""
     norm = clip_gradients(policy, max_grad_norm)
@@ -76,6 +89,7 @@ def set_gradient_checkpointing(policy: Policy, on: bool) -> None:
     """Layer by layer, in the language model and the vision encoder; generation keeps no activations anyway."""
     model: nn.Module = policy.model
     if on:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its name before 5.20
+        # its name before 5.20
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
         model.train()  # the flag counts in training mode only; no dropout depends on it here

@@ -22,23 +22,21 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 def what_ran(settings) -> dict:
     """The content of settings.json for one run of a program."""
     python = sys.version.split()[0]
-    return {
-        "settings": as_dict(settings),
+    return {"settings": as_dict(settings),
         "versions": {"python": python, "torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": commit(),
-        "data_hash": fingerprint(Path(settings.data)),
+        "commit": commit(), "data_hash": fingerprint(Path(settings.data)),
         "model_hash": fingerprint(model_file(settings.model, "config.json").parent),
-        "file_hashes": {name: file_hash(path) for name in FILES if isinstance(path := getattr(settings, name, ""), str) and path},
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
+        "file_hashes": {name: file_hash(path) for name in FILES if isinstance(path := getattr(settings, name, ""), str)
+        and path},
+        "processes": int(os.environ.get("WORLD_SIZE", 1)), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
 
 
 def check_base(adapter: str, model: str) -> None:
     """ValueError where an adapter was trained here on another checkpoint than `model`; PEFT's own files do not say."""
     base = read_json(adapter, TRAINING) if (Path(adapter) / TRAINING).is_file() else {}
     if base.get("model_hash") not in (None, fingerprint(model_file(model, "config.json").parent)):
-        raise ValueError(f"--adapter {adapter}: it was trained on {base['model']}, whose files are not those of --model {model}")
+        raise ValueError(f"--adapter {adapter}: it was trained on {base['model']}, whose files are not those of "
+                         f"--model {model}")
 
 
 def commit(root: Path = Path(__file__).parent.parent) -> str | None:

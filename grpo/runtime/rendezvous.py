@@ -1,8 +1,9 @@
 """The rendezvous of a run's ranks, and why a restart does not find its dead.
 
 torchrun keeps one store for all restarts of a run, and a rank that starts faster than the others reads from it the
-addresses that their predecessors have left (torch 2.13, --max-restarts with the c10d rendezvous: "connection refused", or
-a wait without end). So every restart agrees on a name that no earlier one had, and all of its keys stand below it.
+addresses that their predecessors have left (torch 2.13, --max-restarts with the c10d rendezvous: "connection
+refused", or a wait without end). So every restart agrees on a name that no earlier one had, and all of its keys
+stand below it.
 """
 
 import os
@@ -16,7 +17,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 def connect(timeout: timedelta, host: bool = False) -> Store:
     """A connection to the store at MASTER_ADDR:MASTER_PORT; `host`: it is here, unless torchrun's agent has it."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=host and not agent, timeout=timeout,
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=host and not agent,
+        timeout=timeout,
                     wait_for_workers=False)
 
 
@@ -42,7 +44,8 @@ def name_restart(store: Store, world: int, seconds: float) -> str:
     restart, start = uuid.uuid4().hex, time.monotonic()
     while missing := [r for r in range(1, world) if not store.check([f"{restart}/here/{r}"])]:
         if time.monotonic() - start > seconds:
-            raise RuntimeError(f"ranks {', '.join(map(str, missing))} of {world} have not come in {seconds / 60:.3g} minutes")
+            raise RuntimeError(f"ranks {', '.join(map(str, missing))} of {world} have not come in {seconds / 60:.3g} "
+                               "minutes")
         for r in missing:
             if store.check([f"question/{r}"]):
                 store.set(f"answer/{store.get(f'question/{r}').decode()}", restart)

@@ -67,14 +67,15 @@ def set_clock(line: str) -> None:
 
 
 def within_seconds(seconds: float, what: str, call: Callable):
-    """`call()`, or TookTooLong after so many seconds. Where it holds the interpreter the process is ended, after twice as
-    many, in one line that says `what`."""
+    """`call()`, or TookTooLong after so many seconds. Where it holds the interpreter the process is ended, after
+    twice as many, in one line that says `what`."""
     def alarm(*_):
         raise TookTooLong
 
     if threading.current_thread() is not threading.main_thread():  # which alone hears signals
         return call()
-    set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be interrupted; the "
+    set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be "
+              "interrupted; the "
               f"process is ended (--reward_seconds)")
     before = signal.signal(signal.SIGALRM, alarm)
     try:
@@ -90,7 +91,8 @@ def within_seconds(seconds: float, what: str, call: Callable):
 
 
 class RewardCalls:
-    """Calls a task's `rewards.reward(text, sample, **options)`, which gives K named parts, for each completion of a group.
+    """Calls a task's `rewards.reward(text, sample, **options)`, which gives K named parts, for each completion of a
+    group.
 
     A call fails that raises, takes more than `seconds`, or gives no finite number for a part. failures: "stop" is a
     ValueError that names sample and completion; "zero" gives it parts of 0; "mask" takes the completion out of its

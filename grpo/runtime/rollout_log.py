@@ -3,9 +3,10 @@
 A record is one line, {"step", "epoch", "groups": [{id, prompt, target, images, box, text, entity, completions}]},
 and a completion {text, pieces, finished, parts, reward, advantage, logp, ratio, ref_logp}; the last three and `pieces`
 have one entry a token. `logp` is the log-probability when the rollout begins, under the scored distribution (at the
-rollouts' temperature): that of the first update's own pass, or the sampler's of groups of which no pass is made. `ratio` is what all μ updates of this rollout have made of
-it, π_after/π_before, from one more pass over the packs that hold a recorded group. The objective never sees that ratio:
-for μ = 1 its own is 1 throughout, and for μ > 1 it stops before the last update.
+rollouts' temperature): that of the first update's own pass, or the sampler's of groups of which no pass is made.
+`ratio` is what all μ updates of this rollout have made of it, π_after/π_before, from one more pass over the packs
+that hold a recorded group. The objective never sees that ratio: for μ = 1 its own is 1 throughout, and for μ > 1 it
+stops before the last update.
 """
 
 import hashlib
@@ -45,10 +46,12 @@ class RolloutLog:
         if rank() == 0 and not step:
             self.path.unlink(missing_ok=True)
         elif rank() == 0 and self.path.exists():
-            self.keep(lambda lines: [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step])
+            self.keep(lambda lines: [line for line in lines if line.endswith(b"\n")
+                and json.loads(line)["step"] <= step])
 
     def record(self, step: int, epoch: int, packs: list[Pack], names: list[str]) -> None:
-        """After the updates of rollout `step`, from 0; nothing where it is not to be recorded. names: of the reward parts."""
+        """After the updates of rollout `step`, from 0; nothing where it is not to be recorded. names: of the reward
+        parts."""
         if not self.groups or (step % self.every and step != self.last):
             return
         chosen = self.choose(packs)
@@ -61,12 +64,15 @@ class RolloutLog:
                     described.append(self.describe(group, pack, first, logps, names))
                 first += len(group.completions)
         self.write({"step": step + 1, "epoch": epoch, "groups": all_gather(described)})
-        self.every = broadcast_from_rank_0(lambda: self.every)  # rank 0 may have thinned: all must agree on when to record
+        # rank 0 may have thinned: all must agree on when to record
+        self.every = broadcast_from_rank_0(lambda: self.every)
 
     def choose(self, packs: list[Pack]) -> list[Group]:
-        """Groups that teach before zero-variance ones, else those with the smallest hash of their sample's id, whichever
-        rank drew them: a choice without taste, and one sample is preferred whenever it comes round, to be followed."""
-        groups = [group for pack in packs for group in pack.groups if group.rewards is not None]  # an idle pack's has none
+        """Groups that teach before zero-variance ones, else those with the smallest hash of their sample's id,
+        whichever rank drew them: a choice without taste, and one sample is preferred whenever it comes round, to be
+        followed."""
+        # an idle pack's has none
+        groups = [group for pack in packs for group in pack.groups if group.rewards is not None]
         flat = [bool(zero_variance_groups(group.rewards[None], group.counted[None])) for group in groups]
         names = [hashlib.sha256(group.prompt.id.encode()).hexdigest() for group in groups]
         order = [(flat[i], names[i], rank(), i) for i in range(len(groups))]
@@ -74,8 +80,8 @@ class RolloutLog:
 
     @torch.no_grad()
     def score(self, packs: list[Pack]) -> list[tuple[Pack, Tensor]]:
-        """(pack, its (N, L) log-probabilities now), in the very packs of the update: in bfloat16 others alone would move a
-        ratio. Every rank joins every forward."""
+        """(pack, its (N, L) log-probabilities now), in the very packs of the update: in bfloat16 others alone would
+        move a ratio. Every rank joins every forward."""
         policy, scored = self.run.policy, []
         for pack in equal_passes(packs, policy.device):
             with packed_pass(pack):
@@ -93,9 +99,7 @@ class RolloutLog:
         completions = []
         for i, length in enumerate(group.lengths):
             row = slice(first + i, first + i + 1), slice(length)
-            completions.append({
-                **self.words(group, i),
-                "parts": dict(zip(names, group.parts[i].tolist())),
+            completions.append({**self.words(group, i), "parts": dict(zip(names, group.parts[i].tolist())),
                 "reward": float(group.rewards[i]), "advantage": round(float(pack.advantages[first + i]), 5),
                 "logp": numbers(before[row][0], 4), "ratio": numbers((after[row] - before[row]).exp()[0], 6),
                 "ref_logp": None if pack.ref_logp is None else numbers(pack.ref_logp[row][0], 4)})
@@ -111,7 +115,8 @@ class RolloutLog:
             return
         size = len(json.dumps(record)) + 1
         if size > self.limit:
-            return say(f"rollout {record['step']} is not recorded: {size} bytes, --rollout_log_megabytes allows {self.limit}")
+            return say(f"rollout {record['step']} is not recorded: {size} bytes, --rollout_log_megabytes allows "
+                       f"{self.limit}")
         while self.path.exists() and self.path.stat().st_size + size > self.limit:
             self.thin()
         append_line(self.path, record)
@@ -140,13 +145,11 @@ def describe(group: Group, run: Run) -> dict:
     images, box = getattr(sample, "images", None) or [getattr(sample, "image", None)], getattr(sample, "box", None)
     is_box = isinstance(box, (tuple, list)) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
     words = {name: getattr(sample, name, None) for name in ("text", "entity")}
-    return {
-        "id": group.prompt.id, "prompt": shortened(prompt, run.encoder.backbone.IMAGE_TOKEN),
+    return {"id": group.prompt.id, "prompt": shortened(prompt, run.encoder.backbone.IMAGE_TOKEN),
         "target": run.task.data.target(sample),
         "images": [str(Path(image).absolute()) for image in images if isinstance(image, (str, Path))],
         "box": list(box) if is_box else None,
-        **{name: word if isinstance(word, str) else None for name, word in words.items()},
-    }
+        **{name: word if isinstance(word, str) else None for name, word in words.items()}}
 
 
 def shortened(prompt: str, image_token: str | None) -> str:

@@ -46,8 +46,8 @@ def record_settings(settings, folder: Path) -> None:
 
 
 def read_lines(path: str, samples: list, field: str, kind: type, task: Task | None = None) -> list[tuple]:
-    """(sample, value of `field`) of every line of a JSONL file of {id, field, …}. ValueError names the line that does not
-    fit, or, with a task, whose `sample` is the hash of another sample than has its id here."""
+    """(sample, value of `field`) of every line of a JSONL file of {id, field, …}. ValueError names the line that
+    does not fit, or, with a task, whose `sample` is the hash of another sample than has its id here."""
     known, pairs, expected = {sample.id: sample for sample in samples}, [], f"a JSON object with id and {field}"
     hashes = {}
     for where, entry in read_json_lines(path, expected):
@@ -68,7 +68,8 @@ def read_lines(path: str, samples: list, field: str, kind: type, task: Task | No
 
 
 def read_ids(path: str, samples: list, task: Task | None = None) -> set[str]:
-    """The sample ids of a JSON list, or of an object {id: sample hash}. ValueError names the file and what does not fit."""
+    """The sample ids of a JSON list, or of an object {id: sample hash}. ValueError names the file and what does not
+    fit."""
     expected = "a JSON list of sample ids, or an object of ids and sample hashes"
     ids = read_json(path, expected)
     if not isinstance(ids, (list, dict)):
@@ -84,10 +85,12 @@ def read_ids(path: str, samples: list, task: Task | None = None) -> set[str]:
 
 
 def check_hashes(path: str, task: Task, samples: list, hashes: dict[str, tuple]) -> None:
-    """Says how many of the samples a file names. ValueError for {where: (sample, hash)} of another sample with that id."""
+    """Says how many of the samples a file names. ValueError for {where: (sample, hash)} of another sample with that
+    id."""
     for where, (sample, found) in hashes.items():
         if found is not None and found != (expected := sample_hash(task, sample)):
-            raise ValueError(f"{where}: made from other data: its sample has the hash {found!r:.20}, here it is {expected!r} "
+            raise ValueError(f"{where}: made from other data: its sample has the hash {found!r:.20}, here it is "
+                             f"{expected!r} "
                              f"(without hashes a file is taken unchecked)")
     unchecked = sum(found is None for _, found in hashes.values())
     say(f"{path}: {len({sample.id for sample, _ in hashes.values()})} of {len(samples)} samples"
@@ -106,7 +109,8 @@ def claim_folder(folder: Path) -> None:
             return ""
 
     if holder := broadcast_from_rank_0(lock):
-        raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another --output")
+        raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another "
+                         "--output")
     mark = folder / ".seen"
     if rank() == 0:
         mark.touch()
@@ -140,7 +144,8 @@ def take_adapter(settings: TrainingSettings) -> None:
     file = AdapterFile(settings.adapter)
     check_base(settings.adapter, settings.model)
     if settings.lora_rank not in (0, file.rank):
-        raise ValueError(f"--lora_rank is {settings.lora_rank}; --adapter {settings.adapter} has rank {file.rank}, with which training goes on")
+        raise ValueError(f"--lora_rank is {settings.lora_rank}; --adapter {settings.adapter} has rank {file.rank}, "
+                         "with which training goes on")
     settings.lora_rank, settings.lora_alpha, settings.lora_targets = file.rank, file.alpha, file.targets
 
 
@@ -156,7 +161,8 @@ class Run:
         if settings.adapter:
             take_adapter(settings)
         self.task: Task = resolve_task(settings.task, settings.rewards)
-        settings.reasoning = reasoning_of(settings.adapter or settings.model, reasoning if settings.reasoning is None else settings.reasoning)
+        settings.reasoning = reasoning_of(settings.adapter or settings.model, reasoning if settings.reasoning is None
+            else settings.reasoning)
         self.encoder = Encoder(settings.model, settings.max_pixels)
         self.valid = self.load_valid()
         self.check_metric()
@@ -166,14 +172,17 @@ class Run:
         self.dtype = compute_dtype(settings.dtype, self.device)
         self.mesh = make_mesh(self.device, settings.shard_size)
         self.policy = self.load_policy()
-        self.prompts = Prompts(self.encoder, self.task, settings.reasoning, settings.cache_gigabytes * 2**30, settings.keep_features)
+        self.prompts = Prompts(self.encoder, self.task, settings.reasoning, settings.cache_gigabytes * 2**30,
+            settings.keep_features)
         # what samples were answered before, to guess from: by rollouts, by validations
         kinds = ("rollout", "validate") if settings.speculate == "auto" else ()
         self.speculation = {name: Speculation() for name in kinds}
         self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
-        self.metrics_log = MetricsLog(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0), step=self.step)
+        self.metrics_log = MetricsLog(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0),
+            step=self.step)
         if rank() == 0:
-            write_json(self.output / "settings.json", {**self.ran, **({"resumed_after": self.step} if self.step else {})})
+            write_json(self.output / "settings.json",
+                {**self.ran, **({"resumed_after": self.step} if self.step else {})})
         best = self.saved.get("best")
         self.best, self.best_step = (float("-inf"), 0) if best is None else (best, self.saved.get("best_step", 0))
         self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
@@ -240,15 +249,17 @@ class Run:
             self.checkpoints.save(self.policy, optimizer, step, {
                 "ran": self.ran, "best": self.best if math.isfinite(self.best) else None, "best_step": self.best_step,
                 "lines": self.metrics_log.lines, "bad_updates": self.bad_updates, "progress": progress()},
-                {f"{name}/{part}": tensor for name, one in self.speculation.items() for part, tensor in one.state().items()})
+                {f"{name}/{part}": tensor for name, one in self.speculation.items()
+                for part, tensor in one.state().items()})
         if stopping and not last:
-            say(f"stopped after step {step} by {signal.Signals(stopping).name}; the same command goes on from {self.checkpoints.good}")
+            say(f"stopped after step {step} by {signal.Signals(stopping).name}; the same command goes on from "
+                f"{self.checkpoints.good}")
             finish()
             sys.exit(128 + stopping)
 
     def judge(self, norms: list[float], packs: list[Pack]) -> dict:
-        """Updates with a loss or gradient that is not finite were skipped: count them, name the samples of such a loss, and
-        end a run of them."""
+        """Updates with a loss or gradient that is not finite were skipped: count them, name the samples of such a
+        loss, and end a run of them."""
         for norm in norms:
             self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
             self.bad_updates += not math.isfinite(norm)
@@ -259,7 +270,8 @@ class Run:
             say(f"update skipped: {at} ({self.bad_in_a_row} in a row)")
         if self.bad_in_a_row >= self.settings.max_bad_updates:
             raise ValueError(f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not finite "
-                             f"(--max_bad_updates; the last: {at}); {self.checkpoints.last_good()}; lower --learning_rate or check the rewards")
+                             f"(--max_bad_updates; the last: {at}); {self.checkpoints.last_good()}; lower "
+                             "--learning_rate or check the rewards")
         return {"bad_updates": self.bad_updates} if self.bad_updates else {}
 
     # ── the parts of a run ───────────────────────────────────────────────────────────────────────────────────────
@@ -277,7 +289,8 @@ class Run:
         return samples
 
     def check_metric(self) -> None:
-        known = self.task.rewards.metrics([""] * len(self.valid), self.valid) if self.valid else {self.settings.valid_metric: 0}
+        known = self.task.rewards.metrics([""] * len(self.valid),
+            self.valid) if self.valid else {self.settings.valid_metric: 0}
         self.settings.valid_metric = self.settings.valid_metric or next(iter(known))
         if self.settings.valid_metric not in known:
             raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(known)}")
@@ -313,7 +326,8 @@ class Run:
             metrics = self.task.rewards.metrics([text for text, in texts], self.valid)
         found = metrics[self.settings.valid_metric]
         if not math.isfinite(found):
-            raise ValueError(f"--valid_metric {self.settings.valid_metric} is {found} after step {step}; a finite number expected")
+            raise ValueError(f"--valid_metric {self.settings.valid_metric} is {found} after step {step}; a finite "
+                             "number expected")
         better = found >= self.best  # of equals the newer: its loss may still have fallen
         if better:
             self.best, self.best_step = found, step
@@ -369,5 +383,7 @@ class Run:
                 replace_folder(self.output / f"{last}.new", self.output / last)
         which = f"step {self.best_step} of {self.step}"
         if self.valid:
-            which += f", best {self.settings.valid_metric} {self.best:.4f}" + ("" if self.best_step else ": the model that it began with")
-        say(f"wrote {self.output / 'model'} ({which}), {self.output / 'last'} (step {self.step}) and {self.metrics_log.path}")
+            which += f", best {self.settings.valid_metric} {self.best:.4f}" + ("" if self.best_step
+                else ": the model that it began with")
+        say(f"wrote {self.output / 'model'} ({which}), {self.output / 'last'} (step {self.step}) and "
+            f"{self.metrics_log.path}")

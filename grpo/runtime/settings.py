@@ -63,8 +63,7 @@ def required(help: str, **more):
     return setting("", help, required=True, top=True, **more)
 
 
-inputs, from_file, validation, trained, optimizer = (
-    partial(setting, group=group)
+inputs, from_file, validation, trained, optimizer = (partial(setting, group=group)
     for group in ("data and model", "questions from a file (--task jsonl)", "validation", "what trains", "optimizer"))
 speed, saving, ranks = (
     partial(setting, group=group, resume="free") for group in ("memory and speed", "checkpoints and logs", "ranks"))
@@ -74,18 +73,24 @@ speed, saving, ranks = (
 class TaskSettings:
     """Which samples there are, and what a right answer is."""
 
-    data: str = required("folder of the task's dataset; jsonl: a file, or a folder of one a split", path="data", resume="free")
+    data: str = required("folder of the task's dataset; jsonl: a file, or a folder of one a split", path="data",
+        resume="free")
     task: str = setting("more", "more, jmere, jsonl (questions and answers from a file), your own module, or "
                                 "data_module,rewards_module", top=True, resume="never")
-    rewards: str = setting("", "a module or .py file of yours whose function reward(completion, sample) takes the place of "
+    rewards: str = setting("", "a module or .py file of yours whose function reward(completion, sample) takes the "
+                               "place of "
                                "the task's; empty: the task's", group="reward")
     missing_images: str = inputs("stop", "images that are not there: stop, drop the samples, or blank (a grey one)",
                                  choices=("stop", "drop", "blank"))
-    verifier: str = from_file("auto", "how answers are compared: exact, text (case, space, punctuation ignored), number, choice, "
-                                      "boxes (IoU), regex, my.module:function; auto: choice, number or text by the line")
+    verifier: str = from_file("auto", "how answers are compared: exact, text (case, space, punctuation ignored), "
+                                      "number, choice, "
+                                      "boxes (IoU), regex, my.module:function; auto: choice, number or text by the "
+                                      "line")
     tolerance: float = from_file(1e-6, "a number may be wrong by this share of the right one", least=0)
-    whole_answer: bool = from_file(False, "a completion with neither <answer></answer> nor \\boxed{} is an answer as a whole")
-    exif_orientation: bool = from_file(True, "turn a photo as its EXIF orientation says, as whoever wrote about it saw it; off: as "
+    whole_answer: bool = from_file(False, "a completion with neither <answer></answer> nor \\boxed{} is an answer as "
+                                          "a whole")
+    exif_orientation: bool = from_file(True, "turn a photo as its EXIF orientation says, as whoever wrote about it "
+                                             "saw it; off: as "
                                              "it is stored, where boxes refer to that")
     split_seed: int = from_file(0, "random seed that parts a single file into train, valid and test")
 
@@ -94,12 +99,15 @@ class TaskSettings:
 class CommonSettings(TaskSettings):
     """What every program that runs a model on a task asks for."""
 
-    model: str = required("checkpoint folder or hub name: Llama, Qwen2.5, Qwen3, Qwen2.5-VL, Qwen3-VL, LLaVA-1.5", path="model",
+    model: str = required("checkpoint folder or hub name: Llama, Qwen2.5, Qwen3, Qwen2.5-VL, Qwen3-VL, LLaVA-1.5",
+        path="model",
                           resume="free")
     output: str = required("folder for everything this run writes", path="output", resume="free")
-    adapter: str = inputs("", "adapter of --model in PEFT's format, <output>/adapter of a stage before; training goes on "
+    adapter: str = inputs("", "adapter of --model in PEFT's format, <output>/adapter of a stage before; training goes "
+                              "on "
                               "with it, and GRPO's reference is the model with it", path="folder", resume="never")
-    reasoning: bool | None = setting(None, "ask for <think>…</think> before the answer; none: as the model was trained, else "
+    reasoning: bool | None = setting(None, "ask for <think>…</think> before the answer; none: as the model was "
+                                           "trained, else "
                                            "True (sft.train: whether there are --responses)", top=True)
     max_pixels: int = inputs(1280 * 28 * 28, "largest area of an image in pixels; 28 × 28 become one token "
                                              "(Qwen3-VL: 32 × 32; LLaVA-1.5 has one size and does not ask)")
@@ -107,7 +115,8 @@ class CommonSettings(TaskSettings):
     rollout_rows: int = speed(64, "completions written at once on each rank; changes memory use only", above=0)
     speculate: str = speed("auto", "auto: guess tokens from earlier answers and check several in one pass, where that "
                                    "pays; changes the number of passes, not what is drawn", choices=("auto", "off"))
-    dtype: str = inputs("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it natively; "
+    dtype: str = inputs("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it "
+                                "natively; "
                                 "float16 is refused", choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = inputs(0, "random seed: data order, curriculum, sampling noise")
 
@@ -154,9 +163,11 @@ class TrainingSettings(CommonSettings):
     hang_minutes: float = ranks(30.0, "end, and name the missing rank, after so long without progress", above=0)
     shard_size: int = ranks(0, "shard the weights over so many ranks and keep a copy in each further so many (hybrid "
                                "sharding, for slow links between machines); 0: over all", least=0)
-    rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once; layers: one by one, for "
+    rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once; layers: one by one, "
+                                         "for "
                                          "every token; auto: whole if it fits", choices=("auto", "whole", "layers"))
-    export_dtype: str = saving("auto", "type of the weights in <output>/model. auto: as in --model; float32 for a merged "
+    export_dtype: str = saving("auto", "type of the weights in <output>/model. auto: as in --model; float32 for a "
+                                       "merged "
                                        "adapter, most of whose update bfloat16 rounds away",
                                choices=("auto", "float32", "bfloat16", "float16"))
     tensorboard: str = saving("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
@@ -168,7 +179,8 @@ class TrainingSettings(CommonSettings):
         if not self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout is {self.lora_dropout}; it must be below 1")
         if (self.lora_rank or self.adapter) and self.train_vision:
-            raise ValueError(f"--train_vision with {'--adapter' if self.adapter else '--lora_rank'}: an adapter leaves all else frozen; give one of the two")
+            raise ValueError(f"--train_vision with {'--adapter' if self.adapter else '--lora_rank'}: an adapter "
+                             "leaves all else frozen; give one of the two")
 
 
 # ── command line → settings ──────────────────────────────────────────────────────────────────────────────────────

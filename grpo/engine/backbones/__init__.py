@@ -1,4 +1,5 @@
-"""A backbone is one file here, named like the `model_type` in a checkpoint's config.json. It says, and nobody else does:
+"""A backbone is one file here, named like the `model_type` in a checkpoint's config.json. It says, and nobody else
+does:
 
     Network                           the stock class
     LANGUAGE_MODEL                    the name in it of the module that has the decoder's `layers`
@@ -27,7 +28,8 @@ MODEL_TYPES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"
 def check_model_type(model_type: str | None, model: str = "the model") -> None:
     """ValueError, naming `model`, if there is no backbone for this type."""
     if model_type not in MODEL_TYPES:
-        raise ValueError(f"{model}: config.json has model_type {model_type!r}; expected one of {', '.join(MODEL_TYPES)} "
+        raise ValueError(f"{model}: config.json has model_type {model_type!r}; expected one of "
+                         f"{', '.join(MODEL_TYPES)} "
                          f"(another one is a file more in {Path(__file__).parent})")
 
 

@@ -19,12 +19,12 @@ def load_image_processor(model: str, max_pixels: int | None) -> LlavaImageProces
     The processor that the Hub's checkpoints name cuts a square out of an image's middle; LLaVA-1.5 itself was trained
     on images padded to a square, where nothing is lost, and that is what happens here.
     """
-    settings, config = read_json(model, "preprocessor_config.json"), LlavaConfig.from_dict(read_json(model, "config.json"))
+    settings, config = read_json(model, "preprocessor_config.json"), LlavaConfig.from_dict(read_json(model,
+        "config.json"))
     side = config.vision_config.image_size
     processor = LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-        **{name: settings[name] for name in ("image_mean", "image_std") if name in settings},
-    )
+        **{name: settings[name] for name in ("image_mean", "image_std") if name in settings})
     processor.grid = (1, side // config.vision_config.patch_size, side // config.vision_config.patch_size)
     processor.class_tokens = int(config.vision_feature_select_strategy == "full")
     return processor
@@ -37,7 +37,8 @@ def preprocess(processor: LlavaImageProcessorPil, images: list[Image.Image]) -> 
 
 def seen_size(processor: LlavaImageProcessorPil, width: int, height: int) -> tuple[int, int]:
     """(width, height) of the image itself in its square, which it fills in one direction."""
-    return tuple(max(1, round(length * processor.crop_size["height"] / max(width, height))) for length in (width, height))
+    return tuple(max(1, round(length * processor.crop_size["height"] / max(width, height)))
+        for length in (width, height))
 
 
 def image_token_counts(processor: LlavaImageProcessorPil, grids: Tensor) -> list[int]:

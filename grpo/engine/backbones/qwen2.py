@@ -3,13 +3,6 @@
 from transformers import Qwen2ForCausalLM as Network  # noqa: F401
 
 from grpo.engine.backbones.llama import (  # noqa: F401  (the same in both)
-    IMAGE_TOKEN,
-    LANGUAGE_MODEL,
-    banned,
-    positions,
-    trunk,
-    visual,
-    width,
-)
+    IMAGE_TOKEN, LANGUAGE_MODEL, banned, positions, trunk, visual, width)
 
 END_TOKENS = ("<|endoftext|>",)  # a turn ends with <|im_end|>; this one ends a text altogether

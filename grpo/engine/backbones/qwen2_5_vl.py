@@ -27,10 +27,8 @@ def load_image_processor(model: str, max_pixels: int | None) -> Qwen2VLImageProc
     if largest < side**2:
         raise ValueError(f"max_pixels is {largest}; one token of an image is already {side} × {side} = {side**2}")
     keep = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-    return Qwen2VLImageProcessorPil(
-        size={"shortest_edge": min(smallest, largest), "longest_edge": largest},
-        **{name: settings[name] for name in keep if name in settings},
-    )
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": min(smallest, largest), "longest_edge": largest},
+        **{name: settings[name] for name in keep if name in settings})
 
 
 def preprocess(processor: Qwen2VLImageProcessorPil, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -86,10 +84,6 @@ def width(config) -> int:
 
 def trunk(network: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
     """(B, T, width) and (3, B, T) → (B, T, hidden)."""
-    return network.model.language_model(
-        inputs_embeds=embedded,
+    return network.model.language_model(inputs_embeds=embedded,
         position_ids=positions,  # always ours: the model would keep stale offsets of its own
-        attention_mask={"full_attention": None},
-        use_cache=False,
-        layout=layout,
-    ).last_hidden_state
+        attention_mask={"full_attention": None}, use_cache=False, layout=layout).last_hidden_state

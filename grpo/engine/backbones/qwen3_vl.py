@@ -9,17 +9,8 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration as Network
 
 from grpo.engine.backbones.qwen2_5_vl import (  # noqa: F401  (the same in both)
-    END_TOKENS,
-    IMAGE_TOKEN,
-    LANGUAGE_MODEL,
-    banned,
-    image_token_counts,
-    load_image_processor,
-    positions,
-    preprocess,
-    seen_size,
-    visual,
-)
+    END_TOKENS, IMAGE_TOKEN, LANGUAGE_MODEL, banned, image_token_counts, load_image_processor, positions, preprocess,
+    seen_size, visual)
 
 
 def features(network: nn.Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
@@ -38,12 +29,6 @@ def width(config) -> int:
 def trunk(network: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
     """(B, T, width), or (B, T, hidden) where there are only words, and (3, B, T) → (B, T, hidden)."""
     embedded, *deeper = embedded.split(network.config.text_config.hidden_size, dim=-1)
-    return network.model.language_model(
-        inputs_embeds=embedded,
-        position_ids=positions,
-        attention_mask=None,
-        use_cache=False,
-        visual_pos_masks=torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device),
-        deepstack_visual_embeds=[layer.flatten(0, 1) for layer in deeper] or None,
-        layout=layout,
-    ).last_hidden_state
+    return network.model.language_model(inputs_embeds=embedded, position_ids=positions, attention_mask=None,
+        use_cache=False, visual_pos_masks=torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device),
+        deepstack_visual_embeds=[layer.flatten(0, 1) for layer in deeper] or None, layout=layout).last_hidden_state

@@ -1,0 +1,48 @@
+"""Which samples each rollout of Stage 2 holds; data/curriculum.py says how hard and easy ones are mixed."""
+
+from data.curriculum import Epoch, epoch_batches, none_share
+from data.task import Task, resolve_task
+from grpo.runtime.metrics import MetricsLog
+from grpo.runtime.run import read_lines
+
+
+def read_predictions(path: str, samples: list, task: Task) -> tuple[list, list]:
+    """(hard, easy): the samples that grpo.evaluate got wrong and right. Those it did not answer are in neither."""
+    answered = read_lines(path, samples, "correct", bool, task)
+    return [sample for sample, right in answered if not right], [sample for sample, right in answered if right]
+
+
+class Curriculum:
+    """Which samples each epoch's rollouts hold; see data/curriculum.py for how they are mixed."""
+
+    def __init__(self, settings, samples: list, is_none):
+        self.settings, self.is_none = settings, is_none
+        self.none_share = none_share(samples, is_none)
+        self.mixing = settings.mixing if settings.predictions else "raw"
+        self.hard, self.easy = samples, []
+        if settings.predictions:
+            self.hard, self.easy = read_predictions(settings.predictions, samples, resolve_task(settings.task))
+        # All epochs at once: the learning rate's schedule needs the number of rollouts, and a fault shows at once.
+        self.epochs = [self.epoch(index) for index in range(settings.epochs)]
+        everything = sum(len(epoch.batches) for epoch in self.epochs)
+        self.rollouts = min(everything, settings.max_rollouts or everything)
+        metrics_log, drawn = (MetricsLog(settings.output, f"{name}.jsonl") for name in ("curriculum", "drawn"))
+        for index, epoch in enumerate(self.epochs):
+            metrics_log.write(epoch.record)
+            drawn.write({"epoch": index, "batches": [[sample.id for sample in batch] for batch in epoch.batches]})
+
+    def plan(self) -> list[tuple[int, list, bool]]:
+        """(epoch, samples, whether they are the epoch's last) of every rollout."""
+        every = [(index, batch, batch is epoch.batches[-1]) for index, epoch in enumerate(self.epochs)
+            for batch in epoch.batches]
+        return every[: self.rollouts]
+
+    def epoch(self, index: int) -> Epoch:
+        s = self.settings
+        return epoch_batches(self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
+            none_share=self.none_share, decay=s.decay, mixing=self.mixing, last=s.last_batch, seed=s.seed)
+
+
+def earlier_appearances(samples: list) -> list[int]:
+    """How often each one came before in the list: twice in a rollout, a sample is to be answered in two ways."""
+    return [sum(other is sample for other in samples[:i]) for i, sample in enumerate(samples)]
