@@ -23,7 +23,7 @@ def section(title: str) -> list[list[str]]:
     rows = []
     for line in GUIDE.split(f"\n## {title}\n")[1].splitlines():
         if line.startswith("|"):
-            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+            rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
         elif rows:
             break
     return rows[2:]
