@@ -5,7 +5,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import data.jsonl
 import rewards.jmere
+import rewards.jsonl
 from grpo.runtime.settings import as_dict
 from grpo.runtime.step_metrics import Symptoms
 from grpo.settings import Settings
@@ -40,13 +42,19 @@ def unknown(names) -> set[str]:
     return {name for name in names if name not in known and not any(pattern.fullmatch(name) for pattern in patterns)}
 
 
-def test_every_metric_that_real_runs_write_is_in_the_table(folder):
+def test_every_metric_that_real_runs_write_is_in_the_table(folder, tmp_path):
     names = {name for run in ("sft", "grpo") for line in lines(folder / run / "metrics.jsonl") for name in line}
     names |= set(json.loads((folder / "test" / "metrics.json").read_text()))
     assert {"reward", "kl", "num_tokens", "f1"} <= names
     assert not unknown(names)
     validated = {name.removeprefix("valid/") for name in names if name.startswith("valid/")}
-    assert not unknown(validated | set(rewards.jmere.metrics([], [])))
+    assert not unknown(validated | set(rewards.jmere.metrics([], [])) | set(of_a_file(tmp_path)))
+
+
+def of_a_file(folder):
+    (folder / "train.jsonl").write_text('{"question": "2 + 2?", "answer": "4", "category": "sums"}\n')
+    samples = data.jsonl.load(folder, "train")
+    return rewards.jsonl.metrics(["4"], samples)
 
 
 def test_metrics_that_only_some_runs_write_are_in_the_table_too():
