@@ -3,15 +3,8 @@
     --task jsonl --data FILE.jsonl     --split and --valid_split are parts of it: train, valid, test, or all
     --task jsonl --data FOLDER         which holds train.jsonl, valid.jsonl, test.jsonl, or as a split is called
 
-A line is a JSON object:
-    prompt, question or problem   what is asked: the first of them that there is
-    answer or solution            what is right: a text, a number, several that are all right, boxes; of a longer
-    text what
-                                  stands in <answer></answer>, in the last \\boxed{}, or behind GSM8K's ####
-    images or image               paths, relative to the file, of what stands before the question
-    choices                       texts to choose from, listed as A. B. C. where the question does not name them all
-    id, system, category          a name of its own, the system turn, what accuracy is also counted by
-Whatever else it holds is in the sample's `fields`, for a verifier or a reward of one's own.
+A line is a JSON object. What its fields mean stands in docs/your-own-task.md; those that mean nothing here are in the
+sample's `fields`, for a verifier or a reward of one's own.
 """
 import json
 import string
@@ -19,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
 
 from data.images import check_image, grey_image, open_image
 from data.read import read_json_lines, shown
@@ -30,70 +22,57 @@ QUESTIONS, ANSWERS = ("prompt", "question", "problem"), ("answer", "solution")
 PARTS = ("test", "valid", "train")  # of one file: a tenth, a tenth, the rest
 
 
-class Rules(NamedTuple):
-    """What holds for all samples of a run: settings of the same names."""
-
-    reasoning: bool
-    tolerance: float
-    whole_answer: bool
-    upright: bool = False
-
-
 @dataclass(eq=False)
 class Sample:
-    """One line. sizes and seen_sizes: (width, height) of each image in the file, and as the model sees it."""
+    """One line. Of its images, in the file and as the model sees them: (width, height). The last four: settings, and the
+    verifier with what it compares answers with."""
 
     id: str
     text: str
     images: list
     answer: object
-    system: str
-    choices: list[str]
-    category: str
-    fields: dict
-    rules: Rules
+    system: str = ""
+    choices: list[str] = field(default_factory=list)
+    category: str = ""
+    fields: dict = field(default_factory=dict)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     seen_sizes: list[tuple[int, int]] = field(default_factory=list)
-    verifier: Verifier | None = None
+    reasoning: bool = True
+    tolerance: float = 1e-6
+    whole_answer: bool = False
+    verifier: Verifier = VERIFIERS["exact"]
     golds: list = field(default_factory=list)
 
     @property
     def asks_for_tags(self) -> bool:
         """Whether the prompt ends with our wish for <answer></answer>; a question may have a form of its own."""
-        return not self.rules.whole_answer and "<answer>" not in self.text and "\\boxed" not in self.text
+        return not self.whole_answer and "<answer>" not in self.text and "\\boxed" not in self.text
 
 
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load(data, split: str, *, missing_images: str = "stop", reasoning: bool = True, verifier: str = "auto",
-         tolerance: float = 1e-6, whole_answer: bool = False, exif_orientation: bool = True, split_seed: int = 0,
-         seen_size: Callable | None = None):
+def load(data, split: str, *, missing_images: str = "stop", verifier: str = "auto", split_seed: int = 0,
+         reasoning: bool = True, tolerance: float = 1e-6, whole_answer: bool = False, seen_size: Callable | None = None):
     """The samples of a split, every line checked: the first that is of no use is a ValueError with file and line.
 
     seen_size: (width, height) of an image → as the model sees it, ValueError from a model that sees nothing.
     """
-    path, one_file = Path(data), Path(data).is_file()
-    if not one_file:
-        path = path / f"{split}.jsonl"
+    path = Path(data) if Path(data).is_file() else Path(data) / f"{split}.jsonl"
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in Path(data).glob("*.jsonl"))) or "no .jsonl file"
+        there = ", ".join(sorted(other.name for other in path.parent.glob("*.jsonl"))) or "no .jsonl file"
         raise FileNotFoundError(f"{path} is missing; {data} holds {there}")
     lines = read_lines(path)
     refuse_equal_ids(lines)
-    rules, chosen = Rules(reasoning, tolerance, whole_answer, exif_orientation), find_verifier(verifier)
-    samples = []
-    for where, entry in part_of(lines, split, split_seed, path) if one_file else lines:
+    options, chosen, samples = dict(reasoning=reasoning, tolerance=tolerance, whole_answer=whole_answer), find_verifier(verifier), []
+    for where, entry in part_of(lines, split, split_seed, path) if path == Path(data) else lines:
         try:
-            sample = make_sample(entry, where, path.parent, rules, missing_images)
-            if sample is not None:
-                measure(sample, where, seen_size)
-                judge(sample, chosen)
+            sample = make_sample(entry, path.parent, options)
+            if settle_images(sample, where, missing_images, seen_size):
+                choose_golds(sample, chosen)
                 samples.append(sample)
         except ValueError as problem:
-            raise ValueError(f"{where}: {problem}" if where not in str(problem) else str(problem)) from None
-        except OSError as problem:  # a missing image's own, or one whose name no file system takes
-            raise type(problem)(str(problem) if where in str(problem) else f"{where}: {shown(str(problem))}") from None
+            raise ValueError(f"{where}: {str(problem).removeprefix(f'{where}: ')}") from None
     return samples
 
 
@@ -133,42 +112,34 @@ def part_of(lines: list, split: str, seed: int, path: Path) -> list:
 # ── a line ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_sample(entry: dict, where: str, folder: Path, rules: Rules, missing_images: str) -> Sample | None:
-    """None for one whose image is missing, where such are dropped."""
+def make_sample(entry: dict, folder: Path, options: dict) -> Sample:
     rest = dict(entry)
-    take = lambda names: next((rest.pop(name) for name in names if rest.get(name) not in (None, "")), None)
-    text, answer, images = take(QUESTIONS), take(ANSWERS), take(("images", "image")) or []
-    if not isinstance(text, str):
-        raise ValueError(f"{' or '.join(QUESTIONS)} is {shown(text)}; a text expected")
-    if answer is None or isinstance(answer, (dict, bool)) or answer == []:
-        raise ValueError(f"{' or '.join(ANSWERS)} is {shown(answer)}; a text, a number or a list expected")
-    choices, system, category = take(("choices",)) or [], take(("system",)) or "", take(("category",))
-    images = [images] if isinstance(images, str) else images
-    for name, value in (("images", images), ("choices", choices)):
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise ValueError(f"{name} is {shown(value)}; a list of texts expected")
-    if len(set(choices)) < len(choices) or len(choices) > len(string.ascii_uppercase):
-        raise ValueError(f"choices are {shown(choices)}; at most 26 different texts expected")
-    if not isinstance(system, str):
-        raise ValueError(f"system is {shown(system)}; a text expected")
-    paths = [folder / image for image in images]
-    if missing_images != "stop" and not all(path.is_file() for path in paths):
-        if missing_images == "drop":
-            return None
-        paths = [path if path.is_file() else None for path in paths]
-    return Sample(str(rest.pop("id")), text, paths, answer, system, choices, "" if category is None else str(category),
-        rest,
-                  rules)
+    take = lambda *names: next((rest.pop(name) for name in names if rest.get(name) not in (None, "")), None)
+    text, answer, images, choices = take(*QUESTIONS), take(*ANSWERS), take("images", "image") or [], take("choices") or []
+    system, category, images = take("system") or "", take("category"), [images] if isinstance(images, str) else images
+    texts = lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)
+    for name, value, good, expected in (
+        (" or ".join(QUESTIONS), text, isinstance(text, str), "a text"), ("system", system, isinstance(system, str), "a text"),
+        (" or ".join(ANSWERS), answer, not isinstance(answer, (dict, bool)) and (answer or answer == 0), "a text, a number or a list"),
+        ("images", images, texts(images), "a list of texts"),
+        ("choices", choices, texts(choices) and len(set(choices)) == len(choices) <= 26, "a list of at most 26 different texts"),
+    ):
+        if not good:
+            raise ValueError(f"{name} is {shown(value)}; {expected} expected")
+    return Sample(str(rest.pop("id")), text, [folder / image for image in images], answer, system, choices,
+                  "" if category is None else str(category), rest, **options)
 
 
-def measure(sample: Sample, where: str, seen_size: Callable | None) -> None:
-    """Its images' sizes, from their headers alone."""
-    upright = sample.rules.upright
-    sample.sizes = [grey_image().size if path is None else check_image(path, where, upright) for path in sample.images]
+def settle_images(sample: Sample, where: str, missing_images: str, seen_size: Callable | None) -> bool:
+    """Their sizes, from their headers alone; False for a sample to be dropped because one of them is missing."""
+    if missing_images != "stop":
+        sample.images = [path if path.is_file() else None for path in sample.images]
+    sample.sizes = [grey_image().size if path is None else check_image(path, where) for path in sample.images]
     sample.seen_sizes = [seen_size(*size) if seen_size else size for size in sample.sizes]
+    return missing_images != "drop" or None not in sample.images
 
 
-def judge(sample: Sample, verifier: Verifier | None) -> None:
+def choose_golds(sample: Sample, verifier: Verifier | None) -> None:
     """What its answers are compared by, and with. ValueError for an answer that the verifier cannot use."""
     several = isinstance(sample.answer, list) and verifier is not VERIFIERS["boxes"]
     values = [without_marks(value) for value in (sample.answer if several else [sample.answer])]
@@ -193,13 +164,11 @@ def without_marks(value):
 
 def find_verifier(name: str) -> Verifier | None:
     """One of VERIFIERS by its name, or a function of a module's or file's: my.module:function. None for auto."""
-    if name == "auto":
-        return None
-    if ":" not in name:
-        if name not in VERIFIERS:
-            raise ValueError(f"--verifier {name}: auto, {', '.join(VERIFIERS)} or my.module:function expected")
-        return VERIFIERS[name]
-    module, _, function = name.rpartition(":")
+    module, colon, function = name.rpartition(":")
+    if not colon and name != "auto" and name not in VERIFIERS:
+        raise ValueError(f"--verifier {name}: auto, {', '.join(VERIFIERS)} or my.module:function expected")
+    if not colon:
+        return VERIFIERS.get(name)
     found = getattr(load_module(module, "--verifier"), function, None)
     if not callable(found):
         raise ValueError(f"--verifier {name}: {module} has no function {function}(answer, sample)")
@@ -224,15 +193,11 @@ def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
 
 
 def target(sample: Sample) -> str:
-    """The gold answer in the form of an answer; boxes as the model sees them."""
-    boxes = sample.verifier is VERIFIERS["boxes"]
-    answer = [[round(edge) for edge in box] for box in sample.golds[0]] if boxes else sample.answer
-    if isinstance(answer, list) and not boxes:
-        answer = answer[0]
-    if sample.verifier is VERIFIERS["choice"] and isinstance(answer, int):
-        answer = sample.choices[sample.golds[0]]
-    answer = json.dumps(answer) if boxes else str(without_marks(answer))
-    return answer if sample.rules.whole_answer else f"<answer>{answer}</answer>"
+    """The gold answer in the form of an answer, the first of several; boxes as the model sees them."""
+    answer = sample.answer[0] if isinstance(sample.answer, list) else without_marks(sample.answer)
+    if sample.verifier is VERIFIERS["boxes"]:
+        answer = json.dumps([[round(edge) for edge in box] for box in sample.golds[0]])
+    return str(answer) if sample.whole_answer else f"<answer>{answer}</answer>"
 
 
 def stratum(sample: Sample) -> str:
@@ -245,8 +210,6 @@ def is_none(sample: Sample) -> bool:
     return False
 
 
-def sample_from(text: str, image: str = "") -> Sample:
+def sample_from(text: str, image: str = "", whole_answer: bool = False) -> Sample:
     """For grpo.predict: a question, perhaps with an image, whose answer nobody has written down."""
-    images = [Path(image)] if image else []
-    return Sample("this question", text, images, "", "", [], "", {}, Rules(True, 0.0, False),
-        verifier=VERIFIERS["exact"])
+    return Sample("this question", text, [Path(image)] if image else [], "", whole_answer=whole_answer)
