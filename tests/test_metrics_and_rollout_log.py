@@ -156,7 +156,7 @@ def test_a_commit_is_told_only_in_a_checkout_of_this_project(tmp_path):
 
 def test_what_ran_is_written_before_training(folder):
     what = json.loads((folder / "grpo" / "settings.json").read_text())
-    assert what["processes"] == 2 and {"python", "torch", "transformers"} == set(what["versions"])
+    assert what["ranks"] == 2 and {"python", "torch", "transformers"} == set(what["versions"])
     assert what["model_hash"] != what["data_hash"] and what["model_hash"] == fingerprint(folder / "sft" / "model")
     assert json.loads((folder / "test" / "settings.json").read_text())["data_hash"] == what["data_hash"]
 

@@ -72,9 +72,9 @@ def test_without_a_validation_model_and_last_are_the_last_step(folder, tmp_path,
 
 def test_a_second_run_in_the_folder_is_told_who_is_there_and_after_a_kill_it_gets_in_at_once(folder, tmp_path):
     hold = "import sys; from pathlib import Path; from grpo.runtime.files import hold_lock\n" \
-           "print(hold_lock(Path(sys.argv[1])) or 'held', flush=True); sys.stdin.read()"
+           "print(hold_lock(Path(sys.argv[1]))[0], flush=True); sys.stdin.read()"
     first = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert first.stdout.readline() == b"held\n"
+    assert first.stdout.readline() == b"True\n"
     words = [*words_of(sft.train, folder, tmp_path), "--epochs", 1]
     with pytest.raises(ValueError, match=rf"{tmp_path}: another run is at work there \(process {first.pid} on \S+, since .*\); "
                                          "wait for its end, or choose another --output"):
@@ -217,3 +217,18 @@ def test_where_the_data_lies_makes_no_other_sample_and_its_text_does():
     digest = lambda **changes: sample_hash(resolve_task("more"), replace(sample, **changes))
     assert digest() == digest(image=Path("/b/1.jpg")) == digest(image=None)
     assert len({digest(), digest(text="A met B"), digest(entity="B"), digest(label="none"), digest(id="test/0")}) == 5
+
+
+def claim(folders):
+    from grpo.runtime.dist import rank
+    from grpo.runtime.run import claim_folder
+
+    claim_folder(folders[rank()])
+
+
+def test_ranks_that_do_not_see_the_same_folder_are_told(tmp_path):
+    from processes import run_processes
+
+    run_processes(claim, 2, [tmp_path / "shared"] * 2)
+    with pytest.raises(Exception, match="ValueError: .*/one: rank 1 does not see what rank 0 writes there; expected a folder"):
+        run_processes(claim, 2, [tmp_path / "one", tmp_path / "other"])

@@ -4,7 +4,7 @@ const PROVENANCE = [
   ["kind", "program"],
   ["folder", "folder"],
   ["started", "started"],
-  ["processes", "processes"],
+  ["ranks", "ranks"],
   ["commit", "commit"],
   ["data_hash", "hash of data"],
   ["model_hash", "hash of model"],

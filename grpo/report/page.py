@@ -21,7 +21,7 @@ def run_data(run: Run) -> dict:
             "rollouts": run.rollouts, "recorded": run.recorded, "evaluation": run.evaluation, "best": run.best,
             "warnings": run.warnings,
             **{name: run.what_ran.get(name) for name in
-               ("settings", "versions", "commit", "data_hash", "model_hash", "processes", "started")}}
+               ("settings", "versions", "commit", "data_hash", "model_hash", "ranks", "started")}}
 
 
 def image_data(runs: list[Run], images: Images) -> dict[str, dict]:

@@ -168,7 +168,7 @@ def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, h
 
 
 def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> None:
-    """The rows that this process holds, from whichever parts have them."""
+    """The rows that this rank holds, from whichever parts have them."""
     parts = [safe_open(path, "pt") for path in paths]
     rows = [json.loads(part.metadata()["rows"]) for part in parts]
     holders_of: dict[str, dict[str, list[int]]] = {}  # parameter → kind → the parts that have rows of it

@@ -13,41 +13,35 @@ from pathlib import Path
 _locks = []  # open as long as this process lives: closing any handle of a locked file would release it
 
 
-def hold_lock(path: Path, wait: float = 0.0) -> str:
-    """Hold the file `path` until this process ends; who holds it where another one does after `wait` seconds, else "".
+def hold_lock(path: Path) -> tuple[bool, str]:
+    """(whether this process holds the file `path` until it ends, who holds it). OSError where there are no locks.
 
     The kernel's own lock: it ends with the process, however that ends, and is seen from other hosts of a shared file
-    system, where a pid means nothing. OSError where the file system has no locks.
+    system, where a pid means nothing.
     """
-    handle, end = path.open("a+"), time.monotonic() + wait
-    while True:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-        if time.monotonic() >= end:
-            handle.seek(0)
-            return handle.read().strip() or "another process"
-        time.sleep(0.2)
+    handle = path.open("a+")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        handle.seek(0)
+        return False, handle.read().strip()
+    me = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
     handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
-    handle.flush()
+    print(me, file=handle, flush=True)
+    os.fsync(handle)  # for who asks from another host
     _locks.append(handle)
-    return ""
+    return True, me
 
 
-def copy_folder(source: Path, new: Path) -> None:
-    """A copy whose files are hard links where the file system has them: weights take no room twice."""
-    def link(old: str, other: str) -> None:
-        try:
-            os.link(old, other)
-        except OSError:
-            shutil.copyfile(old, other)
-
+def link_folder(source: Path, new: Path) -> None:
+    """A copy of hard links, or of files where the file system has none: weights take no room twice."""
     shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new, copy_function=link)
+    try:
+        shutil.copytree(source, new, copy_function=os.link)
+    except OSError:
+        shutil.copytree(source, new, dirs_exist_ok=True)
 
 
 def append_line(path: Path, content: dict) -> None:

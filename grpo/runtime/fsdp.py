@@ -71,10 +71,10 @@ def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: boo
 
 
 def make_mesh(device: torch.device, shard_size: int) -> DeviceMesh:
-    """All processes in a row, or rows of `shard_size`: (copies, processes that share one copy)."""
+    """All ranks in a row, or rows of `shard_size`: (copies, ranks that share one copy)."""
     size = shard_size or world_size()
     if world_size() % size:
-        raise ValueError(f"--shard_size is {size}; expected a divisor of the {world_size()} processes")
+        raise ValueError(f"--shard_size is {size}; expected a divisor of the {world_size()} ranks")
     if size == world_size():
         return dist.init_device_mesh(device.type, (size,))
     return dist.init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("copy", "part"))
@@ -92,7 +92,7 @@ def reshard(policy: Policy) -> None:
 
 @contextmanager
 def unsharded(policy: Policy):
-    """Every process holds all weights inside: forwards need no collective, so each may do as many as it likes."""
+    """Every rank holds all weights inside: forwards need no collective, so each may do as many as it likes."""
     modules = sharded_modules(policy)
     for module in modules:
         module.set_reshard_after_forward(False)
@@ -106,10 +106,10 @@ def unsharded(policy: Policy):
 
 
 def unsharded_fits(policy: Policy, more_bytes: int) -> bool:
-    """Whether every process gathers all weights for a rollout, or layer by layer in every pass.
+    """Whether every rank gathers all weights for a rollout, or layer by layer in every pass.
 
     Whole is faster and takes the weights' room in compute precision, `more_bytes` of caches beside them; layer by layer
-    each token of a rollout gathers every layer once. "auto": whole where it fits on every process.
+    each token of a rollout gathers every layer once. "auto": whole where it fits on every rank.
     """
     if policy.rollout_weights != "auto" or policy.device.type != "cuda":
         return policy.rollout_weights != "layers"
@@ -145,7 +145,7 @@ def encode_images_unsharded(policy: Policy, prompts) -> None:
 
 
 def is_first_replica(policy: Policy) -> bool:
-    """Whether this process holds rows of the first of hybrid sharding's copies; without copies all do."""
+    """Whether this rank holds rows of the first of hybrid sharding's copies; without copies all do."""
     for parameter in policy.parameters():
         if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2:
             return parameter.device_mesh.get_local_rank(0) == 0
@@ -153,6 +153,6 @@ def is_first_replica(policy: Policy) -> bool:
 
 
 def clip_gradients(policy: Policy, limit: float) -> float:
-    """Norm over all processes' gradients; they are scaled down to `limit` if it is larger."""
+    """Norm over all ranks' gradients; they are scaled down to `limit` if it is larger."""
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], limit)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch.distributed import PrefixStore, Store
 
@@ -80,11 +80,8 @@ class Watchdog:
 
     def publish(self) -> None:
         p = _heartbeat
-        try:
-            self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} "
-                                           f"{p['phase']}")
-        except RuntimeError:  # the store's host is going down or gone
-            pass
+        with suppress(RuntimeError):  # the store's host is going down or gone
+            self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} {p['phase']}")
 
     def read_all(self) -> list[list[str]]:
         """[phases, steps, process id, host, phase] of each rank that has begun to watch."""
@@ -104,15 +101,11 @@ class Watchdog:
             if ranks != seen:
                 moved, seen = time.monotonic(), ranks
             if time.monotonic() - moved > self.seconds + 2 * self.rank:
-                if self.first_to_speak():
-                    print("error: " + verdict(ranks or [], self.seconds), file=sys.stderr, flush=True)
+                with suppress(RuntimeError):
+                    if self.store.add("spoken", 1) > 1:
+                        os._exit(EXIT_STATUS)
+                print("error: " + verdict(ranks or [], self.seconds), file=sys.stderr, flush=True)
                 os._exit(EXIT_STATUS)
-
-    def first_to_speak(self) -> bool:
-        try:
-            return self.store.add("spoken", 1) == 1
-        except RuntimeError:
-            return True
 
 
 def stop_watching() -> None:

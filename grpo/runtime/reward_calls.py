@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from typing import Callable
 
 import torch
@@ -26,8 +25,6 @@ from grpo.runtime.settings import parse_options
 # has the clock. A line begins a call, "seconds what to say", an empty one ends it.
 CLOCK = """
 import os, select, signal, sys
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
 line = ""
 while True:
     seconds, _, message = line.partition(" ")
@@ -72,10 +69,7 @@ def within_seconds(seconds: float, what: str, call: Callable):
     def alarm(*_):
         raise TookTooLong
 
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
-        return call()
-    set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be "
-              "interrupted; the "
+    set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be interrupted; the "
               f"process is ended (--reward_seconds)")
     before = signal.signal(signal.SIGALRM, alarm)
     try:

@@ -33,7 +33,7 @@ class RolloutLog:
 
     every   rollouts between records; the first and the last rollout are always recorded
     groups  of a record, over all ranks; 0 for no rollout log
-    step    rollouts that a run which goes on has behind it: records beyond are those of a process that was killed
+    step    rollouts that a run which goes on has behind it: records beyond are those of a killed run
     limit   bytes. A file that would outgrow it loses every second record, and from then on half as many are
             written: what is kept is spread evenly over the whole run, however long it becomes.
     """

@@ -26,7 +26,7 @@ from grpo.runtime.answer import Prompts, answer
 from grpo.runtime.checkpoints import Checkpoints, differences, refusal
 from grpo.runtime.dist import all_gather, all_reduce_max, broadcast_from_rank_0, finish, rank, start
 from grpo.runtime.export import export, export_adapter
-from grpo.runtime.files import copy_folder, hold_lock, write_json
+from grpo.runtime.files import hold_lock, link_folder, write_json
 from grpo.runtime.fsdp import compute_dtype, make_mesh, shard
 from grpo.runtime.liveness import StopSignals, heartbeat, heartbeat_during
 from grpo.runtime.log import say
@@ -36,7 +36,6 @@ from grpo.runtime.provenance import check_base, fingerprint, what_ran
 from grpo.runtime.settings import CommonSettings, TrainingSettings, resume_rules
 
 BEST, LAST = ("model", "adapter"), ("last", "last_adapter")  # folders of the best and of the last weights in <output>
-RESTART_SECONDS = 30.0  # until what a restart replaces has let go of --output
 
 
 def record_settings(settings, folder: Path) -> None:
@@ -99,26 +98,20 @@ def check_hashes(path: str, task: Task, samples: list, hashes: dict[str, tuple])
 
 def claim_folder(folder: Path) -> None:
     """One run in a folder, and all ranks see the same one: parts of one checkpoint lie in it together."""
-    def lock() -> str:
+    def claim() -> tuple[bool, str]:
         folder.mkdir(parents=True, exist_ok=True)
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         try:
-            return hold_lock(folder / ".lock", wait=RESTART_SECONDS if restarted else 0.0)
+            return hold_lock(folder / ".lock")
         except OSError as error:
             say(f"{folder}: no lock can be held there ({error}); a second run in it would go unnoticed")
-            return ""
+            return True, ""
 
-    if holder := broadcast_from_rank_0(lock):
-        raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another "
-                         "--output")
-    mark = folder / ".seen"
-    if rank() == 0:
-        mark.touch()
-    broadcast_from_rank_0(lambda: None)
-    blind = all_gather([] if mark.exists() else [rank()])
-    if rank() == 0:
-        mark.unlink()
-    if blind:
+    ours, holder = broadcast_from_rank_0(claim)
+    if not ours:
+        raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another --output")
+    # rank 0 must not read it: closing a file gives up this process's lock on it
+    seen = rank() == 0 or (folder / ".lock").exists() and (folder / ".lock").read_text(encoding="utf-8").strip() == holder
+    if blind := all_gather([] if seen else [rank()]):
         raise ValueError(f"{folder}: rank {blind[0]} does not see what rank 0 writes there; expected a folder that all "
                          f"machines share")
 
@@ -379,7 +372,7 @@ class Run:
             self.save(LAST)
         elif rank() == 0:
             for best, last in list(zip(BEST, LAST))[: 2 if self.settings.lora_rank else 1]:
-                copy_folder(self.output / best, self.output / f"{last}.new")
+                link_folder(self.output / best, self.output / f"{last}.new")
                 replace_folder(self.output / f"{last}.new", self.output / last)
         which = f"step {self.best_step} of {self.step}"
         if self.valid:
