@@ -24,8 +24,8 @@ PARTS = ("test", "valid", "train")  # of one file: a tenth, a tenth, the rest
 
 @dataclass(eq=False)
 class Sample:
-    """One line. Of its images, in the file and as the model sees them: (width, height). The last four: settings, and the
-    verifier with what it compares answers with."""
+    """One line. Of its images, in the file and as the model sees them: (width, height). The last four: settings,
+    and the verifier with what it compares answers with."""
 
     id: str
     text: str
@@ -53,7 +53,8 @@ class Sample:
 
 
 def load(data, split: str, *, missing_images: str = "stop", verifier: str = "auto", split_seed: int = 0,
-         reasoning: bool = True, tolerance: float = 1e-6, whole_answer: bool = False, seen_size: Callable | None = None):
+         reasoning: bool = True, tolerance: float = 1e-6, whole_answer: bool = False, seen_size: Callable
+         | None = None):
     """The samples of a split, every line checked: the first that is of no use is a ValueError with file and line.
 
     seen_size: (width, height) of an image → as the model sees it, ValueError from a model that sees nothing.
@@ -64,7 +65,8 @@ def load(data, split: str, *, missing_images: str = "stop", verifier: str = "aut
         raise FileNotFoundError(f"{path} is missing; {data} holds {there}")
     lines = read_lines(path)
     refuse_equal_ids(lines)
-    options, chosen, samples = dict(reasoning=reasoning, tolerance=tolerance, whole_answer=whole_answer), find_verifier(verifier), []
+    options, chosen, samples = dict(reasoning=reasoning, tolerance=tolerance,
+        whole_answer=whole_answer), find_verifier(verifier), []
     for where, entry in part_of(lines, split, split_seed, path) if path == Path(data) else lines:
         try:
             sample = make_sample(entry, path.parent, options)
@@ -115,14 +117,18 @@ def part_of(lines: list, split: str, seed: int, path: Path) -> list:
 def make_sample(entry: dict, folder: Path, options: dict) -> Sample:
     rest = dict(entry)
     take = lambda *names: next((rest.pop(name) for name in names if rest.get(name) not in (None, "")), None)
-    text, answer, images, choices = take(*QUESTIONS), take(*ANSWERS), take("images", "image") or [], take("choices") or []
+    text, answer, images, choices = take(*QUESTIONS), take(*ANSWERS), take("images",
+        "image") or [], take("choices") or []
     system, category, images = take("system") or "", take("category"), [images] if isinstance(images, str) else images
     texts = lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)
     for name, value, good, expected in (
-        (" or ".join(QUESTIONS), text, isinstance(text, str), "a text"), ("system", system, isinstance(system, str), "a text"),
-        (" or ".join(ANSWERS), answer, not isinstance(answer, (dict, bool)) and (answer or answer == 0), "a text, a number or a list"),
+        (" or ".join(QUESTIONS), text, isinstance(text, str), "a text"),
+        ("system", system, isinstance(system, str), "a text"),
+        (" or ".join(ANSWERS), answer, not isinstance(answer, (dict, bool)) and (answer or answer == 0),
+        "a text, a number or a list"),
         ("images", images, texts(images), "a list of texts"),
-        ("choices", choices, texts(choices) and len(set(choices)) == len(choices) <= 26, "a list of at most 26 different texts"),
+        ("choices", choices, texts(choices) and len(set(choices)) == len(choices) <= 26, "a list of at most 26 "
+            "different texts"),
     ):
         if not good:
             raise ValueError(f"{name} is {shown(value)}; {expected} expected")

@@ -20,8 +20,9 @@ MOST_BOXES = 100
 
 
 class Verifier(NamedTuple):
-    """read: (answer's text, sample) → what is compared, hashable, or None; score: (what is read, gold, sample) → 0 to 1,
-    right from ½ on; gold: (value of the file, sample) → what it is compared with, ValueError where it is of no use."""
+    """read: (answer's text, sample) → what is compared, hashable, or None; score: (what is read, gold, sample) → 0
+    to 1, right from ½ on; gold: (value of the file, sample) → what it is compared with, ValueError where it is of
+    no use."""
 
     read: Callable
     score: Callable
@@ -73,8 +74,10 @@ def equal(found, gold, sample) -> float:
     return float(found == gold)
 
 
-DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3}){1,8}(?!,?\d)|\d{1,40}(?!\d))(?:\.\d{1,40})?|\.\d{1,40})"  # bounded: linear in the text
-NUMBER = re.compile(rf"(?<![\w.])([-+]?)(?:(?:(\d{{1,40}}) )?({DECIMAL}) ?/ ?({DECIMAL})|({DECIMAL}(?:e[-+]?\d{{1,40}}(?!\d))?))"
+# bounded: linear in the text
+DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3}){1,8}(?!,?\d)|\d{1,40}(?!\d))(?:\.\d{1,40})?|\.\d{1,40})"
+NUMBER = re.compile(rf"(?<![\w.])([-+]?)(?:(?:(\d{{1,40}}) )?({DECIMAL}) ?/ "
+                    rf"?({DECIMAL})|({DECIMAL}(?:e[-+]?\d{{1,40}}(?!\d))?))"
                     r"(?: ?(%|percent))?", re.IGNORECASE | re.ASCII)
 FRACTION = re.compile(r"(\d?)\\[dt]?frac ?\{([^{}\\]{1,40})\} ?\{([^{}\\]{1,40})\}")
 SPELLED = {r"\%": "%", r"\$": "", "{,}": ",", r"\,": "", r"\!": "", "−": "-", "–": "-", "\u00a0": " ", "\u202f": " ",
@@ -129,7 +132,8 @@ def gold_choice(value, sample) -> int:
     """A letter, a text, or a whole number that counts from 0."""
     index = value if type(value) is int and str(value) not in sample.choices else read_choice(str(value), sample)
     there = index if index in range(len(sample.choices)) else None
-    return expect(there, "a choice's letter, text or number from 0 expected" if sample.choices else "no choices in the line")
+    return expect(there, "a choice's letter, text or number from 0 expected" if sample.choices else "no choices in "
+        "the line")
 
 
 EDGE = r"(-?\d{1,6}(?:\.\d{1,6})?)"
@@ -193,7 +197,8 @@ def text_verifier(read: Callable) -> Verifier:
 
 
 VERIFIERS = {
-    "exact": text_verifier(read_exact), "text": text_verifier(read_text), "number": Verifier(read_number, near, gold_number),
+    "exact": text_verifier(read_exact), "text": text_verifier(read_text),
+    "number": Verifier(read_number, near, gold_number),
     "choice": Verifier(read_choice, equal, gold_choice), "boxes": Verifier(read_boxes, overlap, gold_boxes),
     "regex": Verifier(read_exact, matches, gold_pattern)}
 

@@ -81,7 +81,8 @@ class Watchdog:
     def publish(self) -> None:
         p = _heartbeat
         with suppress(RuntimeError):  # the store's host is going down or gone
-            self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} {p['phase']}")
+            self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} "
+                                           f"{p['phase']}")
 
     def read_all(self) -> list[list[str]]:
         """[phases, steps, process id, host, phase] of each rank that has begun to watch."""

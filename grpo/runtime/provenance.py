@@ -26,7 +26,8 @@ def what_ran(settings) -> dict:
         "versions": {"python": python, "torch": torch.__version__, "transformers": transformers.__version__},
         "commit": commit(), "data_hash": fingerprint(Path(settings.data)),
         "model_hash": fingerprint(model_file(settings.model, "config.json").parent),
-        "file_hashes": {name: file_hash(path) for name in FILES if isinstance(path := getattr(settings, name, ""), str) and path},
+        "file_hashes": {name: file_hash(path) for name in FILES if isinstance(path := getattr(settings, name, ""), str)
+        and path},
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }

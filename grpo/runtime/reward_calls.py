@@ -69,7 +69,8 @@ def within_seconds(seconds: float, what: str, call: Callable):
     def alarm(*_):
         raise TookTooLong
 
-    set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be interrupted; the "
+    set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be "
+              "interrupted; the "
               f"process is ended (--reward_seconds)")
     before = signal.signal(signal.SIGALRM, alarm)
     try:

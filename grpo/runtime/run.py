@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -108,9 +107,11 @@ def claim_folder(folder: Path) -> None:
 
     ours, holder = broadcast_from_rank_0(claim)
     if not ours:
-        raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another --output")
+        raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another "
+                         "--output")
     # rank 0 must not read it: closing a file gives up this process's lock on it
-    seen = rank() == 0 or (folder / ".lock").exists() and (folder / ".lock").read_text(encoding="utf-8").strip() == holder
+    seen = rank() == 0 or (folder / ".lock").exists() and (folder
+        / ".lock").read_text(encoding="utf-8").strip() == holder
     if blind := all_gather([] if seen else [rank()]):
         raise ValueError(f"{folder}: rank {blind[0]} does not see what rank 0 writes there; expected a folder that all "
                          f"machines share")
