@@ -40,6 +40,7 @@ class Sample:
     reasoning: bool = True
     tolerance: float = 1e-6
     whole_answer: bool = False
+    upright: bool = True
     verifier: Verifier = VERIFIERS["exact"]
     golds: list = field(default_factory=list)
 
@@ -53,8 +54,8 @@ class Sample:
 
 
 def load(data, split: str, *, missing_images: str = "stop", verifier: str = "auto", split_seed: int = 0,
-         reasoning: bool = True, tolerance: float = 1e-6, whole_answer: bool = False, seen_size: Callable
-         | None = None):
+         reasoning: bool = True, tolerance: float = 1e-6, whole_answer: bool = False, exif_orientation: bool = True,
+         seen_size: Callable | None = None):
     """The samples of a split, every line checked: the first that is of no use is a ValueError with file and line.
 
     seen_size: (width, height) of an image → as the model sees it, ValueError from a model that sees nothing.
@@ -65,8 +66,8 @@ def load(data, split: str, *, missing_images: str = "stop", verifier: str = "aut
         raise FileNotFoundError(f"{path} is missing; {data} holds {there}")
     lines = read_lines(path)
     refuse_equal_ids(lines)
-    options, chosen, samples = dict(reasoning=reasoning, tolerance=tolerance,
-        whole_answer=whole_answer), find_verifier(verifier), []
+    options = dict(reasoning=reasoning, tolerance=tolerance, whole_answer=whole_answer, upright=exif_orientation)
+    chosen, samples = find_verifier(verifier), []
     for where, entry in part_of(lines, split, split_seed, path) if path == Path(data) else lines:
         try:
             sample = make_sample(entry, path.parent, options)
@@ -75,6 +76,8 @@ def load(data, split: str, *, missing_images: str = "stop", verifier: str = "aut
                 samples.append(sample)
         except ValueError as problem:
             raise ValueError(f"{where}: {str(problem).removeprefix(f'{where}: ')}") from None
+        except OSError as problem:  # a missing image's own, or one whose name no file system takes
+            raise type(problem)(str(problem) if where in str(problem) else f"{where}: {shown(str(problem))}") from None
     return samples
 
 
@@ -117,9 +120,9 @@ def part_of(lines: list, split: str, seed: int, path: Path) -> list:
 def make_sample(entry: dict, folder: Path, options: dict) -> Sample:
     rest = dict(entry)
     take = lambda *names: next((rest.pop(name) for name in names if rest.get(name) not in (None, "")), None)
-    text, answer, images, choices = take(*QUESTIONS), take(*ANSWERS), take("images",
-        "image") or [], take("choices") or []
-    system, category, images = take("system") or "", take("category"), [images] if isinstance(images, str) else images
+    text, answer, system, category = take(*QUESTIONS), take(*ANSWERS), take("system") or "", take("category")
+    images, choices = take("images", "image") or [], take("choices") or []
+    images = [images] if isinstance(images, str) else images
     texts = lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)
     for name, value, good, expected in (
         (" or ".join(QUESTIONS), text, isinstance(text, str), "a text"),
@@ -140,7 +143,8 @@ def settle_images(sample: Sample, where: str, missing_images: str, seen_size: Ca
     """Their sizes, from their headers alone; False for a sample to be dropped because one of them is missing."""
     if missing_images != "stop":
         sample.images = [path if path.is_file() else None for path in sample.images]
-    sample.sizes = [grey_image().size if path is None else check_image(path, where) for path in sample.images]
+    sample.sizes = [grey_image().size if path is None else check_image(path, where, sample.upright)
+                    for path in sample.images]
     sample.seen_sizes = [seen_size(*size) if seen_size else size for size in sample.sizes]
     return missing_images != "drop" or None not in sample.images
 
@@ -194,13 +198,15 @@ def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
     wishes = ["think in <think></think>"] * reasoning + ["write the answer in <answer></answer>"] * sample.asks_for_tags
     if wishes:
         text.append(("First " * reasoning + ", then ".join(wishes)).capitalize() + ".")
-    images = [grey_image() if path is None else open_image(path, sample.rules.upright) for path in sample.images]
+    images = [grey_image() if path is None else open_image(path, sample.upright) for path in sample.images]
     return images, "\n".join(text)
 
 
 def target(sample: Sample) -> str:
     """The gold answer in the form of an answer, the first of several; boxes as the model sees them."""
-    answer = sample.answer[0] if isinstance(sample.answer, list) else without_marks(sample.answer)
+    answer = without_marks(sample.answer[0] if isinstance(sample.answer, list) else sample.answer)
+    if sample.verifier is VERIFIERS["choice"] and isinstance(answer, int):
+        answer = sample.choices[sample.golds[0]]
     if sample.verifier is VERIFIERS["boxes"]:
         answer = json.dumps([[round(edge) for edge in box] for box in sample.golds[0]])
     return str(answer) if sample.whole_answer else f"<answer>{answer}</answer>"

@@ -82,8 +82,9 @@ def test_an_mlp_keeps_its_input_gate_and_up_and_a_norm_its_input_and_one_number_
 
 def test_an_adapters_mlp_keeps_the_product_too_and_its_gradients_are_those_of_transformers():
     module = mlp().requires_grad_(False)
-    module.down_proj = LoraLinear(module.down_proj, 2, 4.0, 0.0, torch.Generator().manual_seed(0))
-    nn.init.normal_(module.down_proj.lora_B, generator=torch.Generator().manual_seed(1))
+    module.down_proj = LoraLinear(module.down_proj, 2, 4.0, 0.0)
+    for part in (module.down_proj.lora_A, module.down_proj.lora_B):
+        nn.init.normal_(part, generator=torch.Generator().manual_seed(1))
     x, upstream = torch.randn(1, 7, HIDDEN, requires_grad=True), torch.randn(1, 7, HIDDEN)
     trained = [x, module.down_proj.lora_A, module.down_proj.lora_B]
     y, lean_y = module(x), LeanMLP(module)(x)
