@@ -83,8 +83,9 @@ def test_after_a_call_no_alarm_is_left_and_the_rewards_own_are_its_own():
 
 
 def test_a_reward_that_holds_the_interpreter_is_named_too_and_its_process_ended():
-    hold = ("import itertools; from grpo.runtime.reward_calls import within_seconds\n"
+    hold = ("import itertools, time; from grpo.runtime.reward_calls import within_seconds\n"
             "within_seconds(0.2, 'train/7, completion 1: its reward', lambda: sum(itertools.repeat(1, 1000)))\n"
+            "time.sleep(0.8)\n"  # what comes after a call takes as long as it likes
             "within_seconds(0.2, 'train/7, completion 2: its reward', lambda: sum(itertools.repeat(1)))")  # one endless call in C
     done = subprocess.run([sys.executable, "-c", hold], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
