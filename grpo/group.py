@@ -46,6 +46,7 @@ class Group:
     rewards      (G,) the one number that each completion is judged by
     counted      (G,) bool: False where the reward failed and the completion is left out (--reward_failures mask)
     earlier      how often its sample came before in the same rollout
+    whole        the group of which this one holds some completions, itself where it is whole
     """
 
     prompt: Prompt
@@ -56,8 +57,10 @@ class Group:
     rewards: Tensor | None = None
     counted: Tensor | None = None  # None: all of them
     earlier: int = 0
+    whole: "Group | None" = field(default=None, repr=False)
 
     def __post_init__(self):
+        self.whole = self.whole or self
         if self.counted is None:
             self.counted = torch.ones(len(self.completions), dtype=torch.bool)
 
@@ -80,6 +83,7 @@ class Pack:
     ref_logp    (N, L) log-probabilities under the reference, None without one
     old_logp    (N, L) under the policy that drew them: those of the first update's pass
     loss        this pass's share of the last update's loss
+    chain       the same object in consecutive packs that share their prompts' pass, see engine/split_group.py
     """
 
     groups: list[Group]
@@ -88,6 +92,7 @@ class Pack:
     ref_logp: Tensor | None = None
     old_logp: Tensor | None = None
     loss: Tensor | None = None
+    chain: object = None
 
     @property
     def lengths(self) -> list[int]:
@@ -107,11 +112,11 @@ class Pack:
         return list(dict.fromkeys(id for id, one in zip(ids, good) if not one) or dict.fromkeys(ids))
 
 
-def idle_pack(device=None) -> Pack:
+def idle_pack(device=None, prompt: Prompt | None = None) -> Pack:
     """The smallest possible pass, for a rank that has no work while others have: every pass is a collective. Its mask
-    is empty, so that its loss and its gradient are exactly 0."""
+    is empty, so that its loss and its gradient are exactly 0. prompt: of the chain that it belongs to."""
     one = torch.zeros(1, dtype=torch.long)
-    group = Group(Prompt(one, torch.zeros(3, 1, dtype=torch.long)), [one])
+    group = Group(prompt or Prompt(one, torch.zeros(3, 1, dtype=torch.long)), [one])
     return Pack([group], torch.zeros(1, 1, dtype=torch.bool, device=device), torch.zeros(1, device=device))
 
 

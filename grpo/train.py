@@ -24,6 +24,7 @@ from grpo.advantage import zero_variance_groups
 from grpo.engine.lora import adapter_off
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
+from grpo.engine.split_group import split
 from grpo.group import Group, Pack, make_packs, pad_rows, row_mask
 from grpo.objective import count_terms, mean_statistics, truncation_mask
 from grpo.runtime.answer import check_reward_options, remember_predictions, roll_out
@@ -32,7 +33,7 @@ from grpo.runtime.fsdp import reshard
 from grpo.runtime.liveness import Phases
 from grpo.runtime.log import Means, progress, say
 from grpo.runtime.optim import backward, equal_passes, learning_rate, make_optimizer, optimizer_step
-from grpo.runtime.optim import packed_pass, skip_idle
+from grpo.runtime.optim import packed_pass, passes, skip_idle
 from grpo.runtime.reward_calls import RewardCalls, reward_weights
 from grpo.runtime.rollout_log import RolloutLog
 from grpo.runtime.run import Run
@@ -132,12 +133,12 @@ class Trainer:
     # ── reference and advantage ──────────────────────────────────────────────────────────────────────────────────
 
     def pack(self, groups: list[Group]) -> list[Pack]:
-        """Groups for one pass each. Completions whose reward failed do not train, and those cut by the limit if the
-        objective says so."""
-        apart = [groups]
+        """Groups for one pass each, and those too large for one in parts. Completions whose reward failed do not train,
+        and those cut by the limit if the objective says so."""
+        apart, budget = [groups], self.settings.tokens_per_pass
         if self.may_skip:  # groups that teach nothing have passes of their own, which need not be made
             apart = [[group for group in groups if zero_variance(group) == flat] for flat in (False, True)]
-        packs = [pack for some in apart for pack in make_packs(some, self.settings.tokens_per_pass, self.run.device)]
+        packs = split([pack for some in apart for pack in make_packs(some, budget, self.run.device)], budget)
         for pack in packs:
             cut = torch.tensor([not finished for group in pack.groups for finished in group.finished],
                 device=self.run.device)
@@ -150,33 +151,33 @@ class Trainer:
         """Each pack's ref_logp: the policy that the run began with, a frozen copy or this one with its adapter off."""
         if self.reference is None:
             return
-        for pack in packs:
+        for pack, score in passes(self.reference, packs, self.preset.temperature):
             with adapter_off(self.reference), packed_pass(pack):
-                scores = self.reference.score(pack.groups, self.preset.temperature)
+                scores = score()
             pack.ref_logp = pad_rows(scores.logp, scores.lengths)
         reshard(self.reference)
 
     def fill_advantages(self, packs: list[Pack]) -> None:
         """Each pack's advantages. A std over the batch sees all ranks' rewards."""
         waiting = [pack for pack in packs if pack.advantages is None]  # all but the idle ones
-        mine = [row for pack in waiting for row in self.rewards_of(pack).tolist()]
+        mine = [reward for pack in waiting for reward in self.rewards_of(pack).tolist()]
         before, everyone = sum(all_gather([len(mine)])[: rank()]), all_gather(mine)
-        counted = all_gather([group.counted.tolist() for pack in waiting for group in pack.groups])
+        counted = all_gather([flag for pack in waiting for group in pack.groups for flag in group.counted.tolist()])
         if not everyone:
             return
-        preset, everyone = self.preset, torch.tensor(everyone, dtype=torch.float64)
-        rows = group_advantages(everyone, preset.scale, preset.ddof, preset.eps, torch.tensor(counted))[before:]
-        rows = rows.to(self.run.device, torch.float32)
+        preset, everyone = self.preset, torch.tensor(everyone, dtype=torch.float64).reshape(-1, self.preset.group_size)
+        counted = torch.tensor(counted).reshape(everyone.shape)
+        every = group_advantages(everyone, preset.scale, preset.ddof, preset.eps, counted).flatten()[before:]
+        every = every.to(self.run.device, torch.float32)
         for pack in waiting:
-            pack.advantages, rows = rows[: len(pack.groups)].flatten(), rows[len(pack.groups):]
+            pack.advantages, every = every[: len(pack.mask)], every[len(pack.mask):]
 
     def rewards_of(self, pack: Pack) -> Tensor:
-        """(groups, G) float64: the groups' rewards, less what the objective takes for length and for the KL."""
+        """(N,) float64: the completions' rewards, less what the objective takes for length and for the KL."""
         preset, limit, lengths = self.preset, self.settings.max_completion_tokens, pack.lengths
-        rewards = torch.stack([group.rewards for group in pack.groups])
+        rewards = torch.cat([group.rewards for group in pack.groups])
         if preset.overlong_share:
-            tokens = torch.tensor(lengths).reshape(rewards.shape)
-            rewards = rewards + overlong_penalty(tokens, limit, max(1, round(preset.overlong_share * limit)))
+            rewards = rewards + overlong_penalty(torch.tensor(lengths), limit, max(1, round(preset.overlong_share * limit)))
         if preset.kl_in_reward and pack.ref_logp is not None:
             logp = pad_rows(torch.cat([row for group in pack.groups for row in group.logps]), lengths)
             rewards = kl_penalised_rewards(rewards, logp, pack.ref_logp.cpu(), row_mask(lengths), preset.beta)
@@ -196,9 +197,9 @@ class Trainer:
         with progress(len(packs) * len(rates), "update", "pack") as bar:
             for rate in rates:
                 loss_of_update = torch.zeros((), device=device)
-                for pack in packs:
+                for pack, score in passes(self.policy, packs, self.preset.temperature):
                     with packed_pass(pack):
-                        scores = self.policy.score(pack.groups, self.preset.temperature)
+                        scores = score()
                         logp = pad_rows(scores.logp, scores.lengths)
                         if pack.old_logp is None:  # nothing has been learned yet: this is the policy that drew
                             pack.old_logp = logp.detach()

@@ -5,8 +5,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from grpo.engine.policy import Policy
 from grpo.engine.rope import rope_positions
+from grpo.engine.split_group import split
 from grpo.group import Group, Pack, Prompt, make_packs, row_mask
-from grpo.runtime.optim import backward, equal_passes, optimizer_step, packed_pass
+from grpo.runtime.optim import backward, equal_passes, optimizer_step, packed_pass, passes
 
 IMAGE, VIDEO, START, END_OF_IMAGE, END, PAD = 190, 191, 192, 193, 194, 195
 VOCABULARY = 200
@@ -86,12 +87,14 @@ def packs(groups: list[Group], budget: int) -> list[list[Group]]:
     return [pack.groups for pack in make_packs(groups, budget)]
 
 
-def update(policy, optimizer, parts: list[list[Group]], loss_of, temperature: float, limit: float, rate: float) -> float:
+def update(policy, optimizer, parts: list[list[Group]], loss_of, temperature: float, limit: float, rate: float,
+           budget: int = 10**9) -> float:
     """One update on packs of groups, as both trainers do it, with a loss of the test's own: `loss_of(scores)`."""
     total = torch.zeros(())
-    for pack in equal_passes([pack_of(groups) for groups in parts], policy.device):
+    all_packs = split([pack_of(groups) for groups in parts], budget)
+    for pack, score in passes(policy, equal_passes(all_packs, policy.device), temperature):
         with packed_pass(pack):
-            loss = loss_of(policy.score(pack.groups, temperature)) * pack.mask.any()
+            loss = loss_of(score()) * pack.mask.any()
             backward(loss)
         total += loss.detach()
     return optimizer_step(policy, optimizer, total, limit, rate)

@@ -55,21 +55,21 @@ class Packed:
         # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole, one for every slice
         queries, keys, values = (iter(x.split(sizes, dim=2)) for x in (query, key, value))
         outputs, cached = [], []
-        for prompt_length, lengths in self.segments:
+        for _, lengths in self.segments:
             prompt_key, prompt_value = next(keys), next(values)
             if self.prompt_cache is not None:
                 cached.append((prompt_key[0], prompt_value[0]))
             outputs.append(attention(next(queries), prompt_key, prompt_value, scaling))
-            for length in lengths:
-                suffix_query, suffix_key, suffix_value = next(queries), next(keys), next(values)
-                if length:
-                    outputs.append(attention(
-                        suffix_query, torch.cat([prompt_key, suffix_key], dim=2),
-                        torch.cat([prompt_value, suffix_value], dim=2),
-                        scaling, self._lower_right(length, prompt_length + length, query)))
-        if self.prompt_cache is not None:
+            outputs += [self.behind(prompt_key, prompt_value, next(queries), next(keys), next(values), scaling)
+                        for _ in lengths]
+        if self.prompt_cache is not None and layer == len(self.prompt_cache):  # a recomputation does not fill it again
             self.prompt_cache.append(cached)
         return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def behind(self, prompt_key: Tensor, prompt_value: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """One continuation's C queries on its prompt's and its own keys: (1, H, C, d)."""
+        key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
+        return attention(query, key, value, scaling, self._lower_right(query.shape[2], key.shape[2], query)) if query.shape[2] else query
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:

@@ -20,6 +20,11 @@ from grpo.engine.sizes import GPU_TILE, KEPT, TILE
 FEW_ROWS = 32
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 of float64, in which tests compare to the last digits."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 @torch.no_grad()
 def token_logits(hidden: Tensor, weight: Tensor, temperature: float, banned: list[int]) -> Tensor:
     """(T, hidden) × (V, hidden) → (T, V) float32 logits of the distribution that is sampled *and* scored.
@@ -29,9 +34,9 @@ def token_logits(hidden: Tensor, weight: Tensor, temperature: float, banned: lis
     """
     if len(hidden) > FEW_ROWS or hidden.is_cuda:
         scale = dict(beta=0, alpha=1 / temperature)  # within the product: no pass of its own
-        logits = torch.addmm(hidden.new_empty(1), hidden, weight.T, **scale).float()
+        logits = torch.addmm(hidden.new_empty(1), hidden, weight.T, **scale).to(wide(hidden))
     else:
-        logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+        logits = hidden.new_empty(len(hidden), len(weight), dtype=wide(hidden))
         torch.mul(few_rows(hidden, weight), 1 / temperature, out=logits)  # transposes too, faster than .contiguous()
     for token in banned:
         logits[:, token] = float("-inf")
@@ -75,7 +80,7 @@ class Head:
 
     def reduce(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The targets' logits, log Σ exp and entropy, (T,) each, by a running softmax over the vocabulary's tiles."""
-        top = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32)
+        top = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=wide(hidden))
         mass, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.full_like(top, float("-inf"))
         for rows, banned in self.vocabulary():
             logits = self.logits(hidden, rows, banned)
@@ -116,8 +121,8 @@ class CompletionLogp(torch.autograd.Function):
         hidden, weight, targets, log_norm = ctx.saved_tensors
         head = Head(weight, *ctx.head)
         # float32 sums over tiles: in bf16 the later ones' contributions would round away
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_hidden = torch.zeros_like(hidden, dtype=wide(hidden)) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
         # d logp / d logits = onehot − softmax, then the chain rule through ÷ temperature: one factor a token, which
         # the small matrices take on, not the tiles
         scale = (grad_logp / head.temperature)[:, None]

@@ -11,23 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from grpo.engine.head import wide
+
 
 class Norm(torch.autograd.Function):
     """weight · x / √(mean x² + ε), in float32 up to the weight."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        high = x.to(wide(x))
+        scale = torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (wide * scale).to(x.dtype)
+        return weight * (high * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
+        normed = x.to(wide(x)) * scale
         grad_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        grad_normed = (grad * weight).float()
+        grad_normed = (grad * weight).to(scale.dtype)
         along = (grad_normed * normed).mean(-1, keepdim=True)  # the part of it that changes x's length alone
         return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
 

@@ -149,11 +149,13 @@ class Policy(nn.Module):
         hidden = self.trunk(vectors[None], torch.cat(positions, 1)[:, None], Packed(segments))[0]
         logp, entropy = completion_logp(hidden[torch.tensor(places, device=self.device)], self.model.lm_head.weight,
             torch.cat(targets).to(self.device), temperature, self.banned, vocabulary=self.vocabulary)
-        if not self.vision_is_frozen:
-            # Gradients are reduced over processes: each must have one for every weight, also a process whose samples
-            # have no image, and for weights that no image uses (CLIP's last layer, which LLaVA does not read).
-            logp = logp + 0.0 * sum(parameter.sum() for parameter in self.visual.parameters())
-        return Scores(logp, entropy, [length for group in groups for length in group.lengths])
+        return Scores(logp + self.zero(), entropy, [length for group in groups for length in group.lengths])
+
+    def zero(self) -> Tensor | float:
+        """0, with a gradient of 0 for every weight of a vision encoder that trains. Gradients are reduced over ranks:
+        each must have one for every weight, also a rank whose samples have no image, and for weights that no image
+        uses (CLIP's last layer, which LLaVA does not read)."""
+        return 0.0 if self.vision_is_frozen else 0.0 * sum(parameter.sum() for parameter in self.visual.parameters())
 
     def call_inside(self, function, *arguments, **keywords):
         """Run `function(policy, …)` as if it were the forward: sharding registers this name beside it."""

@@ -2,11 +2,14 @@
 
 import math
 from contextlib import contextmanager
+from itertools import groupby
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from grpo.engine.policy import Policy
+from grpo.engine.policy import Policy, Scores
+from grpo.engine.split_group import SharedPrompts
 from grpo.group import Pack, idle_pack
 from grpo.runtime.dist import all_gather, all_reduce_max, any_rank, world_size
 from grpo.runtime.fsdp import clip_gradients
@@ -38,9 +41,33 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
 
 
 def equal_passes(packs: list[Pack], device) -> list[Pack]:
-    """The same number of packs on every rank, idle ones behind a rank's own: each pass is a collective."""
-    passes = int(all_reduce_max(torch.tensor(len(packs), device=device)))
-    return packs + [idle_pack(device) for _ in range(passes - len(packs))]
+    """The same passes on every rank, idle packs where it has fewer: each is a collective. Where one rank has a chain, all
+    have one, as long as the longest."""
+    chains = [list(some) for _, some in groupby(packs, lambda pack: pack.chain or pack)]
+    chains += [[] for _ in range(int(all_reduce_max(torch.tensor(len(chains), device=device))) - len(chains))]
+    shapes = [[len(some), int(any(pack.chain is not None for pack in some))] for some in chains]
+    for some, (most, chained) in zip(chains, all_reduce_max(torch.tensor(shapes, device=device)).tolist() if shapes else ()):
+        idle = idle_pack(device)
+        prompt, chain = (some[0] if some else idle).groups[0].prompt, object() if chained else None
+        some += [idle_pack(device, prompt) for _ in range(most - len(some))]
+        for pack in some:
+            pack.chain = chain
+    return [pack for some in chains for pack in some]
+
+
+def passes(policy: Policy, packs: list[Pack], temperature: float) -> Iterator[tuple[Pack, Callable[[], Scores]]]:
+    """Each pack with the function that scores it; a pack's backward comes before the next is asked for. The prompts of a
+    chain are computed with its first pack, and their backward follows the last one's."""
+    for chain, some in groupby(packs, lambda pack: pack.chain or pack):
+        some = list(some)
+        if some[0].chain is None:
+            yield some[0], lambda: policy.score(some[0].groups, temperature)
+            continue
+        shared = SharedPrompts(policy, [group.prompt for group in some[0].groups])
+        for pack in some:
+            yield pack, lambda: shared.score(pack.groups, temperature)
+        with packed_pass(some[0]):
+            shared.backward()
 
 
 def skip_idle(packs: list[Pack], device) -> tuple[list[Pack], dict]:
@@ -50,7 +77,8 @@ def skip_idle(packs: list[Pack], device) -> tuple[list[Pack], dict]:
     denominator; statistics of the update (ratio, entropy, clip) cover the others alone.
     """
     teaching = [pack for pack in packs if pack.advantages.any()]
-    skipped = sum(len(pack.groups) for pack in packs if pack.mask.any() and not pack.advantages.any())
+    taught = {group.whole for pack in teaching for group in pack.groups}
+    skipped = len({group.whole for pack in packs if pack.mask.any() for group in pack.groups} - taught)
     return equal_passes(teaching, device) or [idle_pack(device)], {"groups_skipped": sum(all_gather([skipped]))}
 
 

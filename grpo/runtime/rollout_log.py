@@ -24,7 +24,7 @@ from grpo.runtime.dist import all_gather, broadcast_from_rank_0, rank
 from grpo.runtime.files import append_line
 from grpo.runtime.fsdp import reshard
 from grpo.runtime.log import say
-from grpo.runtime.optim import equal_passes, packed_pass
+from grpo.runtime.optim import equal_passes, packed_pass, passes
 from grpo.runtime.run import Run
 
 
@@ -55,15 +55,15 @@ class RolloutLog:
         if not self.groups or (step % self.every and step != self.last):
             return
         chosen = self.choose(packs)
-        after = self.score([pack for pack in packs if any(group in pack.groups for group in chosen)])
-        described = []
-        for pack, logps in after:
+        described: dict[Group, dict] = {}
+        for pack, logps in self.score([pack for pack in packs if any(group.whole in chosen for group in pack.groups)]):
             first = 0
             for group in pack.groups:
-                if group in chosen:
-                    described.append(self.describe(group, pack, first, logps, names))
+                if group.whole in chosen:
+                    one = described.setdefault(group.whole, {**describe(group, self.run), "completions": []})
+                    one["completions"] += self.completions(group, pack, first, logps, names)
                 first += len(group.completions)
-        self.write({"step": step + 1, "epoch": epoch, "groups": all_gather(described)})
+        self.write({"step": step + 1, "epoch": epoch, "groups": all_gather(list(described.values()))})
         # rank 0 may have thinned: all must agree on when to record
         self.every = broadcast_from_rank_0(lambda: self.every)
 
@@ -71,8 +71,9 @@ class RolloutLog:
         """Groups that teach before zero-variance ones, else those with the smallest hash of their sample's id,
         whichever rank drew them: a choice without taste, and one sample is preferred whenever it comes round, to be
         followed."""
-        # an idle pack's has none
-        groups = [group for pack in packs for group in pack.groups if group.rewards is not None]
+        # an idle pack's has no rewards, and one in parts is in several packs
+        groups = [group.whole for pack in packs for group in pack.groups if group.rewards is not None]
+        groups = list(dict.fromkeys(groups))
         flat = [bool(zero_variance_groups(group.rewards[None], group.counted[None])) for group in groups]
         names = [hashlib.sha256(group.prompt.id.encode()).hexdigest() for group in groups]
         order = [(flat[i], names[i], rank(), i) for i in range(len(groups))]
@@ -83,15 +84,15 @@ class RolloutLog:
         """(pack, its (N, L) log-probabilities now), in the very packs of the update: in bfloat16 others alone would
         move a ratio. Every rank joins every forward."""
         policy, scored = self.run.policy, []
-        for pack in equal_passes(packs, policy.device):
+        for pack, score in passes(policy, equal_passes(packs, policy.device), self.temperature):
             with packed_pass(pack):
-                scores = policy.score(pack.groups, self.temperature)
+                scores = score()
             scored.append((pack, pad_rows(scores.logp, scores.lengths).cpu()))
         reshard(policy)
-        return scored[: len(packs)]
+        return [(pack, logps) for pack, logps in scored if pack in packs]
 
-    def describe(self, group: Group, pack: Pack, first: int, after: Tensor, names: list[str]) -> dict:
-        """A group as the record has it; its completions are the pack's rows from `first` on."""
+    def completions(self, group: Group, pack: Pack, first: int, after: Tensor, names: list[str]) -> list[dict]:
+        """A group's as the record has them: the pack's rows from `first` on."""
         before = pack.old_logp  # None: no pass was made of it, and the sampler's own have to do
         if before is None:
             before = pad_rows(torch.cat([row for one in pack.groups for row in one.logps]), pack.lengths)
@@ -103,7 +104,7 @@ class RolloutLog:
                 "reward": float(group.rewards[i]), "advantage": round(float(pack.advantages[first + i]), 5),
                 "logp": numbers(before[row][0], 4), "ratio": numbers((after[row] - before[row]).exp()[0], 6),
                 "ref_logp": None if pack.ref_logp is None else numbers(pack.ref_logp[row][0], 4)})
-        return {**describe(group, self.run), "completions": completions}
+        return completions
 
     def words(self, group: Group, i: int) -> dict:
         tokens, encoder = group.completions[i], self.run.encoder
