@@ -46,7 +46,7 @@ class Group:
     rewards      (G,) the one number that each completion is judged by
     counted      (G,) bool: False where the reward failed and the completion is left out (--reward_failures mask)
     earlier      how often its sample came before in the same rollout
-    whole        the group of which this one holds some completions, itself where it is whole
+    whole        the group of which this one holds some completions, None where it is whole itself
     """
 
     prompt: Prompt
@@ -57,12 +57,16 @@ class Group:
     rewards: Tensor | None = None
     counted: Tensor | None = None  # None: all of them
     earlier: int = 0
-    whole: "Group | None" = field(default=None, repr=False)
+    whole: "Group | None" = None
 
     def __post_init__(self):
-        self.whole = self.whole or self
         if self.counted is None:
             self.counted = torch.ones(len(self.completions), dtype=torch.bool)
+
+    @property
+    def source(self) -> "Group":
+        """The whole group."""
+        return self.whole or self
 
     @property
     def lengths(self) -> list[int]:

@@ -66,10 +66,12 @@ class Packed:
             self.prompt_cache.append(cached)
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    def behind(self, prompt_key: Tensor, prompt_value: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def behind(self, prompt_key: Tensor, prompt_value: Tensor, query: Tensor, key: Tensor, value: Tensor,
+            scaling: float) -> Tensor:
         """One continuation's C queries on its prompt's and its own keys: (1, H, C, d)."""
         key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        return attention(query, key, value, scaling, self._lower_right(query.shape[2], key.shape[2], query)) if query.shape[2] else query
+        return attention(query, key, value, scaling,
+            self._lower_right(query.shape[2], key.shape[2], query)) if query.shape[2] else query
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:

@@ -2,8 +2,8 @@
 
 Keys and values of a prompt depend on the prompt alone. Its pass keeps its graph; every further pass reads its keys,
 values and last hidden states as leaves, in which the gradients of all these passes add up; at the end one backward goes
-from there through the prompt (schedule-level prefix reuse, arXiv 2606.01143). Memory is that of the prompt's activations
-and of one pass over completions, however many there are.
+from there through the prompt (schedule-level prefix reuse, arXiv 2606.01143). Memory is that of the prompt's
+activations and of one pass over completions, however many there are.
 """
 
 from dataclasses import replace
@@ -26,7 +26,8 @@ def split(packs: list[Pack], budget: int) -> list[Pack]:
         if several or pack.packed_tokens <= budget:
             parts.append(pack)
             continue
-        for some in within(max(1, budget - len(group.prompt)), range(len(group.completions)), group.lengths.__getitem__):
+        for some in within(max(1, budget - len(group.prompt)), range(len(group.completions)),
+                group.lengths.__getitem__):
             rows = slice(some[0], some[-1] + 1)
             known = {name: value[rows] for name, value in vars(group).items() if isinstance(value, (list, Tensor))}
             part = replace(group, whole=group, **known)
@@ -48,7 +49,8 @@ class SharedPrompts:
             self.leaves = [t.detach().to(torch.promote_types(t.dtype, torch.float32)).requires_grad_(t.requires_grad)
                            for t in self.tensors]
         last, *kept = (leaf.to(tensor.dtype) for leaf, tensor in zip(self.leaves, self.tensors))
-        keys_values = {id(prompt): (last[i], kept[2 * i :: 2 * len(self.prompts)], kept[2 * i + 1 :: 2 * len(self.prompts)])
+        keys_values = {id(prompt): (last[i], kept[2 * i :: 2 * len(self.prompts)],
+            kept[2 * i + 1 :: 2 * len(self.prompts)])
                        for i, prompt in enumerate(self.prompts)}
         # within a function: sharding would take tensors among the arguments for the layers' own inputs
         return self.policy.call_inside(lambda policy: score_behind(policy, groups, keys_values, temperature))
@@ -57,7 +59,8 @@ class SharedPrompts:
         """Through the prompts, with what the chain's backward passes have left in the leaves."""
         learning = [(t, leaf) for t, leaf in zip(self.tensors, self.leaves) if t.requires_grad]
         if learning:
-            gradients = [(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).to(t.dtype) for t, leaf in learning]
+            gradients = [(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).to(t.dtype)
+                for t, leaf in learning]
             torch.autograd.backward([t for t, _ in learning], gradients)
 
 
@@ -82,7 +85,8 @@ def score_behind(policy: Policy, groups: list[Group], prompts: dict, temperature
             positions.append(int(group.prompt.positions.max()) + 1 + torch.arange(read))
             places += [index, *range(start, start + read)]
             start += read
-    if start == len(groups):  # nothing to read: one token that nothing asks for, so that every rank goes through the layers
+    # nothing to read: one token that nothing asks for, so that every rank goes through the layers
+    if start == len(groups):
         words, lengths[-1] = [torch.zeros(1, dtype=torch.long)], lengths[-1] + [1]
         positions = [torch.zeros(1, dtype=torch.long)]
     layout = Behind([prompts[id(group.prompt)][1:] for group in groups], lengths)

@@ -41,12 +41,13 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
 
 
 def equal_passes(packs: list[Pack], device) -> list[Pack]:
-    """The same passes on every rank, idle packs where it has fewer: each is a collective. Where one rank has a chain, all
-    have one, as long as the longest."""
+    """The same passes on every rank, idle packs where it has fewer: each is a collective. Where one rank has a
+    chain, all have one, as long as the longest."""
     chains = [list(some) for _, some in groupby(packs, lambda pack: pack.chain or pack)]
     chains += [[] for _ in range(int(all_reduce_max(torch.tensor(len(chains), device=device))) - len(chains))]
     shapes = [[len(some), int(any(pack.chain is not None for pack in some))] for some in chains]
-    for some, (most, chained) in zip(chains, all_reduce_max(torch.tensor(shapes, device=device)).tolist() if shapes else ()):
+    for some, (most, chained) in zip(chains, all_reduce_max(torch.tensor(shapes, device=device)).tolist() if shapes
+            else ()):
         idle = idle_pack(device)
         prompt, chain = (some[0] if some else idle).groups[0].prompt, object() if chained else None
         some += [idle_pack(device, prompt) for _ in range(most - len(some))]
@@ -56,8 +57,8 @@ def equal_passes(packs: list[Pack], device) -> list[Pack]:
 
 
 def passes(policy: Policy, packs: list[Pack], temperature: float) -> Iterator[tuple[Pack, Callable[[], Scores]]]:
-    """Each pack with the function that scores it; a pack's backward comes before the next is asked for. The prompts of a
-    chain are computed with its first pack, and their backward follows the last one's."""
+    """Each pack with the function that scores it; a pack's backward comes before the next is asked for. The prompts
+    of a chain are computed with its first pack, and their backward follows the last one's."""
     for chain, some in groupby(packs, lambda pack: pack.chain or pack):
         some = list(some)
         if some[0].chain is None:
@@ -77,8 +78,8 @@ def skip_idle(packs: list[Pack], device) -> tuple[list[Pack], dict]:
     denominator; statistics of the update (ratio, entropy, clip) cover the others alone.
     """
     teaching = [pack for pack in packs if pack.advantages.any()]
-    taught = {group.whole for pack in teaching for group in pack.groups}
-    skipped = len({group.whole for pack in packs if pack.mask.any() for group in pack.groups} - taught)
+    taught = {group.source for pack in teaching for group in pack.groups}
+    skipped = len({group.source for pack in packs if pack.mask.any() for group in pack.groups} - taught)
     return equal_passes(teaching, device) or [idle_pack(device)], {"groups_skipped": sum(all_gather([skipped]))}
 
 

@@ -56,11 +56,11 @@ class RolloutLog:
             return
         chosen = self.choose(packs)
         described: dict[Group, dict] = {}
-        for pack, logps in self.score([pack for pack in packs if any(group.whole in chosen for group in pack.groups)]):
+        for pack, logps in self.score([pack for pack in packs if any(group.source in chosen for group in pack.groups)]):
             first = 0
             for group in pack.groups:
-                if group.whole in chosen:
-                    one = described.setdefault(group.whole, {**describe(group, self.run), "completions": []})
+                if group.source in chosen:
+                    one = described.setdefault(group.source, {**describe(group, self.run), "completions": []})
                     one["completions"] += self.completions(group, pack, first, logps, names)
                 first += len(group.completions)
         self.write({"step": step + 1, "epoch": epoch, "groups": all_gather(list(described.values()))})
@@ -72,7 +72,7 @@ class RolloutLog:
         whichever rank drew them: a choice without taste, and one sample is preferred whenever it comes round, to be
         followed."""
         # an idle pack's has no rewards, and one in parts is in several packs
-        groups = [group.whole for pack in packs for group in pack.groups if group.rewards is not None]
+        groups = [group.source for pack in packs for group in pack.groups if group.rewards is not None]
         groups = list(dict.fromkeys(groups))
         flat = [bool(zero_variance_groups(group.rewards[None], group.counted[None])) for group in groups]
         names = [hashlib.sha256(group.prompt.id.encode()).hexdigest() for group in groups]
