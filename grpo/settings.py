@@ -43,7 +43,8 @@ class Settings(TrainingSettings):
     def check(self) -> None:
         super().check()
         if self.max_completion_tokens > self.tokens_per_pass:
-            raise ValueError(f"--tokens_per_pass is {self.tokens_per_pass}; a completion may have --max_completion_tokens "
+            raise ValueError(f"--tokens_per_pass is {self.tokens_per_pass}; a completion may have "
+                             "--max_completion_tokens "
                              f"{self.max_completion_tokens}, and at least one goes into a pass")
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if self.prompts_per_rollout % ranks:

@@ -177,7 +177,8 @@ class Trainer:
         preset, limit, lengths = self.preset, self.settings.max_completion_tokens, pack.lengths
         rewards = torch.cat([group.rewards for group in pack.groups])
         if preset.overlong_share:
-            rewards = rewards + overlong_penalty(torch.tensor(lengths), limit, max(1, round(preset.overlong_share * limit)))
+            rewards = rewards + overlong_penalty(torch.tensor(lengths), limit,
+                max(1, round(preset.overlong_share * limit)))
         if preset.kl_in_reward and pack.ref_logp is not None:
             logp = pad_rows(torch.cat([row for group in pack.groups for row in group.logps]), lengths)
             rewards = kl_penalised_rewards(rewards, logp, pack.ref_logp.cpu(), row_mask(lengths), preset.beta)
