@@ -106,23 +106,6 @@ class Pack:
     def packed_tokens(self) -> int:
         return sum(group.packed_tokens for group in self.groups)
 
-    def not_finite(self) -> list[str]:
-        """If the loss is not finite, the ids of the samples that a log-probability of is not; all where each one is."""
-        if self.loss is None or self.loss.isfinite():
-            return []
-        given = [logp.masked_fill(~self.mask, 0.0) for logp in (self.old_logp, self.ref_logp) if logp is not None]
-        good = torch.stack([logp.isfinite().all(1) for logp in given]).all(0).tolist() if given else []
-        ids = [group.prompt.id for group in self.groups for _ in group.completions]
-        return list(dict.fromkeys(id for id, one in zip(ids, good) if not one) or dict.fromkeys(ids))
-
-
-def idle_pack(device=None, prompt: Prompt | None = None) -> Pack:
-    """The smallest possible pass, for a rank that has no work while others have: every pass is a collective. Its mask
-    is empty, so that its loss and its gradient are exactly 0. prompt: of the chain that it belongs to."""
-    one = torch.zeros(1, dtype=torch.long)
-    group = Group(prompt or Prompt(one, torch.zeros(3, 1, dtype=torch.long)), [one])
-    return Pack([group], torch.zeros(1, 1, dtype=torch.bool, device=device), torch.zeros(1, device=device))
-
 
 def pad_rows(flat: Tensor, lengths: list[int], value: float = 0.0) -> Tensor:
     """(T,) end to end → (N, L) left-aligned, `value` elsewhere; differentiable. N = len(lengths), L the longest."""

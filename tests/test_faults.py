@@ -225,15 +225,17 @@ def test_an_infinite_loss_names_its_samples(capsys):
 
 
 def test_where_the_objective_alone_is_infinite_all_samples_of_the_pass_are_named():
+    from grpo.runtime.optim import not_finite
+
     groups, mask = tiny_groups(lengths=((5, 1), (3, 3))), torch.ones(4, 5, dtype=torch.bool)
     pack = Pack(groups, mask, loss=torch.tensor(1.0), old_logp=torch.zeros(4, 5), ref_logp=torch.zeros(4, 5))
-    assert pack.not_finite() == []
+    assert not_finite(pack) == []
     pack.loss = torch.tensor(float("inf"))
-    assert pack.not_finite() == [group.prompt.id for group in groups]
+    assert not_finite(pack) == [group.prompt.id for group in groups]
     pack.ref_logp[3, 2] = float("-inf")
-    assert pack.not_finite() == [groups[1].prompt.id]
+    assert not_finite(pack) == [groups[1].prompt.id]
     mask[3, 2] = False  # behind its end
-    assert pack.not_finite() == [group.prompt.id for group in groups]
+    assert not_finite(pack) == [group.prompt.id for group in groups]
 
 
 def test_a_run_of_them_ends_it_and_names_the_last_good_checkpoint(folder, tmp_path):

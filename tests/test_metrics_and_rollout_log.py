@@ -12,7 +12,8 @@ from test_loop import make, weights
 
 import grpo.runtime.metrics
 from grpo.engine.rollout import Sampling, sample
-from grpo.group import Group, Prompt, idle_pack
+from grpo.group import Group, Prompt
+from grpo.runtime.optim import idle_pack
 from grpo.runtime import log
 from grpo.runtime.log import PlainProgress
 from grpo.runtime.metrics import MetricsLog, append_line

@@ -12,7 +12,8 @@ from test_loop import make, weights
 
 from grpo.runtime.optim import skip_idle
 from grpo.engine.speculation import Speculation
-from grpo.group import Group, Pack, idle_pack, row_mask
+from grpo.group import Group, Pack, row_mask
+from grpo.runtime.optim import idle_pack
 from grpo.runtime.answer import Prompts, answer, remember, remember_predictions
 from grpo.runtime.dist import rank
 from grpo.runtime.run import Run

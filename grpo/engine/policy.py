@@ -152,9 +152,8 @@ class Policy(nn.Module):
         return Scores(logp + self.zero(), entropy, [length for group in groups for length in group.lengths])
 
     def zero(self) -> Tensor | float:
-        """0, with a gradient of 0 for every weight of a vision encoder that trains. Gradients are reduced over ranks:
-        each must have one for every weight, also a rank whose samples have no image, and for weights that no image
-        uses (CLIP's last layer, which LLaVA does not read)."""
+        """0, with a gradient of 0 for every weight of a vision encoder that trains: gradients are reduced over
+        ranks, and each must have one, also without an image, and for weights that none uses (CLIP's last layer)."""
         return 0.0 if self.vision_is_frozen else 0.0 * sum(parameter.sum() for parameter in self.visual.parameters())
 
     def call_inside(self, function, *arguments, **keywords):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from grpo.engine.policy import Policy, Scores
 from grpo.engine.split_group import SharedPrompts
-from grpo.group import Pack, idle_pack
+from grpo.group import Group, Pack, Prompt
 from grpo.runtime.dist import all_gather, all_reduce_max, any_rank, world_size
 from grpo.runtime.fsdp import clip_gradients
 from grpo.runtime.liveness import heartbeat
@@ -38,6 +38,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
     if schedule == "constant":
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def idle_pack(device=None, prompt: Prompt | None = None) -> Pack:
+    """The smallest possible pass, for a rank that has no work while others have: every pass is a collective. Its mask
+    is empty, so that its loss and its gradient are exactly 0. prompt: of the chain that it belongs to."""
+    one = torch.zeros(1, dtype=torch.long)
+    group = Group(prompt or Prompt(one, torch.zeros(3, 1, dtype=torch.long)), [one])
+    return Pack([group], torch.zeros(1, 1, dtype=torch.bool, device=device), torch.zeros(1, device=device))
 
 
 def equal_passes(packs: list[Pack], device) -> list[Pack]:
@@ -81,6 +89,16 @@ def skip_idle(packs: list[Pack], device) -> tuple[list[Pack], dict]:
     taught = {group.source for pack in teaching for group in pack.groups}
     skipped = len({group.source for pack in packs if pack.mask.any() for group in pack.groups} - taught)
     return equal_passes(teaching, device) or [idle_pack(device)], {"groups_skipped": sum(all_gather([skipped]))}
+
+
+def not_finite(pack: Pack) -> list[str]:
+    """If the loss is not finite, the ids of the samples that a log-probability of is not; all where each one is."""
+    if pack.loss is None or pack.loss.isfinite():
+        return []
+    given = [logp.masked_fill(~pack.mask, 0.0) for logp in (pack.old_logp, pack.ref_logp) if logp is not None]
+    good = torch.stack([logp.isfinite().all(1) for logp in given]).all(0).tolist() if given else []
+    ids = [group.prompt.id for group in pack.groups for _ in group.completions]
+    return list(dict.fromkeys(id for id, one in zip(ids, good) if not one) or dict.fromkeys(ids))
 
 
 @contextmanager

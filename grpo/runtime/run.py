@@ -30,7 +30,7 @@ from grpo.runtime.fsdp import compute_dtype, make_mesh, shard
 from grpo.runtime.liveness import StopSignals, heartbeat, heartbeat_during
 from grpo.runtime.log import say
 from grpo.runtime.metrics import MetricsLog
-from grpo.runtime.optim import set_gradient_checkpointing
+from grpo.runtime.optim import not_finite, set_gradient_checkpointing
 from grpo.runtime.provenance import check_base, fingerprint, what_ran
 from grpo.runtime.settings import CommonSettings, TrainingSettings, resume_rules
 
@@ -258,7 +258,7 @@ class Run:
             self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
             self.bad_updates += not math.isfinite(norm)
         if self.bad_in_a_row:
-            ids = all_gather([id for pack in packs for id in pack.not_finite()])
+            ids = all_gather([id for pack in packs for id in not_finite(pack)])
             more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
             at = f"its loss is not finite at {', '.join(ids[:5])}{more}" if ids else "its gradient is not finite"
             say(f"update skipped: {at} ({self.bad_in_a_row} in a row)")
