@@ -342,3 +342,9 @@ def test_the_last_export_is_whole_until_the_next_one_stands(tmp_path, monkeypatc
 
 def test_the_banned_tokens_are_no_weights():
     assert "banned" not in tiny_policy().state_dict()
+
+
+def test_a_folder_with_an_adapter_is_no_model_and_that_is_said(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter; expected its base's weights here and the adapter as --adapter"):
+        load_policy(str(tmp_path))

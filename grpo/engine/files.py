@@ -36,6 +36,8 @@ def model_file(model: str, name: str) -> Path:
     """Path of one small file of a checkpoint, local or from the hub; ValueError with the expected name if absent."""
     if Path(model).is_dir():
         path = Path(model) / name
+        if not path.is_file() and (Path(model) / "adapter_config.json").is_file():
+            raise ValueError(f"{model}: holds an adapter; expected its base's weights here and the adapter as --adapter")
         if not path.is_file():
             raise ValueError(f"{path}: missing; a checkpoint needs config.json, tokenizer and {name}")
         return path
