@@ -346,5 +346,5 @@ def test_the_banned_tokens_are_no_weights():
 
 def test_a_folder_with_an_adapter_is_no_model_and_that_is_said(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds an adapter; expected its base's weights here and the adapter as --adapter"):
+    with pytest.raises(ValueError, match="holds an adapter; its base is the model, it goes to --adapter"):
         load_policy(str(tmp_path))

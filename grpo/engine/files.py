@@ -37,7 +37,7 @@ def model_file(model: str, name: str) -> Path:
     if Path(model).is_dir():
         path = Path(model) / name
         if not path.is_file() and (Path(model) / "adapter_config.json").is_file():
-            raise ValueError(f"{model}: holds an adapter; expected its base's weights here and the adapter as --adapter")
+            raise ValueError(f"{model}: holds an adapter; its base is the model, it goes to --adapter")
         if not path.is_file():
             raise ValueError(f"{path}: missing; a checkpoint needs config.json, tokenizer and {name}")
         return path
