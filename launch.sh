@@ -18,7 +18,8 @@
 # RESTARTS=N ./launch.sh …                start all processes again, from the last checkpoint, when one has died (default: 0)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+# Our modules before those of the folder that this is started from, which python -m would search first.
+export PYTHONSAFEPATH=1 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}:$PWD
 # Nothing here needs a hub unless a hub name is given as --model.
 export TOKENIZERS_PARALLELISM=false
 # Told to stop, a run finishes its step and writes a checkpoint; torchrun's own 30 seconds may not do (older ones do not ask).

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,24 @@ def test_the_whole_pipeline_is_one_line(launch):
     assert "--split train" in calls[4] and "--exclude runs/more-r1/cold_start.drawn.json" in calls[4]
     assert "--model runs/more-r1/stage_1/model" in calls[5]
     assert "--predictions runs/more-r1/split/predictions.jsonl" in calls[5]
+
+
+FIND = """rest=" $*"; program=${rest##* -m }
+"$REAL" -c 'import importlib.util, sys; print(importlib.util.find_spec(sys.argv[1]).origin)' "${program%% *}" >>"$CALLS"
+"""
+
+
+def test_our_programs_run_where_a_users_folder_has_names_like_ours(launch, tmp_path, monkeypatch):
+    for name in ("data/__init__.py", "sft/__init__.py", "rewards.py", "grpo.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('of somebody else')")
+    (tmp_path / "python").write_text(STUB.replace('echo "$*" >>"$CALLS"\n', FIND))
+    monkeypatch.setenv("REAL", sys.executable)
+    status, said, _ = launch(*MODEL)
+    assert status == 0, said
+    found = (tmp_path / "calls").read_text().splitlines()
+    assert {"sft/train.py", "grpo/train.py"} < {path.removeprefix(f"{ROOT}/") for path in found} and len(found) > 5
+    assert all(path.startswith(f"{ROOT}/") for path in found), found
 
 
 def test_what_is_done_is_skipped_and_said_and_what_was_cut_off_is_not(launch):
