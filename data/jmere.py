@@ -16,7 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.images import check_image, check_missing_images, grey_image, open_image, settle_missing
-from data.read import is_file_name, read_json, shown
+from data.read import check_folder, is_file_name, read_json, shown
 from rewards.jmere import Quintuple, answer_text, correct, spoken
 
 SPLITS = ("train", "val", "test")
@@ -94,6 +94,7 @@ def relations_in(splits: dict[str, list[Post]]) -> tuple[str, ...]:
 
 def read_splits(folder: Path) -> dict[str, list[Post]]:
     """The posts of every split that is there."""
+    check_folder(folder, "train.json, val.json or test.json")
     files = {split: folder / f"{split}.json" for split in SPLITS}
     splits = {split: read_posts(file) for split, file in files.items() if file.is_file()}
     if not splits:

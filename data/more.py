@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data.images import (check_box, check_image, check_missing_images, crop_box, grey_image, open_image,
                          settle_missing)
-from data.read import is_file_name, one_line, read_json, shown
+from data.read import check_folder, is_file_name, one_line, read_json, shown
 
 SPLITS = ("train", "valid", "test")
 
@@ -243,6 +243,7 @@ def _four_numbers(box) -> tuple[float, float, float, float]:
 def read_labels(folder) -> tuple[str, ...]:
     """The candidate labels in the order of their ids, from rel2id.json."""
     file, expected = Path(folder) / "rel2id.json", "a dictionary from label to id"
+    check_folder(folder, file.name)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; {expected} expected")
     ids = read_json(file, expected)

@@ -47,6 +47,12 @@ def json_value(content: bytes):
         raise ValueError(f"not JSON, perhaps cut off: {one_line(problem)[:100]}") from None
 
 
+def check_folder(path, holds: str) -> None:
+    """ValueError for a file where a dataset's folder is expected."""
+    if Path(path).is_file():
+        raise ValueError(f"{path}: a file; a folder with {holds} expected (--task jsonl reads questions from a file)")
+
+
 def shown(value) -> str:
     """The beginning of a value, on one line."""
     try:

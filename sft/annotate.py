@@ -129,6 +129,8 @@ def find_expert(settings: Settings) -> Ask:
     kind, _, rest = settings.expert.partition(":")
     if kind not in ("file", "openai", "local") or not rest:
         raise ValueError(f"--expert {settings.expert}: file:PATH, openai:MODEL or local:MODEL expected")
+    if kind == "file" and not Path(rest).is_file():
+        raise ValueError(f"--expert {settings.expert}: no such file")
     return file_expert(rest) if kind == "file" else asking_expert(kind, rest, settings)
 
 

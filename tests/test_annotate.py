@@ -187,7 +187,7 @@ def test_a_bad_template_is_refused_before_anything_is_read(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("words, message", [
     (["--expert", "gpt-4o"], "error: --expert gpt-4o: file:PATH, openai:MODEL or local:MODEL expected"),
-    (["--expert", "file:gone.jsonl"], "error: .*gone.jsonl"),
+    (["--expert", "file:gone.jsonl"], "error: --expert file:gone.jsonl: no such file"),
     (["--expert", "file:expert.jsonl", "--task", "mroe"], "error: unknown task 'mroe'"),
     (["--expert", "file:expert.jsonl", "--fraction", "2"], "error: fraction 2.0"),
     (["--expert", "file:expert.jsonl", "--sede", "2"], "error: .*sede.*seed"),

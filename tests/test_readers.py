@@ -160,6 +160,13 @@ def test_what_is_no_json_is_named(tmp_path, content, said):
         list(read_json_lines(tmp_path / "f.json", "a list"))
 
 
+@pytest.mark.parametrize("load", [more.load, jmere.load])
+def test_a_file_in_the_place_of_a_datasets_folder_is_said_so(tmp_path, load):
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"train.json: a file; a folder with .* expected \(--task jsonl reads questions from a file"):
+        load(tmp_path / "train.json", "train")
+
+
 # ── grpo.compare ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
