@@ -221,7 +221,6 @@ def test_a_flag_alone_is_yes_and_none_is_none():
     (["--predictions", "gone.jsonl"], "--predictions gone.jsonl: no such file"), (["--data", "gone"], "--data gone: no such folder"),
     (["--model", "runs/gone/model"], "--model runs/gone/model: no such folder, nor a model of the hub"),
     (["--adapter", "gone"], "--adapter gone: no such folder"), (["--adapter", "a_file"], "--adapter a_file: no such folder"),
-    (["--model", "lora"], "--model lora: holds an adapter: --adapter lora, and --model for what it was trained on"),
     (["--model", "here/gone"], "--model here/gone: no such folder"), (["--model", "./gone"], "no such folder"),
     (["--output", "a_file/out"], "--output a_file/out: a file; a folder expected"), (["--task", "mroe"], "did you mean 'more'"),
 ])
@@ -229,8 +228,6 @@ def test_what_is_not_there_is_refused_before_anything_is_loaded(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "a_file").touch()
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     usual = ["--model", "here", "--data", "here", "--output", "out"]
     read_settings(GRPOSettings, usual)
     with pytest.raises(ValueError, match=re.escape(expected)):

@@ -409,8 +409,6 @@ def check_paths(settings) -> None:
             raise ValueError(f"{one.flag} {path}: no such {'file' if kind == 'file' else 'folder or file'}")
         if kind == "folder" and not path.is_dir():
             raise ValueError(f"{one.flag} {path}: no such folder")
-        if kind == "model" and (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise ValueError(f"{one.flag} {path}: holds an adapter: --adapter {path}, and {one.flag} for what it was trained on")
         if kind == "model" and not path.exists() and not maybe_on_hub(one.value):
             raise ValueError(f"{one.flag} {path}: no such folder, nor a model of the hub")
 
