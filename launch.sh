@@ -112,8 +112,23 @@ pipeline() { # the command line of a recipe's
     model="" data="" output=runs/$command expert=openai:gpt-4o template="" missing_images=stop seed=0 stage=$main more=()
     recipe=$here/docs/recipes/$command
     options "--model --data --output --expert --template --missing_images --recipe --seed --stage" "$@"
+    [[ -d $recipe || $recipe == */* ]] || named_recipe
+    [ -d "$recipe" ] || fail "$command: --recipe $recipe: no such folder"
     [ "$stage" != everything ] || stage=$all
     run_stages ${stage//,/ }
+}
+
+named_recipe() { # the name of a folder beside the paper's
+    local known
+    known=$(cd "$here/docs/recipes" && echo */ | tr -d /)
+    [[ " $known " = *" $recipe "* ]] || fail "$command: --recipe $recipe: neither a folder nor one of $known"
+    recipe=$here/docs/recipes/$recipe
+}
+
+settings() { # a file of the recipe's; what its folder does not have is the paper's
+    local file=$recipe/$1.json
+    [ -e "$file" ] || [ ! -e "$here/docs/recipes/$command/$1.json" ] || file=$here/docs/recipes/$command/$1.json
+    echo "$file"
 }
 
 run_stages() {
@@ -134,28 +149,35 @@ needs() { # what a stage starts from, the stage that makes it
 }
 
 reasoning() { # name of the data, settings: the expert's, filtered
-    once "$output/$1" one sft.annotate --config "$recipe/data.json" --data "$data" --expert "$expert" --seed "$seed" \
+    once "$output/$1" one sft.annotate --config "$(settings data)" --data "$data" --expert "$expert" --seed "$seed" \
         --missing_images "$missing_images" --output "$output/$1.jsonl" ${template:+--template "$template"} "${@:2}"
 }
 
 run() { # folder of the result, program, the recipe's file, settings
-    once "$output/$1" many "$2" --config "$recipe/$3.json" --data "$data" --seed "$seed" --missing_images "$missing_images" \
+    once "$output/$1" many "$2" --config "$(settings "$3")" --data "$data" --seed "$seed" --missing_images "$missing_images" \
         --output "$output/$1" "${@:4}" "${more[@]}"
 }
 
 train() { # name, program, the recipe's file, that of its test, settings: trained and tested
     run "$1" "$2" "$3" "${@:5}"
-    evaluate "$1" "$4" "$output/$1/model"
+    weights_of "$1"
+    evaluate "$1" "$4" "${weights[@]}"
 }
 
-evaluate() { # name of what is tested, the recipe's file, model
-    run "test/$1" grpo.evaluate "$2" --model "$3"
-    [ -z "${greedily_too:-}" ] || run "test/$1_greedy" grpo.evaluate "$2" --model "$3" --temperature 0
+weights_of() { # stage: `weights` names what it has trained, a checkpoint or --model's adapter. Merged into a checkpoint and
+    # rounded to bfloat16, as frozen weights are, most of an adapter's update would be lost.
+    weights=(--model "$output/$1/model")
+    [ ! -d "$output/$1/adapter" ] || weights=(--model "$model" --adapter "$output/$1/adapter")
+}
+
+evaluate() { # name of what is tested, the recipe's file, which weights
+    run "test/$1" grpo.evaluate "$2" "${@:3}"
+    [ -z "${greedily_too:-}" ] || run "test/$1_greedy" grpo.evaluate "$2" "${@:3}" --temperature 0
 }
 
 table() {
     title "result"
-    one grpo.report.paper_table "$recipe/paper.json" --runs "$output/test" --output "$output/table"
+    one grpo.report.paper_table "$(settings paper)" --runs "$output/test" --output "$output/table"
 }
 
 processes_and_threads() {

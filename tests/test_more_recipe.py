@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 import grpo.train
 import sft.train
 from grpo import evaluate
+from grpo.plan.__main__ import GIB, plan
+from grpo.plan.__main__ import Settings as PlanSettings
+from grpo.plan.costs import Costs, read_shape
 from grpo.runtime.settings import parse
 from sft import annotate
 
@@ -23,11 +27,13 @@ echo "$*" >>"$CALLS"
 [[ $* != *"$FAILS"* ]] || exit 1
 while [ $# -gt 1 ]; do
     [ "$1" = --output ] && output=$2
+    [ "$1" = --config ] && config=$2
     shift
 done
 case $output in
     *.jsonl) touch "$output" "${output%.jsonl}.drawn.json" ;;
-    ?*) mkdir -p "$output/model"; touch "$output/predictions.jsonl" ;;
+    ?*) mkdir -p "$output/model"; touch "$output/predictions.jsonl"
+        ! grep -qs lora_rank "$config" || mkdir -p "$output/adapter" ;;
 esac
 """
 
@@ -193,11 +199,12 @@ PROGRAMS = {"data": annotate, "stage_1": sft.train, "label_only": sft.train, "st
             "answer": evaluate}
 
 
-@pytest.mark.parametrize("recipe", ["more-r1", "more-demo"])
-@pytest.mark.parametrize("name", PROGRAMS)
+FOLDERS = ["more-r1", "more-demo", "more-r1-24gb", "more-r1-80gb", "more-r1-2x80gb"]
+
+
+@pytest.mark.parametrize("recipe,name", [(folder, name) for folder in FOLDERS for name in PROGRAMS
+                                         if (RECIPES / folder / f"{name}.json").exists()])
 def test_every_recipe_is_understood_by_its_program(recipe, name):
-    if recipe == "more-demo" and name == "label_only":
-        return
     words = ["--config", str(RECIPES / recipe / f"{name}.json"), "--data", "d", "--output", "o"]
     words += ["--expert", "file:x"] if name == "data" else ["--model", "m"]
     settings = parse(PROGRAMS[name].Settings, words)
@@ -229,3 +236,91 @@ def test_every_row_of_the_paper_has_a_stage_that_fills_it_and_every_tested_stage
     tested = set(re.findall(r" (?:train|evaluate|stage_2) (\w+) ", stages))
     assert {row["folder"] for row in rows if "folder" in row} == tested
     assert next(row for row in rows if row.get("folder") == "stage_2")["f1"] == 67.80
+
+
+# ── recipes for one card ─────────────────────────────────────────────────────────────────────────────────────────
+
+ADAPTER = {"lora_rank": 64}
+CARDS = {  # recipe: config of its model, GPUs, GiB of each, what differs from the paper's settings in each file
+    "more-r1-24gb": ("3b", 1, 24.0, {
+        **dict.fromkeys(("stage_1", "label_only"), ADAPTER | {"rollout_rows": 32}), **dict.fromkeys(("test", "answer"), {
+            "rollout_rows": 32}), "stage_2": ADAPTER | {"rollout_rows": 32, "learning_rate": 1e-5}}),
+    "more-r1-80gb": ("7b", 1, 80.0, {
+        **dict.fromkeys(("stage_1", "label_only"), ADAPTER), "stage_2": ADAPTER | {"learning_rate": 1e-5}}),
+    "more-r1-2x80gb": ("7b", 2, 80.0, {
+        **dict.fromkeys(("stage_1", "label_only"), {"rollout_rows": 32}),
+        "stage_2": {"rollout_rows": 32, "offload_reference": True}})}
+
+
+@pytest.mark.parametrize("recipe", CARDS)
+def test_a_recipe_for_a_card_is_the_papers_but_for_what_memory_and_an_adapter_ask(recipe):
+    differences = CARDS[recipe][3]
+    assert {path.stem for path in (RECIPES / recipe).iterdir()} == set(differences)
+    for name, differing in differences.items():
+        paper, ours = (json.loads((RECIPES / folder / f"{name}.json").read_text()) for folder in ("more-r1", recipe))
+        assert ours == paper | differing, name
+
+
+def test_a_recipe_is_taken_by_its_name_and_its_adapter_is_what_the_next_stage_begins_with(launch):
+    status, said, calls = launch(*MODEL, "--recipe", "more-r1-24gb", "--stage", "everything")
+    assert status == 0, said
+    config = lambda call: re.search(r"--config (\S+)|paper_table (\S+)", call)
+    by_output = dict(zip((name for _, name in programs(calls)), calls))
+    for output, file in (("stage_1", "more-r1-24gb/stage_1"), ("cold_start.jsonl", "more-r1/data"), ("table", "more-r1/paper"),
+                         ("split", "more-r1-24gb/test"), ("test/zero_shot", "more-r1-24gb/answer")):
+        found = config(by_output[output])
+        assert (found[1] or found[2]).endswith(f"docs/recipes/{file}.json"), output
+    beginning = {name: re.search(r"--model (\S+)(?: --adapter runs/more-r1/(\S+)/adapter)?", call).groups()
+                 for name, call in by_output.items() if "--model" in call}
+    trained = ("label_only", "label_only_25", "stage_1", "stage_2", "raw", "gamma_1", "gamma_0")
+    assert beginning == {
+        **dict.fromkeys(("test/zero_shot", "label_only", "label_only_25", "stage_1"), ("M", None)),
+        **dict.fromkeys(("split", "stage_2", "raw", "gamma_1", "gamma_0"), ("M", "stage_1")),
+        **{f"test/{name}": ("M", name) for name in trained}}
+
+
+def test_settings_are_taken_from_a_folder_and_what_it_lacks_is_the_papers(launch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "stage_1.json").write_text("{}")
+    calls = launch(*MODEL, "--recipe", "mine", "--stage", "data,stage_1")[2]
+    assert [re.search(r"--config (\S+)", call)[1].removeprefix(f"{ROOT}/") for call in calls] == [
+        "docs/recipes/more-r1/data.json", "mine/stage_1.json", "docs/recipes/more-r1/test.json"]
+
+
+@pytest.mark.parametrize("typed,message", [
+    ("more-r1-24", "--recipe more-r1-24: neither a folder nor one of"), ("no/folder", "--recipe no/folder: no such folder")])
+def test_a_recipe_that_is_not_there_is_named_before_anything_runs(launch, typed, message):
+    status, said, calls = launch(*MODEL, "--recipe", typed)
+    assert status == 2 and message in said and not calls
+    assert "/" in typed or "more-r1-24gb" in said
+
+
+def planned(shape, recipe: str, name: str) -> float:
+    """GiB of one of its programs. SFT is Stage 2 without a reference and with one completion a prompt; evaluation is the
+    rollout of that, all weights frozen, with twice as many prompts encoded at once as are answered at once."""
+    _, gpus, gib, _ = CARDS[recipe]
+    folder = next(folder for folder in (recipe, "more-r1") if (RECIPES / folder / f"{name}.json").exists())
+    settings = json.loads((RECIPES / folder / f"{name}.json").read_text())
+    if name != "stage_2":
+        rows = settings.get("rollout_rows", PlanSettings.rollout_rows)
+        settings |= {"group_size": 1, "beta": 0.0, "updates": 1, "prompts_per_rollout": max(2 * rows * gpus, settings.get(
+            "batch_size", 0))} | (ADAPTER if name in ("test", "answer") else {})
+    ours = {f.name for f in fields(PlanSettings)}
+    one = plan(shape, replace(PlanSettings(model="m", gpus=[gpus], gpu_memory=gib), **{
+        key: value for key, value in settings.items() if key in ours}), gpus)
+    phases = ("loading", "vision", "prefill", "decode") if name in ("test", "answer") else one.phases
+    return max(sum(one.phases[phase].values()) for phase in phases) / GIB
+
+
+@pytest.mark.parametrize("recipe", CARDS)
+def test_every_stage_of_a_recipe_fits_its_card_and_the_page_says_how_tightly(real_data, recipe):
+    size, gpus, gib, differences = CARDS[recipe]
+    shape = read_shape(str(real_data / "qwen2.5-vl" / f"config-{size}.json"))
+    peaks = {name: planned(shape, recipe, name) for name in ("stage_1", "label_only", "test", "answer", "stage_2")}
+    # Stage 2 validates as Stage 1 does, and keeps what is not planned: the adapter that it began with, and the one of now
+    # while the first stands in its place
+    begun = 2 * 4 / GIB * Costs(shape, replace(PlanSettings(model="m"), **differences["stage_1"]), gpus).adapter
+    assert max(peaks.values()) + begun < gib - PlanSettings.spare, peaks
+    row = re.search(rf"^\| `{recipe}` \|.*", (ROOT / "docs" / "more-r1.md").read_text(), re.MULTILINE)[0]
+    written = [float(figure) for figure in row.split("|")[-5:-1]]
+    assert written == [gib - PlanSettings.spare, *(pytest.approx(peaks[name], rel=0.05) for name in ("stage_1", "test", "stage_2"))]

@@ -287,7 +287,7 @@ def test_loading_needs_host_memory_for_a_tensor_and_the_frozen_half_of_their_byt
     (["--efficiency", "nan"], "--efficiency is nan"),
     (["--prompt_tokens", "500"], "--image_tokens is 1000; it must be below --prompt_tokens 500"),
     (["--shard_size", "3", "--gpus", "8"], "--shard_size is 3; 8 GPUs are no multiple of it"),
-    (["--group_size", "1"], "--group_size is 1; it must be at least 2"),
+    (["--group_size", "0"], "--group_size is 0; it must be at least 1"),
     (["--spare", "80"], "--spare is 80.0; it must be below --gpu_memory 80.0"),
     (["--lora_targets", "q_porj", "--lora_rank", "8"], "--lora_targets: no matrix 'q_porj'"),
 ])

@@ -46,7 +46,7 @@ text_demo() {
     once "$world" one data.toy --task text --output "$world" --seed "$seed" --train 2000 --valid 40 --test 200
     run_stage() {
         case $1 in
-            before) title "before: drawn at temperature 1, and greedily"; evaluate before test "$model" ;;
+            before) title "before: drawn at temperature 1, and greedily"; evaluate before test --model "$model" ;;
             grpo) title "GRPO alone"; train grpo grpo.train grpo test --model "$model" ;;
         esac
     }

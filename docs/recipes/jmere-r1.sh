@@ -7,7 +7,7 @@
 #   --expert KIND:NAME     who writes the reasoning: openai:gpt-4o (the default), local:CHECKPOINT, file:JSONL
 #   --template FILE        the prompt that the expert gets, instead of the built-in one
 #   --missing_images WHAT  posts without an image: stop, drop or blank
-#   --recipe DIR           another folder of settings
+#   --recipe NAME|DIR      another folder of settings; of those that it does not have the paper's hold
 #   --seed N               0
 #
 # What was done is not done again: <result>.done holds the command that made it; it and <result> are removed to repeat it.
@@ -31,28 +31,32 @@ all+=" cot_sft_without_score cot_sft_without_repredict cot_sft_without_both grou
 greedily_too=yes
 
 run_stage() {
-    local start=$output/cot_sft/model size
+    local size
+    weights_of cot_sft
+    local start=("${weights[@]}")
     case $1 in
         data)
             title "reasoning data: several candidates each, the re-prediction filter, the score filter"
             filtered "" ;;
         cot_sft) title "stage 1: SFT on the reasoning"; cot_sft cot_sft cot_sft ;;
-        grpo) title "stage 2: GRPO"; train grpo grpo.train grpo test --model "$start" ;;
+        grpo) title "stage 2: GRPO"; train grpo grpo.train grpo test "${start[@]}" ;;
         vote)
             title "majority of 100 samples"
-            run test/grpo_vote grpo.evaluate test --model "$output/grpo/model" --samples 100 ;;
-        zero_shot) title "zero-shot"; evaluate zero_shot answer "$model" ;;
+            weights_of grpo
+            run test/grpo_vote grpo.evaluate test "${weights[@]}" --samples 100 ;;
+        zero_shot) title "zero-shot"; evaluate zero_shot answer --model "$model" ;;
         sft) title "baseline: SFT on the answers alone, 20 epochs"; train sft sft.train sft answer --model "$model" ;;
         cot_sft_20) title "baseline: SFT on the reasoning, 20 epochs"; cot_sft cot_sft_20 sft ;;
         only_rl) title "baseline: GRPO alone"; train only_rl grpo.train grpo test --model "$model" ;;
         without_partial)
             title "ablation: the accuracy reward alone"
-            train without_partial grpo.train grpo test --model "$start" --reward_weights partial=0,format=0 ;;
+            train without_partial grpo.train grpo test "${start[@]}" --reward_weights partial=0,format=0 ;;
         without_*)
             title "ablation: the data $1"
             filtered "_$1"
             run "warm_up_$1" sft.train cot_sft --model "$model" --responses "$output/mp_cot_$1.jsonl"
-            train "$1" grpo.train grpo test --model "$output/warm_up_$1/model" ;;
+            weights_of "warm_up_$1"
+            train "$1" grpo.train grpo test "${weights[@]}" ;;
         cot_sft_without_*)
             title "ablation: SFT on the data ${1#cot_sft_}, 20 epochs"
             filtered "${1#cot_sft}"
@@ -60,7 +64,7 @@ run_stage() {
         groups)
             for size in 2 4 16; do
                 title "ablation: groups of $size"
-                train "groups_$size" grpo.train grpo test --model "$start" --group_size $size
+                train "groups_$size" grpo.train grpo test "${start[@]}" --group_size $size
             done ;;
         table) table ;;
     esac

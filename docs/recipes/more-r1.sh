@@ -7,7 +7,9 @@
 #   --expert KIND:NAME     who writes the reasoning: openai:gpt-4o (the default), local:CHECKPOINT, file:JSONL
 #   --template FILE        the prompt that the expert gets, instead of the built-in one
 #   --missing_images WHAT  samples without an image: stop, drop or blank
-#   --recipe DIR           another folder of settings
+#   --recipe NAME|DIR      other settings than the paper's, which hold where the folder has no such file: more-r1-24gb (3B,
+#                          an adapter, one 24-GB card), more-r1-80gb (7B, an adapter, one 80-GB card), more-r1-2x80gb (7B,
+#                          all weights, two of them), or a folder of yours
 #   --seed N               0
 #
 # What was done is not done again: <result>.done holds the command that made it; it and <result> are removed to repeat it.
@@ -26,7 +28,7 @@ main="check data stage_1 split stage_2 table"
 all="check data zero_shot label_only label_only_25 stage_1 split stage_2 raw gamma_1 gamma_0 table"
 
 run_stage() {
-    local cold=$output/cold_start start=$output/stage_1/model
+    local cold=$output/cold_start
     case $1 in
         check)
             title "the dataset: counts, missing images, bad boxes"
@@ -35,7 +37,7 @@ run_stage() {
         data)
             title "cold-start data: a quarter of each label, the expert's reasoning, filtered"
             reasoning cold_start ;;
-        zero_shot) title "zero-shot"; evaluate zero_shot answer "$model" ;;
+        zero_shot) title "zero-shot"; evaluate zero_shot answer --model "$model" ;;
         label_only)
             title "baseline: SFT on the labels alone"
             train label_only sft.train label_only answer --model "$model" ;;
@@ -50,7 +52,8 @@ run_stage() {
         split)
             title "the split: what stage 1 answers rightly of the other three quarters is easy"
             needs "$output/stage_1.done" stage_1
-            run split grpo.evaluate test --model "$start" --split train --exclude "$cold.drawn.json" ;;
+            weights_of stage_1
+            run split grpo.evaluate test "${weights[@]}" --split train --exclude "$cold.drawn.json" ;;
         stage_2) stage_2 stage_2 "GRPO with progressive sample mixing" ;;
         raw) stage_2 raw "ablation: all samples in every epoch" --mixing raw ;;
         gamma_1) stage_2 gamma_1 "ablation: always as many easy samples as hard ones" --decay 1 ;;
@@ -62,5 +65,6 @@ run_stage() {
 stage_2() { # name, what it is, settings
     title "stage 2: $2"
     needs "$output/split.done" split
-    train "$1" grpo.train stage_2 test --model "$output/stage_1/model" --predictions "$output/split/predictions.jsonl" "${@:3}"
+    weights_of stage_1
+    train "$1" grpo.train stage_2 test "${weights[@]}" --predictions "$output/split/predictions.jsonl" "${@:3}"
 }

@@ -52,7 +52,7 @@ class Settings:
     prompt_tokens: int = setting(1500, "of a prompt, its images included: the longest counts", top=True, least=1)
     image_tokens: int = setting(1000, "of them from images", top=True, least=0)
     max_completion_tokens: int = as_trained("max_completion_tokens", help="of every completion: all at the limit")
-    group_size: int = as_trained("group_size")
+    group_size: int = as_trained("group_size", least=1, help="completions a prompt; 1, with --beta 0: SFT, evaluation")
     prompts_per_rollout: int = as_trained("prompts_per_rollout", help="over all ranks; made a multiple of the GPUs")
     updates: int = as_trained("updates", group="settings of grpo.train")
     beta: float = as_trained("beta")
