@@ -42,11 +42,15 @@ class Settings(TrainingSettings):
 
     def check(self) -> None:
         super().check()
-        if self.max_completion_tokens > self.tokens_per_pass:
-            raise ValueError(f"--tokens_per_pass is {self.tokens_per_pass}; a completion may have "
-                             "--max_completion_tokens "
-                             f"{self.max_completion_tokens}, and at least one goes into a pass")
+        check_pass(self)
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if self.prompts_per_rollout % ranks:
             raise ValueError(f"--prompts_per_rollout is {self.prompts_per_rollout}; "
                              f"expected a multiple of the {ranks} ranks")
+
+
+def check_pass(settings) -> None:
+    """A group may be scored in parts, a completion may not."""
+    if settings.max_completion_tokens > settings.tokens_per_pass:
+        raise ValueError(f"--tokens_per_pass is {settings.tokens_per_pass}; a completion may have "
+                         f"--max_completion_tokens {settings.max_completion_tokens}, and at least one goes into a pass")

@@ -254,6 +254,7 @@ def test_a_hub_name_and_a_forks_data_are_not_taken_for_missing_paths(tmp_path, m
     ({"max_rollouts": -1}, "--max_rollouts is -1; it must be at least 0"), ({"max_prompt_tokens": 0}, "--max_prompt_tokens is 0"),
     ({"learning_rate": float("nan")}, "--learning_rate is nan"),
     ({"objective": "more-r2"}, "did you mean 'more-r1'"),
+    ({"export_dtype": "int8"}, "--export_dtype: invalid choice: 'int8' .choose from '?auto'?, '?float32'?, '?bfloat16"),
 ])
 def test_settings_that_cannot_train_are_refused(changes, expected):
     given = {"model": "m", "data": "d", "output": "o", **changes}

@@ -82,15 +82,15 @@ def test_a_part_holds_its_share_of_what_is_known_and_as_much_as_fits_behind_the_
     assert split(packs[:1], 10**6) == packs[:1]
 
 
-def kept_bytes(completions):
-    """Most that autograd keeps at any time of a group of so many completions of 30 tokens."""
-    policy, group = frozen_vision(), tiny_groups(lengths=((30,) * completions,))[0]
-    held, most = {}, 0
+def most_kept(policy, group, budget):
+    """Bytes besides weights that autograd keeps of a group, at the time when they are most."""
+    held, most, weights = {}, 0, {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
 
     class Held:
         def __init__(self, tensor):
             self.tensor, self.key = tensor, tensor.untyped_storage().data_ptr()
-            held.setdefault(self.key, [0, tensor.untyped_storage().nbytes()])[0] += 1
+            size = tensor.untyped_storage().nbytes() * (self.key not in weights and tensor.is_floating_point())
+            held.setdefault(self.key, [0, size])[0] += 1
             nonlocal most
             most = max(most, sum(size for _, size in held.values()))
 
@@ -100,12 +100,14 @@ def kept_bytes(completions):
                 del held[self.key]
 
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda one: one.tensor):
-        gradients(policy, [group], len(group.prompt) + 120)
+        gradients(policy, [group], budget)
     return most
 
 
 def test_eight_times_as_many_completions_keep_no_more():
-    assert kept_bytes(64) <= 1.1 * kept_bytes(8)
+    few, many = (tiny_groups(lengths=((30,) * completions,))[0] for completions in (8, 64))
+    budget = len(few.prompt) + 4 * 30
+    assert most_kept(frozen_vision(), many, budget) <= 1.1 * most_kept(frozen_vision(), few, budget)
 
 
 # ── many ranks ───────────────────────────────────────────────────────────────────────────────────────────────────

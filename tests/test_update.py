@@ -74,14 +74,14 @@ def test_weights_decay_and_biases_and_norms_do_not():
 
 
 def test_running_out_of_memory_says_which_setting_to_lower(monkeypatch):
-    one_group, two_groups = [tiny_groups(lengths=((5, 1),))], [tiny_groups()]
+    one, several = [tiny_groups(lengths=((5,),))], [tiny_groups(lengths=((5, 1),))]
     for too_much in (lambda *_: torch.empty(2**50), lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory"))):
         policy = tiny_policy()
         monkeypatch.setattr(policy, "trunk", too_much)
         with pytest.raises(ValueError, match=r"^out of memory in a packed pass of \d+ tokens; lower --tokens_per_pass"):
-            step(policy, two_groups)
-        with pytest.raises(ValueError, match="lower --group_size or --max_completion_tokens"):
-            step(policy, one_group)
+            step(policy, several)
+        with pytest.raises(ValueError, match="; one completion is all there is in it: lower --max_completion_tokens"):
+            step(policy, one)
 
 
 def test_another_fault_than_memory_is_left_as_it_is(monkeypatch):

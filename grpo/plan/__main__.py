@@ -15,7 +15,7 @@ from grpo.plan.step_time import seconds
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
 from grpo.runtime.settings import options, read_settings, required, run_program, setting
-from grpo.settings import Settings as TrainSettings
+from grpo.settings import Settings as TrainSettings, check_pass
 
 GIB = 2**30
 MOST_SUGGESTIONS = 4
@@ -58,7 +58,8 @@ class Settings:
     beta: float = as_trained("beta")
     rollout_rows: int = as_trained("rollout_rows")
     tokens_per_pass: int = as_trained("tokens_per_pass")
-    dtype: str = as_trained("dtype", help="what is computed in. auto: bfloat16 on a GPU, float32 on a CPU")
+    dtype: str = as_trained("dtype", help="what is computed in. auto: bfloat16 on a GPU, float32 on a CPU",
+                            choices=("auto", "float32", "bfloat16"))
     gradient_checkpointing: bool = as_trained("gradient_checkpointing")
     lora_rank: int = as_trained("lora_rank", help="train an adapter of this rank instead of the weights; 0 for none")
     lora_targets: str = as_trained("lora_targets")
@@ -70,6 +71,7 @@ class Settings:
 
     def check(self) -> None:
         """Refuse what cannot be planned."""
+        check_pass(self)
         if min(self.gpus, default=0) < 1:
             raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
         if self.image_tokens >= self.prompt_tokens:
@@ -120,11 +122,11 @@ def plan(shape: Shape, s: Settings, gpus: int) -> Plan:
 def moves(s: Settings, gpus: int) -> list[tuple[str, object]]:
     """Single changes worth trying: settings that cost time, then more GPUs, then an adapter, which learns otherwise."""
     halves = lambda value, least: [value >> times for times in range(1, 12) if value >> times >= least]
-    group = s.prompt_tokens + s.group_size * s.max_completion_tokens  # a pass holds at least one
+    least = s.prompt_tokens + s.max_completion_tokens  # a pass holds at least one completion
     tried = [("gradient_checkpointing", True), ("offload_optimizer", True), ("rollout_weights", "layers"),
              ("offload_reference", bool(s.beta and not s.lora_rank))]
     tried = [(name, value) for name, value in tried if value and getattr(s, name) != value]
-    tried += [("tokens_per_pass", value) for value in halves(s.tokens_per_pass, group)[:3]]
+    tried += [("tokens_per_pass", value) for value in halves(s.tokens_per_pass, least)[:3]]
     tried += [("rollout_rows", value) for value in halves(s.rollout_rows, 4)[:4]]
     tried += [("gpus", count) for count in (2, 4, 8, 16, 32, 64) if count > gpus]
     return tried + ([] if s.lora_rank else [("lora_rank", 64)])

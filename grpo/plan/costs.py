@@ -113,11 +113,16 @@ class Costs:
         self.prompts = ceil(s.prompts_per_rollout / gpus)
         self.rows = min(s.rollout_rows, self.prompts * s.group_size)
         self.slots = min(self.rows, self.prompts)
-        written = s.prompt_tokens + s.group_size * s.max_completion_tokens
-        self.groups = max(1, min(self.prompts, s.tokens_per_pass // written))  # of one pass
-        self.passes = ceil(self.prompts / self.groups)
-        self.tokens = self.groups * (written - s.group_size)  # read in one pass: a completion's last one is not
-        self.scored = self.groups * s.group_size * s.max_completion_tokens
+        whole = s.prompt_tokens + s.group_size * s.max_completion_tokens
+        self.groups = max(1, min(self.prompts, s.tokens_per_pass // whole))  # of one pass
+        behind = max(1, min(s.group_size, (s.tokens_per_pass - s.prompt_tokens) // s.max_completion_tokens))
+        self.parts, self.completions = ceil(s.group_size / behind), self.groups * behind  # of a group; of one pass
+        self.passes = ceil(self.prompts / self.groups) * self.parts
+        # read in one pass: a completion's last one is not; a prompt in parts has a pass of its own, whose graph waits
+        self.tokens = self.groups * s.prompt_tokens + self.completions * (s.max_completion_tokens - 1)
+        self.scored = self.completions * s.max_completion_tokens
+        written = self.tokens - self.groups * s.prompt_tokens
+        self.widest = self.tokens if self.parts == 1 else max(s.prompt_tokens, written)  # that layers see at once
 
     def weights(self) -> float:
         """Float32 masters of what trains; what is frozen in the compute type."""
@@ -179,11 +184,11 @@ class Costs:
         block = 2 * x.vision_hidden + max(3 * x.vision_intermediate, rope)
         return patches * (x.patch_values * 4 + self.width * block)
 
-    def layer_bytes(self) -> float:
+    def layer_bytes(self, tokens: int) -> float:
         """What autograd keeps of one decoder layer in one packed pass."""
-        x, s, width, tokens = self.shape, self.s, self.width, self.tokens
+        x, s, width = self.shape, self.s, self.width
         # [prompt, own] of each
-        both_keys = self.groups * s.group_size * (s.prompt_tokens + s.max_completion_tokens - 1)
+        both_keys = self.completions * (s.prompt_tokens + s.max_completion_tokens - 1)
         keys = 2 * both_keys * x.keys
         if self.on_gpu:  # there keys are repeated for every query head, the prompt's too
             keys = 2 * (both_keys + self.groups * s.prompt_tokens) * x.queries
@@ -191,21 +196,21 @@ class Costs:
         kept = tokens * (3 * x.queries + 2 * x.keys + (2 + product) * x.intermediate) + keys
         kept += tokens * s.lora_rank * len(self.adapted) / x.layers
         softmax = tokens * x.heads * 4
-        return width * kept + softmax + 2 * self.norm_bytes()
+        return width * kept + softmax + 2 * self.norm_bytes(tokens)
 
-    def norm_bytes(self) -> float:
+    def norm_bytes(self, tokens: int) -> float:
         """RMSNorm: its input, one number a token, and its output."""
-        return self.tokens * (2 * self.shape.hidden * self.width + 4)
+        return tokens * (2 * self.shape.hidden * self.width + 4)
 
     def backward_bytes(self) -> float:
         """Of an MLP's backward: the product made again, its gradient, up's and gate's; the residual's and the
         input's."""
-        return self.tokens * self.width * (4 * self.shape.intermediate + 2 * self.shape.hidden)
+        return self.widest * self.width * (4 * self.shape.intermediate + 2 * self.shape.hidden)
 
     def kept_bytes(self, layers: int) -> float:
         """What autograd keeps of the first `layers` layers between forward and backward."""
         inputs = self.tokens * self.shape.hidden * self.width
-        return layers * (inputs if self.s.gradient_checkpointing else self.layer_bytes())
+        return layers * (inputs if self.s.gradient_checkpointing else self.layer_bytes(self.tokens))
 
     def shared_bytes(self) -> float:
         """What all layers share: rope's cosines and sines, a continuation's mask."""
@@ -213,9 +218,18 @@ class Costs:
         mask = (s.max_completion_tokens - 1) * (s.prompt_tokens + s.max_completion_tokens - 1)
         return self.width * (mask + 2 * self.tokens * x.queries / x.heads)
 
+    def chain_bytes(self, learns: bool) -> float:
+        """A prompt's keys and values beside its graph, where a group is scored in parts: float32 leaves, which are cast
+        again for each, and their gradients."""
+        copies = 4 + self.width if self.width == 2 else 0
+        kept = 0 if learns and not self.s.gradient_checkpointing else self.width
+        numbers = 2 * self.shape.layers * self.shape.keys * self.groups * self.s.prompt_tokens
+        return numbers * (copies + kept + 4 * learns) if self.parts > 1 else 0.0
+
     def tail_bytes(self) -> float:
         """What it keeps besides layers: that, of the last norm all but its output, of its output the scored places."""
-        return self.shared_bytes() + self.norm_bytes() + (self.scored - self.tokens) * self.shape.hidden * self.width
+        scored = (self.scored - self.tokens) * self.shape.hidden * self.width
+        return self.shared_bytes() + self.norm_bytes(self.tokens) + scored
 
     def cache_bytes(self) -> float:
         """As Rollout._allocate: prompts of the live groups, continuations of the live rows."""
@@ -268,8 +282,9 @@ class Costs:
         hidden = (self.tokens + self.scored) * self.shape.hidden * self.width
         if self.gpus == 1 and not self.s.lora_rank:  # a frozen copy is used as it is, unless it comes from the host
             layered = self.width * (self.shape.root + 2 * self.shape.layer) * (self.s.offload_reference and self.on_gpu)
-        return max(add(self.resident(), gathered=layered, activations=self.forward_bytes(self.tokens)),
-                   add(self.resident(), gathered=layered, activations=hidden, head=2 * 4 * self.tile()), key=total)
+        rest = add(self.resident(), gathered=layered, caches=self.chain_bytes(False))
+        return max(add(rest, activations=self.forward_bytes(self.widest)),
+                   add(rest, activations=hidden, head=2 * 4 * self.tile()), key=total)
 
     def moments(self, layered: float) -> list[dict[str, float]]:
         """Of a packed pass: the head's forward and backward; the last layer's backward and the first's; the end."""
@@ -285,8 +300,8 @@ class Costs:
             root = MASTER * x.table * (x.tied or bool(before)) * full
         almost = max(before, every - MASTER * x.table * full / self.shards)  # the embedding's comes last
         kept, tail, one = self.kept_bytes(x.layers), self.tail_bytes(), self.kept_bytes(1)
-        work = self.layer_bytes() * self.s.gradient_checkpointing + self.backward_bytes()
-        rest = add(self.resident(), gathered=layered)
+        work = self.layer_bytes(self.widest) * self.s.gradient_checkpointing + self.backward_bytes()
+        rest = add(self.resident(), gathered=layered, caches=self.chain_bytes(True))
         hidden = self.tokens * x.hidden * self.width  # the trunk's output, still named while the head works
         return [
             # a tile of float32 logits and of their exponentials

@@ -105,8 +105,8 @@ def not_finite(pack: Pack) -> list[str]:
 def packed_pass(pack: Pack):
     """A heartbeat; and memory that does not suffice for the pass ends in one line that says what to lower."""
     heartbeat()
-    smaller = ("lower --tokens_per_pass" if len(pack.groups) > 1 else
-               "one group is all there is in it: lower --group_size or --max_completion_tokens")
+    smaller = ("lower --tokens_per_pass" if len(pack.lengths) > 1 else
+               "one completion is all there is in it: lower --max_completion_tokens")
     with enough_memory(f"in a packed pass of {pack.packed_tokens} tokens", f"{smaller}, or set "
         "--gradient_checkpointing True"):
         yield
