@@ -15,12 +15,12 @@ demo() {
     task=more model="" seed=0 output=""
     options "--task --model --seed --output" "$@"
     [[ $seed =~ ^[0-9]+$ ]] || fail "--seed $seed: expected a whole number"
-    local world stages sft grpo
+    local world stages sft grpo train
     case $task in
         text) [ -n "$model" ] || fail "--model expected: a pretrained text model, as HuggingFaceTB/SmolLM2-135M-Instruct"
             : "${output:=runs/demo-text}" ;;
-        more) : "${output:=runs/demo}"; stages="data zero_shot stage_1 split stage_2" sft=stage_1 grpo=stage_2 ;;
-        jmere) : "${output:=runs/demo-jmere}"; stages="data zero_shot cot_sft grpo" sft=cot_sft grpo=grpo ;;
+        more) : "${output:=runs/demo}"; stages="data zero_shot stage_1 split stage_2" sft=stage_1 grpo=stage_2 train=3200 ;;
+        jmere) : "${output:=runs/demo-jmere}"; stages="data zero_shot cot_sft grpo" sft=cot_sft grpo=grpo train=4800 ;;
         *) fail "--task $task: expected more, jmere or text" ;;
     esac
     world=$output/world
@@ -29,7 +29,7 @@ demo() {
     echo "$seed" >"$output/seed"
     if [ "$task" = text ]; then text_demo; return; fi
     title "the embedded example: a small world, a scripted expert, a tiny random Qwen2.5-VL"
-    once "$world" one data.toy --task "$task" --output "$world" --seed "$seed" --train 4800 --valid 200 --test 800
+    once "$world" one data.toy --task "$task" --output "$world" --seed "$seed" --train $train --valid 200 --test 800
     . "$here/docs/recipes/$task-r1.sh"
     greedily_too=""
     pipeline --model "$world/model" --data "$world/${task^^}" --expert "file:$world/expert.jsonl" --output "$output" \

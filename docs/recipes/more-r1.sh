@@ -35,7 +35,7 @@ run_stage() {
             one data.more --check "$data" || [ "$missing_images" != stop ] ||
                 fail "$command: the dataset is not as it should be" ;;
         data)
-            title "cold-start data: a quarter of each label, the expert's reasoning, filtered"
+            title "cold-start data: a drawn part of each label, the expert's reasoning, filtered"
             reasoning cold_start ;;
         zero_shot) title "zero-shot"; evaluate zero_shot answer --model "$model" ;;
         label_only)
@@ -50,7 +50,7 @@ run_stage() {
             needs "$cold.jsonl" data
             train stage_1 sft.train stage_1 test --model "$model" --responses "$cold.jsonl" ;;
         split)
-            title "the split: what stage 1 answers rightly of the other three quarters is easy"
+            title "the split: what stage 1 answers rightly of the other samples is easy"
             needs "$output/stage_1.done" stage_1
             weights_of stage_1
             run split grpo.evaluate test "${weights[@]}" --split train --exclude "$cold.drawn.json" ;;
