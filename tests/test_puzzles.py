@@ -40,3 +40,10 @@ def test_the_program_writes_them_and_no_model(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         main(["--task", "text", "--output", str(tmp_path / "file"), "--train", "6"])
+
+
+def test_the_demos_puzzles_exist_and_more_than_there_are_is_an_error(tmp_path, capsys):
+    main(["--task", "text", "--output", str(tmp_path), "--train", "2000", "--valid", "40", "--test", "200"])
+    with pytest.raises(SystemExit):
+        main(["--task", "text", "--output", str(tmp_path), "--train", "6000"])
+    assert re.search(r"error: train: 6000 puzzles asked for, \d+ found that differ", capsys.readouterr().err)

@@ -48,7 +48,7 @@ def main(words=None) -> None:
             write_puzzles(s.output / name, s.seed, train=s.train, valid=s.valid, test=s.test)
             return print(f"{s.output}: {name}/ ({s.train} + {s.valid} + {s.test} questions)")
         expert = write(s.output, s.seed, s.train, s.valid, s.test)
-    except OSError as error:  # a file in the folder's place, a full disk
+    except (OSError, ValueError) as error:  # a file in the folder's place, a full disk; more puzzles than there are
         parser.error(str(error))
     reasoned = [line["response"] for line in expert if " " not in line["id"]]  # without what the filters ask
     parameters = write_tiny_model(s.output / "model", prompts(task, s.output / name) + reasoned[:1200], s.seed)

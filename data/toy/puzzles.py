@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def a_sum(draw: random.Random) -> tuple[str, int]:
-    one, other = draw.randint(10, 89), draw.randint(1, 9)
+    one, other = draw.randint(1, 50), draw.randint(1, 50)
     return f"What is {one} + {other}?", one + other
 
 
 def largest(draw: random.Random) -> tuple[str, int]:
-    numbers = draw.sample(range(10, 100), 4)
+    numbers = draw.sample(range(10, 100), 3)
     return f"Which of these numbers is the largest: {', '.join(map(str, numbers))}?", max(numbers)
 
 
@@ -26,12 +26,14 @@ def write_puzzles(folder: Path, seed: int, kinds: tuple[str, ...] = tuple(PUZZLE
     draw, asked = random.Random(f"{seed}/puzzles"), set()
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in splits.items():
-        lines = []
+        lines, drawn = [], 0
         while len(lines) < count:
+            if (drawn := drawn + 1) > 100 * count:
+                raise ValueError(f"{split}: {count} puzzles asked for, {len(lines)} found that differ from all others")
             kind = kinds[len(lines) % len(kinds)]
             question, answer = PUZZLES[kind](draw)
             if question not in asked:
                 asked.add(question)
-                lines.append({"question": f"{question} Answer with the number alone.", "answer": answer,
-                    "category": kind})
+                lines.append(
+                    {"question": f"{question} Answer with the number alone.", "answer": answer, "category": kind})
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
