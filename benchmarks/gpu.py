@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--record]                       3B: rollout, scoring, update; 7B: rollout and scoring
     python -m benchmarks.gpu --shapes tiny --prompts 1 …      the same code on whatever there is, to try it
 
-3B's update runs with float32 masters, gradients and Adam (about 60 GB). 7B's would take 113 GB for these alone, so it is
-left out. The rollout's limit is the memory's: every step reads the weights and the cached keys and values once; what it
+3B's update runs with float32 masters, gradients and Adam (about 60 GB). 7B's would take 113 GB for these alone, so
+it is left out. The rollout's limit is the memory's: every step reads the weights and the cached keys and values once; what it
 reaches is held against a measured copy, what scoring and update reach against a measured matrix product. transformers'
 `generate` continues the same prompts, one at a time, with num_return_sequences = G.
 """
@@ -35,17 +35,36 @@ def random_model(shape: str, device, dtype):
     half = s["hidden"] // s["heads"] // 2
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            hidden_size=s["hidden"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
-            num_key_value_heads=s["key_value_heads"], intermediate_size=s["intermediate"], vocab_size=s["vocabulary"],
-            bos_token_id=END, eos_token_id=END, tie_word_embeddings=s["tied"], max_position_embeddings=32_768,
-            rope_parameters=dict(rope_type="default", mrope_section=[half - 2 * (3 * half // 8)] + [3 * half // 8] * 2,
-                                 rope_theta=1e6)),
+            hidden_size=s["hidden"],
+            num_hidden_layers=s["layers"],
+            num_attention_heads=s["heads"],
+            num_key_value_heads=s["key_value_heads"],
+            intermediate_size=s["intermediate"],
+            vocab_size=s["vocabulary"],
+            bos_token_id=END,
+            eos_token_id=END,
+            tie_word_embeddings=s["tied"],
+            max_position_embeddings=32_768,
+            rope_parameters=dict(
+                rope_type="default", mrope_section=[half - 2 * (3 * half // 8)] + [3 * half // 8] * 2, rope_theta=1e6
+            ),
+        ),
         vision_config=dict(
-            hidden_size=s["vision_hidden"], depth=s["vision_depth"], num_heads=s["vision_heads"],
-            intermediate_size=s["vision_intermediate"], out_hidden_size=s["hidden"],
-            fullatt_block_indexes=list(range(s["vision_depth"] // 4 - 1, s["vision_depth"], max(1, s["vision_depth"] // 4)))),
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
-        tie_word_embeddings=s["tied"])
+            hidden_size=s["vision_hidden"],
+            depth=s["vision_depth"],
+            num_heads=s["vision_heads"],
+            intermediate_size=s["vision_intermediate"],
+            out_hidden_size=s["hidden"],
+            fullatt_block_indexes=list(
+                range(s["vision_depth"] // 4 - 1, s["vision_depth"], max(1, s["vision_depth"] // 4))
+            ),
+        ),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=s["tied"],
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -94,7 +113,10 @@ class Clock:
 def rates(device, dtype) -> tuple[float, float]:
     """Operations a second of a large matrix product, bytes a second of a copy (read and written); best of five."""
     size = 8192 if device.type == "cuda" else 1024
-    a, big = torch.randn(size, size, device=device, dtype=dtype), torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
+    a, big = (
+        torch.randn(size, size, device=device, dtype=dtype),
+        torch.empty(2**28 if device.type == "cuda" else 2**24, device=device),
+    )
     times = {"product": [], "copy": []}
     for _ in range(6):
         with Clock(device) as clock:
@@ -113,7 +135,9 @@ def layers_of(policy) -> int:
 def rollout_bytes(policy, prompts, tokens: int, width: int) -> float:
     """What every decoding step has to read, summed: weights, prompts' keys and values once, each row's own."""
     text = policy.config.text_config
-    a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * width
+    a_token = (
+        2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * width
+    )
     weights = (layers_of(policy) + text.vocab_size * text.hidden_size) * width
     return tokens * (weights + a_token * sum(map(len, prompts))) + a_token * len(prompts) * G * tokens**2 / 2
 
@@ -123,7 +147,10 @@ def score_operations(policy, groups) -> float:
     text = policy.config.text_config
     head = sum(sum(group.lengths) for group in groups) * text.vocab_size * text.hidden_size
     pairs = sum(len(g.prompt) ** 2 / 2 + sum(n * len(g.prompt) + n * n / 2 for n in g.lengths) for g in groups)
-    return 2 * (layers_of(policy) * sum(g.packed_tokens for g in groups) + head) + 4 * text.hidden_size * text.num_hidden_layers * pairs
+    return (
+        2 * (layers_of(policy) * sum(g.packed_tokens for g in groups) + head)
+        + 4 * text.hidden_size * text.num_hidden_layers * pairs
+    )
 
 
 def measure(shape: str, settings, device) -> list[dict]:
@@ -180,16 +207,36 @@ def measure(shape: str, settings, device) -> list[dict]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
-    model = random_model(shape, device, dtype)
-    keywords = dict(do_sample=True, temperature=0.8, top_p=1.0, top_k=0, num_return_sequences=G, eos_token_id=None, pad_token_id=0,
-                    max_new_tokens=settings.tokens, min_new_tokens=settings.tokens)
+    clock = stock_generation(random_model(shape, device, dtype), prompts, settings.tokens, device)
+    row("generate", clock, tokens_per_second=settings.prompts * G * settings.tokens / clock.seconds)
+    return rows
+
+
+def stock_generation(model, prompts, tokens: int, device) -> Clock:
+    """transformers' generate on the same prompts, one at a time."""
+    keywords = dict(
+        do_sample=True,
+        temperature=0.8,
+        top_p=1.0,
+        top_k=0,
+        num_return_sequences=G,
+        eos_token_id=None,
+        pad_token_id=0,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+    )
     with torch.no_grad(), Clock(device) as clock:
         for prompt in prompts:
             ids = prompt.tokens[None].to(device)
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixels.to(device, dtype),
-                           image_grid_thw=prompt.grids.to(device), mm_token_type_ids=(ids == IMAGE).int(), **keywords)
-    row("generate", clock, tokens_per_second=settings.prompts * G * settings.tokens / clock.seconds)
-    return rows
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=prompt.pixels.to(device, model.dtype),
+                image_grid_thw=prompt.grids.to(device),
+                mm_token_type_ids=(ids == IMAGE).int(),
+                **keywords,
+            )
+    return clock
 
 
 def main() -> None:
@@ -209,8 +256,10 @@ def main() -> None:
     device = start()
     rows = [row for shape in settings.shapes for row in measure(shape, settings, device)]
     speed = {(row["shape"], row["phase"]): row.get("tokens_per_second") for row in rows}
-    summary = "; ".join(f"{shape}: rollout {speed[shape, 'rollout'] / speed[shape, 'generate']:.1f} times generate's tokens a second"
-                        for shape in dict.fromkeys(row["shape"] for row in rows))
+    summary = "; ".join(
+        f"{shape}: rollout {speed[shape, 'rollout'] / speed[shape, 'generate']:.1f} times generate's tokens a second"
+        for shape in dict.fromkeys(row["shape"] for row in rows)
+    )
     print(summary)
     if settings.record:
         append("gpu", {name: str(value) for name, value in vars(settings).items() if name != "record"}, rows, summary)

@@ -4,7 +4,8 @@
 
 The middle shape, 32 new tokens a completion, float32. `score` is forward and backward. The table shows seconds and the
 memory beyond what the process held before; below it, what the figures say: seconds for a prompt (G = 1 beyond the
-completion's own) and for each further completion, between G = 1 and 8 and between 8 and 64. Draws benchmarks/growth.svg.
+completion's own) and for each further completion, between G = 1 and 8 and between 8 and 64. Draws
+benchmarks/growth.svg.
 """
 
 import argparse
@@ -65,8 +66,10 @@ def plot(rows: list[dict], path: Path) -> None:
             parts.append(f'<text x="{across(size)}" y="{height - 20}" text-anchor="middle" fill="#555">{size}</text>')
         for share in (0, 0.25, 0.5, 0.75, 1):
             y = down(share * top)
-            parts.append(f'<line x1="{across(0)}" x2="{across(64)}" y1="{y}" y2="{y}" stroke="#ddd"/>'
-                         f'<text x="{across(0) - 6}" y="{y + 4}" text-anchor="end" fill="#555">{share * top:.2g}</text>')
+            parts.append(
+                f'<line x1="{across(0)}" x2="{across(64)}" y1="{y}" y2="{y}" stroke="#ddd"/>'
+                f'<text x="{across(0) - 6}" y="{y + 4}" text-anchor="end" fill="#555">{share * top:.2g}</text>'
+            )
         for color, length in zip(COLORS, PROMPTS):
             line = [(row["G"], row[f"{verb}_seconds"]) for row in rows if row["prompt"] == length]
             points = " ".join(f"{across(size):.1f},{down(seconds):.1f}" for size, seconds in line)

@@ -4,8 +4,8 @@
 
 Necessary is what the mathematics asks for, each prompt once: no recomputed logits, no copies. A phase's limit is the
 larger of operations ÷ the measured rate of a large float32 matrix product and bytes ÷ the measured rate of reading
-(weights once a pass or decoding step, keys and values once a step, Adam's seven streams). The share of the limit that is
-reached is followed by where the phase's time went, from the profiler.
+(weights once a pass or decoding step, keys and values once a step, Adam's seven streams). The share of the limit that
+is reached is followed by where the phase's time went, from the profiler.
 """
 
 import argparse
@@ -19,7 +19,10 @@ from benchmarks.record import append
 from benchmarks.shapes import MODELS, write_model
 from benchmarks.update_vs_trl import CASES, PROMPTS, UPDATES, G, our_trainer
 
-KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"), "attention": ("scaled_dot",)}
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"),
+    "attention": ("scaled_dot",),
+}
 
 
 @dataclass
@@ -63,7 +66,10 @@ class Counted:
         P, C = self.prompt, self.completion
         tokens = PROMPTS * (P + G * (C - 1))
         pairs = PROMPTS * (P * P / 2 + G * (C * P + C * C / 2))
-        return Work(2 * self.layers * tokens + 2 * self.head * PROMPTS * G * C + self.pair * pairs, 4 * (self.layers + self.head))
+        return Work(
+            2 * self.layers * tokens + 2 * self.head * PROMPTS * G * C + self.pair * pairs,
+            4 * (self.layers + self.head),
+        )
 
     def update(self) -> Work:
         """Forward, twice as much backward, Adam's reading of weight, gradient, two moments and writing of three."""
@@ -89,8 +95,14 @@ def where(profiler) -> dict[str, float]:
     """Shares of the time by kind of operator."""
     shares, whole = dict.fromkeys([*KINDS, "everything else"], 0.0), 0.0
     for event in profiler.key_averages():
-        kind = next((kind for kind, names in KINDS.items() if event.key in names or any(n in event.key for n in names if "::" not in n)),
-                    "everything else")
+        kind = next(
+            (
+                kind
+                for kind, names in KINDS.items()
+                if event.key in names or any(n in event.key for n in names if "::" not in n)
+            ),
+            "everything else",
+        )
         shares[kind] += event.self_cpu_time_total
         whole += event.self_cpu_time_total
     return {kind: value / whole for kind, value in shares.items()}
@@ -139,15 +151,31 @@ def main() -> None:
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 function()
             limit = max(work.operations / products, work.bytes / reads)
-            rows.append({"case": case, "phase": name, "operations": work.operations, "bytes": work.bytes, "limit": limit,
-                         "took": took, "share": limit / took, **where(profiler)})
+            rows.append(
+                {
+                    "case": case,
+                    "phase": name,
+                    "operations": work.operations,
+                    "bytes": work.bytes,
+                    "limit": limit,
+                    "took": took,
+                    "share": limit / took,
+                    **where(profiler),
+                }
+            )
             spent = ", ".join(f"{kind} {share:.0%}" for kind, share in where(profiler).items())
-            print(f"{case:14}{name:11}{work.operations / 1e9:8.0f}{work.bytes / 1e9:7.1f}{limit:10.2f}{took:9.2f}{limit / took:7.0%}"
-                  f"   {spent}", flush=True)
+            print(
+                f"{case:14}{name:11}{work.operations / 1e9:8.0f}{work.bytes / 1e9:7.1f}"
+                f"{limit:10.2f}{took:9.2f}{limit / took:7.0%}"
+                f"   {spent}",
+                flush=True,
+            )
     worst = max(rows, key=lambda row: row["took"] - row["limit"])
     kind = max([*KINDS, "everything else"], key=lambda kind: worst[kind])
-    summary = (f"largest gap: {worst['phase']} of {worst['case']}, {worst['took'] - worst['limit']:.1f} s beyond its limit, "
-               f"most of the time in {kind}")
+    summary = (
+        f"largest gap: {worst['phase']} of {worst['case']}, {worst['took'] - worst['limit']:.1f} s beyond its limit, "
+        f"most of the time in {kind}"
+    )
     print("\n" + summary)
     if settings.record:
         append("limit", {"GFLOP/s": products / 1e9, "GB/s": reads / 1e9}, rows, summary)

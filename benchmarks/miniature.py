@@ -206,16 +206,27 @@ def figures(found: dict, seeds: list[int]) -> str:
     courses = [[str(seed), " ".join(map(str, one["stage_1_validation"])), f"{one['hard']} / {one['easy']}",
                 str(one["rollouts"]), " / ".join(map(str, one["best_rollout"].values()))]
                for seed, one in zip(seeds, found["course"])]
-    return "\n\n".join([
-        f"{len(seeds)} seeds, {TEST:,} test samples each, percent, mean ± standard deviation over the seeds; "
-        f"`python -m benchmarks.miniature`, {time.strftime('%Y-%m-%d')}, {found['core_seconds'] / 60:.0f} core-minutes.",
-        markdown(["", "Acc", "P", "R", "F1", "F1 in the paper"], table),
-        "F1, paired by seed:",
-        markdown(["", "difference", "above 0", *(f"seed {seed}" for seed in seeds)], pairs),
-        "How it went:",
-        markdown(["seed", "Stage 1, validation F1 every fourth epoch", "hard / easy", "rollouts",
-                  "best rollout: " + " / ".join(["full", *MIXINGS])], courses),
-    ])
+    return "\n\n".join(
+        [
+            f"{len(seeds)} seeds, {TEST:,} test samples each, percent, mean ± standard deviation over the seeds; "
+            f"`python -m benchmarks.miniature`, {time.strftime('%Y-%m-%d')}, "
+            f"{found['core_seconds'] / 60:.0f} core-minutes.",
+            markdown(["", "Acc", "P", "R", "F1", "F1 in the paper"], table),
+            "F1, paired by seed:",
+            markdown(["", "difference", "above 0", *(f"seed {seed}" for seed in seeds)], pairs),
+            "How it went:",
+            markdown(
+                [
+                    "seed",
+                    "Stage 1, validation F1 every fourth epoch",
+                    "hard / easy",
+                    "rollouts",
+                    "best rollout: " + " / ".join(["full", *MIXINGS]),
+                ],
+                courses,
+            ),
+        ]
+    )
 
 
 def put_into(document: Path, text: str) -> None:

@@ -5,8 +5,8 @@
 Lengths are made geometric by a head of zeros, under which every token is as likely as any other, and by letting one
 token in a hundred end a completion. "Slots used" is tokens ÷ (slots × steps). Without refilling, the same completions
 (the same noise, so the same lengths) are drawn 32 at a time, and each lot waits for its longest. The bound is what a
-refill at once, at no cost, reaches for these lengths: nobody who does not know the lengths beforehand can fill the slots
-of the last rows, when nothing waits any more.
+refill at once, at no cost, reaches for these lengths: nobody who does not know the lengths beforehand can fill the
+slots of the last rows, when nothing waits any more.
 """
 
 import argparse
@@ -64,14 +64,22 @@ def main() -> None:
     for name, lots in ways.items():
         lengths, written, seconds = drawn(policy, lots, sampling)
         all_lengths.append(lengths)
-        row = {"way": name, "tokens": sum(written), "steps": len(written), "used": sum(written) / (SLOTS * len(written)),
-               "seconds": seconds}
+        row = {
+            "way": name,
+            "tokens": sum(written),
+            "steps": len(written),
+            "used": sum(written) / (SLOTS * len(written)),
+            "seconds": seconds,
+        }
         rows.append(row)
         print(f"{name:12}{row['tokens']:9}{row['steps']:8}{row['used']:12.1%}{seconds:9.1f}"
               f"{row['tokens'] / seconds:10.0f}", flush=True)
     if all_lengths[0] != all_lengths[1]:
         raise RuntimeError("the two ways drew different lengths")
-    print(f"bound for these lengths: {bound(all_lengths[0]):.1%} (mean length {sum(all_lengths[0]) / len(all_lengths[0]):.0f})")
+    print(
+        f"bound for these lengths: {bound(all_lengths[0]):.1%} "
+        f"(mean length {sum(all_lengths[0]) / len(all_lengths[0]):.0f})"
+    )
     if settings.record:
         append("ragged", {"shape": settings.shape, "slots": SLOTS, "completions": PROMPTS * G}, rows,
                f"bound {bound(all_lengths[0]):.3f}")

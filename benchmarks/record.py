@@ -19,7 +19,11 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else []
+    names = (
+        re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if os.path.exists("/proc/cpuinfo")
+        else []
+    )
     return f"{names[0].strip() if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
@@ -41,8 +45,16 @@ def commit() -> str:
 
 def append(benchmark: str, settings: dict, figures: list[dict], summary: str = "") -> None:
     """One line of results.jsonl; `figures` are the rows of the printed table."""
-    line = {"benchmark": benchmark, "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(),
-            "commit": commit(), "settings": settings, "figures": figures, "summary": summary}
+    line = {
+        "benchmark": benchmark,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "settings": settings,
+        "figures": figures,
+        "summary": summary,
+    }
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -65,7 +77,7 @@ class PeakMemory:
 
 
 def without_vision_operators() -> None:
-    """Let torchvision be imported beside a torch for which it was not built: it declares operators that are not there."""
+    """Let torchvision be imported beside a torch for which it was not built: it declares operators that are missing."""
     from torch import library
 
     register = library.register_fake

@@ -7,6 +7,11 @@ import json
 
 from benchmarks.record import RESULTS
 
+DRAWN = {
+    ("growth", ""): ("growth.svg", "seconds over G"),
+    ("demo_seeds", "text"): ("text_demo.svg", "reward over rollouts"),
+}
+
 
 def cell(value) -> str:
     if isinstance(value, float):
@@ -17,7 +22,9 @@ def cell(value) -> str:
 def table(rows: list[dict]) -> list[str]:
     """A Markdown table; bytes become megabytes."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    megabytes = lambda name, value: round(value / 1e6) if name.endswith("bytes") and isinstance(value, (int, float)) else value
+    megabytes = lambda name, value: (
+        round(value / 1e6) if name.endswith("bytes") and isinstance(value, (int, float)) else value
+    )
     head = [name.replace("_bytes", ", MB").replace("_", " ") for name in names]
     body = [[cell(megabytes(name, row.get(name, ""))) for name in names] for row in rows]
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
@@ -25,23 +32,38 @@ def table(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    last = {(run["benchmark"], run["machine"]): run for run in runs}
-    lines = ["# Measured", "", "Written by `python -m benchmarks.results` from `results.jsonl`, which every benchmark appends to with `--record`.",
-             "What each one measures, and how, stands at the top of its file. Times on shared machines are noisy: compare within a table.", ""]
+    last = {(run["benchmark"], run["machine"], run["settings"].get("task", "")): run for run in runs}
+    lines = [
+        "# Measured",
+        "",
+        "Written by `python -m benchmarks.results` from `results.jsonl`, which every benchmark appends to",
+        "with `--record`. What each one measures, and how, stands at the top of its file. Times on shared machines are noisy:",
+        "compare within a table.",
+        "",
+    ]
     settled = {key for key in last if not RESULTS.with_name(f"{key[0]}.py").exists()}
-    for (name, machine), run in last.items():
-        if (name, machine) in settled:
+    for (name, machine, task), run in last.items():
+        if (name, machine, task) in settled:
             continue
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
         settings = ", ".join(f"{name} {cell(value)}" for name, value in run["settings"].items())
-        lines += [f"## {name}", "", f"`python -m benchmarks.{name}`, {run['date']}, {machine}, {versions}, at {run['commit']}; {settings}.", ""]
+        lines += [
+            f"## {name} {task}".rstrip(),
+            "",
+            f"`python -m benchmarks.{name}`, {run['date']}, {machine}, {versions}, at {run['commit']}; {settings}.",
+            "",
+        ]
         lines += [*table(run["figures"]), ""]
         lines += [f"**{line}**\n" for line in run["summary"].split("; ") if line]
-        if name == "growth":
-            lines += ["![seconds over G](growth.svg)", ""]
+        if (name, task) in DRAWN:
+            lines += [f"![{DRAWN[name, task][1]}]({DRAWN[name, task][0]})", ""]
     lines += ["## Settled", "", "Measured once for a decision; the program is in the history, at the commit.", ""]
-    lines += [f"- {name} ({last[name, machine]['date']}, {machine}, torch {last[name, machine]['versions']['torch']}, at "
-              f"{last[name, machine]['commit']}): {last[name, machine]['summary']}" for name, machine in sorted(settled)]
+    lines += [
+        f"- {run['benchmark']} ({run['date']}, {run['machine']}, torch {run['versions']['torch']}, "
+        f"at {run['commit']}): "
+        f"{run['summary']}"
+        for run in (last[key] for key in sorted(settled))
+    ]
     RESULTS.with_name("RESULTS.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"wrote {RESULTS.with_name('RESULTS.md')}")
 

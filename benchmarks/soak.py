@@ -4,8 +4,8 @@
 
 Two processes under torchrun; in the disturbed run a random one is killed (−9) every 20 to 60 seconds, whatever it is
 doing, and torchrun starts both again. Nothing is lost if both runs end with the same weights, to the bit, and the same
-lines in metrics.jsonl. Memory is flat if no process ever takes 5% more than the most it took in the first 200 rollouts of
-the undisturbed run: four passes over the data and two validations.
+lines in metrics.jsonl. Memory is flat if no process ever takes 5% more than the most it took in the first 200 rollouts
+of the undisturbed run: four passes over the data and two validations.
 """
 
 import argparse
@@ -24,8 +24,11 @@ from safetensors import safe_open
 from benchmarks.record import append
 
 WORLD = "--train 200 --valid 8 --test 4"
-RUN = ("--learning_rate 1e-4 --prompts_per_rollout 4 --group_size 4 --max_completion_tokens 32 --reward_options min_length=60 "
-       "--validate_every 100 --epochs 40 --rollout_log_every 20")
+RUN = (
+    "--learning_rate 1e-4 --prompts_per_rollout 4 --group_size 4 --max_completion_tokens 32 "
+    "--reward_options min_length=60 "
+    "--validate_every 100 --epochs 40 --rollout_log_every 20"
+)
 TIMES = {"step_time", *(f"seconds/{phase}" for phase in ("rollout", "reference", "advantage", "update", "rollout_log"))}
 WARM = 200  # rollouts until memory should be what it will be
 
@@ -107,11 +110,23 @@ def main() -> None:
     calm = go(words + ["--checkpoint_every", 0], home / "calm", None)
     wild = go(words + ["--checkpoint_every", 5], home / "wild", random.Random(settings.seed))
     steps = [line["step"] for line in lines(home / "wild")]
-    lost = {"missing": len(set(range(settings.rollouts + 1)) - set(steps)), "double": len(steps) - len(set(steps)),
-            "same metrics": lines(home / "calm") == lines(home / "wild"), "same weights": same_weights(home / "calm", home / "wild")}
+    lost = {
+        "missing": len(set(range(settings.rollouts + 1)) - set(steps)),
+        "double": len(steps) - len(set(steps)),
+        "same metrics": lines(home / "calm") == lines(home / "wild"),
+        "same weights": same_weights(home / "calm", home / "wild"),
+    }
     warm = max(size for step, size in calm["memory"] if step <= WARM)
-    rows = [{"run": name, "seconds": run["seconds"], "kills": run["kills"], "growth": most(run["memory"]) / warm - 1,
-             "peak in each 100 rollouts, MB": peaks(run["memory"])} for name, run in (("undisturbed", calm), ("random kills", wild))]
+    rows = [
+        {
+            "run": name,
+            "seconds": run["seconds"],
+            "kills": run["kills"],
+            "growth": most(run["memory"]) / warm - 1,
+            "peak in each 100 rollouts, MB": peaks(run["memory"]),
+        }
+        for name, run in (("undisturbed", calm), ("random kills", wild))
+    ]
     summary = ", ".join(f"{name} {value}" for name, value in lost.items())
     for row in rows:
         print(row)

@@ -58,13 +58,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for program, (misspelled, _, missing, _) in PROGRAMS.items():
             row = {"program": program}
-            for what, words, status in (("--help", ["--help"], 0), ("misspelled", misspelled, 2), ("missing path", missing, 2)):
+            for what, words, status in (
+                ("--help", ["--help"], 0),
+                ("misspelled", misspelled, 2),
+                ("missing path", missing, 2),
+            ):
                 row[what] = seconds(["-m", program, *words], folder, settings.times, status)
             rows.append(row)
-            print(f"{program:24}" + "".join(f"{name} {value:.2f} s  " for name, value in list(row.items())[1:]), flush=True)
-        libraries = {name: seconds(["-c", f"import {name}"], folder, settings.times, 0) for name in ("torch", "transformers")}
+            print(
+                f"{program:24}" + "".join(f"{name} {value:.2f} s  " for name, value in list(row.items())[1:]),
+                flush=True,
+            )
+        libraries = {
+            name: seconds(["-c", f"import {name}"], folder, settings.times, 0) for name in ("torch", "transformers")
+        }
     slowest = max(value for row in rows for value in row.values() if isinstance(value, float))
-    summary = f"slowest answer {slowest:.2f} s" + "".join(f"; import {name} alone {value:.2f} s" for name, value in libraries.items())
+    summary = f"slowest answer {slowest:.2f} s" + "".join(
+        f"; import {name} alone {value:.2f} s" for name, value in libraries.items()
+    )
     print(summary)
     if settings.record:
         append("startup", {"times": settings.times}, rows, summary)

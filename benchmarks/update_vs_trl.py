@@ -72,10 +72,19 @@ def our_trainer(folder: Path, case: str):
     _, tokens, side, completion = CASES[case]
     text = words_for(Encoder(str(folder)), tokens, side)
     settings = Settings(
-        model=str(folder), data=f"{side}/{text}", output=tempfile.mkdtemp(), task="benchmarks.two_images", valid_split="",
-        max_completion_tokens=completion, prompts_per_rollout=PROMPTS, tokens_per_pass=TOKENS_PER_PASS, dtype="float32",
-        learning_rate=1e-6, rollout_log_groups=0,
-        objective=resolve("more-r1", beta=BETA, updates=UPDATES, group_size=G, temperature=TEMPERATURE))
+        model=str(folder),
+        data=f"{side}/{text}",
+        output=tempfile.mkdtemp(),
+        task="benchmarks.two_images",
+        valid_split="",
+        max_completion_tokens=completion,
+        prompts_per_rollout=PROMPTS,
+        tokens_per_pass=TOKENS_PER_PASS,
+        dtype="float32",
+        learning_rate=1e-6,
+        rollout_log_groups=0,
+        objective=resolve("more-r1", beta=BETA, updates=UPDATES, group_size=G, temperature=TEMPERATURE),
+    )
     run = Run(settings)
     run.encoder.end_tokens = ()  # nothing ends a completion but the limit
     return Trainer(run, settings), run.load("train")[:PROMPTS]
@@ -121,14 +130,34 @@ def trl_trainer(folder: Path, case: str):
                                     chat_template=tokenizer.chat_template)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model.model.visual.requires_grad_(False)
-    rows = [{"prompt": [{"role": "user", "content": text}], "images": make_images(number, side)} for number in range(PROMPTS)]
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "images": make_images(number, side)}
+        for number in range(PROMPTS)
+    ]
     arguments = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", disable_tqdm=True,
-        per_device_train_batch_size=PROMPTS * G, gradient_accumulation_steps=1, num_generations=G, num_iterations=UPDATES,
-        max_completion_length=completion, temperature=TEMPERATURE, top_p=1.0, beta=BETA, loss_type="grpo",
-        use_bias_correction_kl=False, gradient_checkpointing=False, learning_rate=1e-6, max_steps=UPDATES,
-        save_strategy="no", logging_strategy="no", shuffle_dataset=False,
-        generation_kwargs={"min_new_tokens": completion})
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        per_device_train_batch_size=PROMPTS * G,
+        gradient_accumulation_steps=1,
+        num_generations=G,
+        num_iterations=UPDATES,
+        max_completion_length=completion,
+        temperature=TEMPERATURE,
+        top_p=1.0,
+        beta=BETA,
+        loss_type="grpo",
+        use_bias_correction_kl=False,
+        gradient_checkpointing=False,
+        learning_rate=1e-6,
+        max_steps=UPDATES,
+        save_strategy="no",
+        logging_strategy="no",
+        shuffle_dataset=False,
+        generation_kwargs={"min_new_tokens": completion},
+    )
     luck = lambda completions, **_: [reward(turns[0]["content"], None)["luck"] for turns in completions]
     luck.__name__ = "luck"
     return GRPOTrainer(model, luck, args=arguments, processing_class=processor, train_dataset=Dataset.from_list(rows))

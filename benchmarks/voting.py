@@ -29,8 +29,18 @@ def ours(policy, prompts) -> float:
 
 
 def theirs(model, prompts) -> float:
-    settings = dict(do_sample=True, temperature=0.8, top_p=1.0, top_k=0, num_return_sequences=SAMPLES, eos_token_id=None,
-                    max_new_tokens=TOKENS, min_new_tokens=TOKENS, repetition_penalty=1.0, pad_token_id=0)
+    settings = dict(
+        do_sample=True,
+        temperature=0.8,
+        top_p=1.0,
+        top_k=0,
+        num_return_sequences=SAMPLES,
+        eos_token_id=None,
+        max_new_tokens=TOKENS,
+        min_new_tokens=TOKENS,
+        repetition_penalty=1.0,
+        pad_token_id=0,
+    )
     start = time.perf_counter()
     for prompt in prompts:
         tokens = prompt.tokens[None].to(model.device)
@@ -64,7 +74,13 @@ def main() -> None:
     with torch.no_grad():
         seconds["generate"] = theirs(model, prompts)
 
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * 4
+    token = (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * (config.hidden_size // config.num_attention_heads)
+        * 4
+    )
     cached = {"ours": PROMPT_TOKENS + SAMPLES * TOKENS, "generate": SAMPLES * (PROMPT_TOKENS + TOKENS)}
     rows = []
     print(f"{'':10}{'seconds':>9}{'tokens/s':>10}{'prompt copies':>15}{'keys and values, MB':>21}")
@@ -75,7 +91,9 @@ def main() -> None:
               f"{cached[side] * token / 1e6:21.0f}")
     summary = f"ratio: {seconds['generate'] / seconds['ours']:.2f}"
     if settings.record:
-        append("voting", {"shape": settings.shape, "prompts": PROMPTS, "samples": SAMPLES, "tokens": TOKENS}, rows, summary)
+        append(
+            "voting", {"shape": settings.shape, "prompts": PROMPTS, "samples": SAMPLES, "tokens": TOKENS}, rows, summary
+        )
     print(summary)
 
 
