@@ -11,7 +11,8 @@ GRPO, goes on with SFT on the cold start for the wall time that Stage 2 took, be
 Stage 2.
 
 text: GRPO alone on a pretrained text model, as HuggingFaceTB/SmolLM2-135M-Instruct; accuracy on the 200 test puzzles,
-drawn at temperature 1 and greedily. Draws benchmarks/text_demo.svg: the reward of every rollout, the mean of ten of them.
+drawn at temperature 1 and greedily. Draws benchmarks/text_demo.svg: the reward of every rollout, the mean of ten of
+them.
 """
 
 import argparse

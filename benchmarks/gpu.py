@@ -3,10 +3,10 @@
     python -m benchmarks.gpu [--record]                       3B: rollout, scoring, update; 7B: rollout and scoring
     python -m benchmarks.gpu --shapes tiny --prompts 1 …      the same code on whatever there is, to try it
 
-3B's update runs with float32 masters, gradients and Adam (about 60 GB). 7B's would take 113 GB for these alone, so
-it is left out. The rollout's limit is the memory's: every step reads the weights and the cached keys and values once; what it
-reaches is held against a measured copy, what scoring and update reach against a measured matrix product. transformers'
-`generate` continues the same prompts, one at a time, with num_return_sequences = G.
+3B's update runs with float32 masters, gradients and Adam (about 60 GB). 7B's would take 113 GB for these alone, so it
+is left out. The rollout's limit is the memory's: every step reads the weights and the cached keys and values once;
+what it reaches is held against a measured copy, what scoring and update reach against a measured matrix product.
+transformers' `generate` continues the same prompts, one at a time, with num_return_sequences = G.
 """
 
 import argparse

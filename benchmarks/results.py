@@ -37,8 +37,8 @@ def main() -> None:
         "# Measured",
         "",
         "Written by `python -m benchmarks.results` from `results.jsonl`, which every benchmark appends to",
-        "with `--record`. What each one measures, and how, stands at the top of its file. Times on shared machines are noisy:",
-        "compare within a table.",
+        "with `--record`. What each one measures, and how, stands at the top of its file. Times on shared",
+        "machines are noisy: compare within a table.",
         "",
     ]
     settled = {key for key in last if not RESULTS.with_name(f"{key[0]}.py").exists()}
