@@ -68,7 +68,7 @@ def test_advantages_sum_to_zero_in_every_group(scale):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_flat_group_teaches_nothing(scale, dtype):
+def test_a_zero_variance_group_teaches_nothing(scale, dtype):
     """Exact zeros, whatever the value, the size and eps, in the company of a group that is not flat."""
     for value in (0.1, 0.2, 0.3, 1 / 3, 1e-3, -2.7, 1e6 + 0.1):
         for G in (2, 3, 5, 7, 8, 100):
@@ -167,7 +167,7 @@ def test_reward_parts_are_weighted_and_summed():
     assert torch.allclose(combine_rewards(parts, torch.tensor([1.0, 0.2, 0.1])), torch.tensor([[1.2, 0.3]]))
 
 
-def test_normalised_parts_weigh_the_same_however_small_their_spread():
+def test_normalised_parts_weigh_the_same_however_small_their_deviation():
     """Part 1 of one stands out by 1, part 2 of the other by 0.001: a tie, if both are z-scored first."""
     parts = torch.tensor([[[1.0, 0.0], [0.0, 0.001]]], dtype=torch.float64)
     weights = torch.ones(2, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_normalised_parts_weigh_the_same_however_small_their_spread():
     assert torch.allclose(first, torch.tensor([[2.0, -2.0]], dtype=torch.float64) / math.sqrt(2))
 
 
-def test_equal_parts_stay_a_flat_group():
+def test_equal_parts_stay_a_zero_variance_group():
     """Sums of thirds and tenths, in a group long enough for vectorised kernels and their tails."""
     parts = torch.tensor([1 / 3, 0.1, 0.7]).expand(3, 37, 3)
     for how in ("sum", "normalised"):

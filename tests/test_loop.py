@@ -79,7 +79,7 @@ def test_a_forks_settings_and_statistics_are_like_ours(folder, tmp_path, monkeyp
     assert 0 < step["bounded"] <= 1 and step["ratio_mean"] == 1
 
 
-def test_a_rollout_of_flat_groups_alone_moves_nothing_without_a_kl(folder, tmp_path):
+def test_a_rollout_of_zero_variance_groups_alone_moves_nothing_without_a_kl(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path, "--beta", 0, "--reward_weights", "format=0,length=0,answer=0")
     before = weights(trainer)
     line = trainer.step(samples[:2], 0, [0.0, 0.0])
@@ -101,7 +101,7 @@ def test_a_rollout_without_signal_moves_the_weights_further_than_their_decay(fol
     assert moved > 5 * decay
 
 
-def test_dropped_flat_groups_leave_a_step_that_says_so(folder, tmp_path):
+def test_dropped_zero_variance_groups_leave_a_step_that_says_so(folder, tmp_path):
     trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
     line = trainer.step(samples[:2], 0, [1e-3, 1e-3])
     assert line["prompts"] == line["groups_dropped"] == 2 and line["frac_reward_zero_std"] == 1

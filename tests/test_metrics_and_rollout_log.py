@@ -233,7 +233,7 @@ def test_a_sample_of_ones_own_task_is_shown_by_what_it_has(sample, expected):
     assert (shown["images"], shown["box"], shown["text"]) == expected and (shown["prompt"], shown["target"]) == ("AB", "yes")
 
 
-def test_groups_that_teach_are_recorded_before_flat_ones(tmp_path):
+def test_groups_that_teach_are_recorded_before_zero_variance_ones(tmp_path):
     rewards = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [-1.0, 1.0], [0.0, 0.0]])
     groups = [Group(Prompt(torch.tensor([1]), torch.zeros(3, 1), id=f"train/{i}"), [torch.tensor([1])] * 2, rewards=row)
               for i, row in enumerate(rewards)]
