@@ -16,15 +16,11 @@ import argparse
 import gc
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.record import PeakMemory, append
+from benchmarks.record import PeakMemory, append, on_ranks
 from benchmarks.shapes import MODELS, write_model
 
 TOLERANCE = 0.1
@@ -62,8 +58,8 @@ CASES = {
 }
 
 
-def real_step(folder: Path, case: Case, output: Path) -> None:
-    """Load, and one step of the product's own trainer, on every rank."""
+def prepare(folder: Path, case: Case, output: Path, **more) -> tuple:
+    """The product's own trainer, with everything loaded on every rank, and the samples of a rollout."""
     from benchmarks.shapes import words_for
     from grpo.engine.encode import Encoder
     from grpo.runtime.run import Run
@@ -71,22 +67,29 @@ def real_step(folder: Path, case: Case, output: Path) -> None:
     from grpo.variants import resolve
 
     text = words_for(Encoder(str(folder)), case.prompt, case.side)
+    objective = resolve("more-r1", **{**OBJECTIVE, **more.pop("objective", {})})
     settings = Settings(model=str(folder), data=f"{case.side}/{text}", output=str(output), valid_split="",
-                        task="benchmarks.two_images", learning_rate=1e-6, rollout_log_groups=0,
-                        objective=resolve("more-r1", **OBJECTIVE), **case.settings())
+                        task="benchmarks.two_images", learning_rate=1e-6, rollout_log_groups=0, objective=objective,
+                        **case.settings(), **more)
     run = Run(settings)
     run.encoder.end_tokens = ()  # nothing ends a completion but the limit
-    samples, rates = run.load("train")[: settings.prompts_per_rollout], [1e-6] * settings.objective.updates
-    Trainer(run, settings).step(samples, 0, rates)
+    return Trainer(run, settings), run.load("train")[: settings.prompts_per_rollout]
+
+
+def step(trainer, samples: list) -> None:
+    trainer.step(samples, 0, [1e-6] * trainer.preset.updates)
 
 
 def measured(models: Path, case: Case, output: Path) -> int:
-    """Peak bytes beyond what this rank holds when it has done the same in small."""
-    real_step(models / "small", replace(case, prompt=60, side=112, completion=8), output / "small")
+    """Peak bytes of a step beyond what this rank holds when it has done the same in small. What is held is counted and
+    the loading itself is not, see benchmarks.memory: meanwhile pages of mapped files are there, which nobody needs."""
+    step(*prepare(models / "small", replace(case, prompt=60, side=112, completion=8), output / "small"))
     gc.collect()
     memory = PeakMemory()
     memory.start()
-    real_step(models / "planned", case, output / "planned")
+    ready = prepare(models / "planned", case, output / "planned")
+    memory.forget()
+    step(*ready)
     return memory.beyond()
 
 
@@ -105,22 +108,9 @@ def measure_apart(models: Path, name: str, ranks: int = 1, holes: bool = False) 
     """`measured` in processes of their own, as torchrun would start them; the largest of the ranks' peaks."""
     for shape in ("planned", "small"):
         write_model(models / shape, shape)
-    with tempfile.TemporaryDirectory() as output, socket.socket() as port:
-        port.bind(("127.0.0.1", 0))
-        address = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port.getsockname()[1])}
-        port.close()
-        words = [sys.executable, "-m", "benchmarks.plan_check", "--measure", name, "--models", str(models), "--output",
-                 output]
-        started = [subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **({} if holes else GIVE_BACK),
-                 **({**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})})
-            for rank in range(ranks)]
-        said = [one.communicate() for one in started]
-    if any(one.returncode for one in started):
-        raise RuntimeError(f"{name}: " + "\n".join(errors[-3000:] for _, errors in said))
-    return max(json.loads(text.splitlines()[-1]) for text, _ in said)
+    with tempfile.TemporaryDirectory() as output:
+        words = ["--measure", name, "--models", models, "--output", output]
+        return max(on_ranks("benchmarks.plan_check", words, ranks, {} if holes else GIVE_BACK))
 
 
 def main() -> None:

@@ -6,7 +6,11 @@ import json
 import os
 import platform
 import re
+import socket
 import subprocess
+import sys
+import threading
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -64,16 +68,55 @@ class PeakMemory:
 
     def start(self) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before and kept by the allocator would hide what is new
-        Path("/proc/self/clear_refs").write_text("5")
+        self.forget()
         self.before = self.read("VmRSS")
+
+    def forget(self) -> None:
+        """The peak until now does not count."""
+        Path("/proc/self/clear_refs").write_text("5")
 
     def beyond(self) -> int:
         return self.read("VmHWM") - self.before
+
+    @contextmanager
+    def sampled(self):
+        """Inside, `most` becomes the peak of what is anonymous, looked up every 2 ms: pages of mapped files,
+        which the system takes back when it needs room, are not in it."""
+        ended, self.most = threading.Event(), 0
+
+        def look() -> None:
+            while not ended.wait(0.002):
+                self.most = max(self.most, self.read("RssAnon"))
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            yield self
+        finally:
+            ended.set()
+            thread.join()
+            self.most = max(self.most, self.read("RssAnon"))
 
     @staticmethod
     def read(field: str) -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
+
+
+def on_ranks(module: str, words: list, ranks: int, environment: dict) -> list:
+    """`python -m module words` on so many ranks, as torchrun would start them: of each the last line, which is JSON."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(free.getsockname()[1])}
+    started = [subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parent.parent, env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment,
+        **({**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})}) for rank in range(ranks)]
+    said = [one.communicate() for one in started]
+    if any(one.returncode for one in started):
+        raise RuntimeError(f"{module} {words}: " + "\n".join(errors[-3000:] for _, errors in said))
+    return [json.loads(text.splitlines()[-1]) for text, _ in said]
 
 
 def without_vision_operators() -> None:

@@ -5,6 +5,8 @@ trunk      7B's proportions, where the layers dominate: hidden 512, 12 layers, v
            vision encoder has 7B's proportion in width (192) and a quarter of it in depth (4)
 planned    107M parameters, 429 MB, large enough for its memory to be told from the interpreter's; the matrices are
            few and large, as in real models
+table      104M parameters, almost all in one table of which the tokenizer has few rows: hundreds of megabytes that cost
+           no time, and layers that can read 65,536 tokens on a CPU
 """
 
 import json
@@ -24,10 +26,23 @@ SHAPES = {
                    vision_depth=2, tied=False, vocabulary=8_192),
     "planned": dict(hidden=1024, layers=3, heads=8, key_value_heads=2, intermediate=8704, vision_hidden=128,
                     vision_depth=2, tied=False, vocabulary=8_704),
+    "table": dict(hidden=256, layers=2, heads=2, key_value_heads=1, intermediate=512, vision_hidden=64,
+                  vision_depth=2, tied=True, vocabulary=400_000),
     # for warming up, and for trying a benchmark's code
     "small": dict(hidden=64, layers=2, heads=2, key_value_heads=1, intermediate=128, vision_hidden=32,
                   vision_depth=2, tied=True, vocabulary=1_024),
 }
+SEVEN = dict(  # the published 7B's config.json, in short
+    model_type="qwen2_5_vl", hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_hidden_layers=28,
+    num_key_value_heads=4, tie_word_embeddings=False, vocab_size=152_064, image_token_id=151655, video_token_id=151656,
+    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584,
+                       fullatt_block_indexes=[7, 15, 23, 31]),
+    rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]))
+
+THREE = SEVEN | dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_hidden_layers=36,
+                     num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151_936,
+                     vision_config=SEVEN["vision_config"] | dict(out_hidden_size=2048))
+PUBLISHED = {"3B": THREE, "7B": SEVEN}
 WORD = "word"
 MODELS = Path("runs/benchmarks")  # where the checkpoints are written
 

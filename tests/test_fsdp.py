@@ -101,6 +101,50 @@ def test_compute_is_bfloat16_and_masters_float32_so_that_a_step_of_1e_6_is_not_l
     run_processes(check_bfloat16, 2, None)
 
 
+def check_offload(folder):
+    """Two steps with moments that stay and with such that wait; then a checkpoint of the latter, read back."""
+    from grpo.runtime import memory
+    from grpo.runtime.checkpoints import Checkpoints
+    from grpo.runtime.optim import make_optimizer
+
+    moves, real, ends = [], memory.move_state, []
+    memory.move_state = lambda state, parameter, device: moves.append((parameter, str(device), dict(state))) or real(
+        state, parameter, device)
+    for offload in (False, True):
+        policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
+        optimizer = make_optimizer(policy, SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9,
+                                                           adam_beta2=0.95, offload_optimizer=offload))
+        for _ in range(2):
+            update(policy, optimizer, packs(split_across_ranks(tiny_groups(lengths=LENGTHS)), 10**6),
+                   lambda scores: -scores.logp.sum() / TOKENS, 1.0, 1.0, rate=1e-3)
+        ends.append([parameter.to_local().clone() for parameter in policy.parameters()])
+        assert bool(moves) == offload
+    assert all(torch.equal(*pair) for pair in zip(*ends))
+    there, back = moves[-2:]
+    assert there[0] is back[0] and (there[1], back[1]) == ("cpu", "cpu") and len(moves) == 4 * len(ends[0])
+    moments = [value for value in back[2].values() if value.ndim]
+    assert len(moments) == 2 and all(isinstance(value, DTensor) for value in moments)
+    away = {name: value for name, value in back[2].items()}
+    real(away, back[0], "meta")  # a device that is another one: sharded moments really go there, as what they are
+    assert [value.to_local().is_meta and isinstance(value, DTensor) for value in away.values() if value.ndim] == [True] * 2
+    checkpoints = Checkpoints(folder, 1)
+    checkpoints.save(policy, optimizer, 2, {})
+    kept = {parameter: {name: value.clone() for name, value in state.items()} for parameter, state in
+            optimizer.state.items()}
+    optimizer.state.clear()
+    assert checkpoints.newest()["step"] == 2
+    checkpoints.load(policy, optimizer, on_host=True)
+    for parameter, state in kept.items():
+        assert set(state) == set(optimizer.state[parameter])
+        for name, value in state.items():
+            found = optimizer.state[parameter][name]
+            assert type(found) is type(value) and bool((found == value).all())
+
+
+def test_moments_that_wait_in_host_memory_change_no_bit_on_two_ranks_and_come_back_from_a_checkpoint(tmp_path):
+    run_processes(check_offload, 2, tmp_path)
+
+
 def in_float32(policy, device):
     """As it was before frozen weights were kept in the compute type: everything float32, cast for every layer."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from benchmarks import plan_check
+from benchmarks.shapes import PUBLISHED
 from grpo.engine.backbones import MODEL_TYPES
 from grpo.engine.lora import add_adapter
 from grpo.engine.rollout import Rollout, Sampling
@@ -24,16 +25,7 @@ from tiny import IMAGE, tiny_policy, tiny_prompt
 from tiny_backbones import policy_of
 
 GROUPS, G, COMPLETION, PROMPT = 2, 3, 30, 50
-SEVEN = dict(  # the published 7B's config.json, in short
-    model_type="qwen2_5_vl", hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_hidden_layers=28,
-    num_key_value_heads=4, tie_word_embeddings=False, vocab_size=152_064, image_token_id=151655, video_token_id=151656,
-    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584,
-                       fullatt_block_indexes=[7, 15, 23, 31]),
-    rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]))
-
-THREE = SEVEN | dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_hidden_layers=36,
-                     num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151_936,
-                     vision_config=SEVEN["vision_config"] | dict(out_hidden_size=2048))
+SEVEN, THREE = PUBLISHED["7B"], PUBLISHED["3B"]
 
 
 def small(**changes) -> Settings:
