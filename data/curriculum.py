@@ -1,8 +1,7 @@
 """Which samples are trained on when: the cold-start draw and MORE-R1's Progressive Sample-Mixing Strategy.
 
-Everything here depends on (seed, epoch), the lists and their order, and on nothing else: not on the number of
-processes, which share out a batch among themselves, nor on earlier draws, so that a resumed run draws what
-the interrupted one would have drawn."""
+Everything here depends on (seed, epoch), the lists and their order alone: not on the number of ranks, which share out
+a batch among themselves, nor on earlier draws, so that a resumed run draws what the interrupted one would have."""
 import logging
 import random
 from collections.abc import Callable, Hashable
@@ -46,8 +45,8 @@ def stratified_draw(samples: list, fraction: float, stratum: Callable, seed: int
         count = max(_nearest(len(members) * _exact(fraction)), 1) if fraction else 0
         # A generator per stratum: what is drawn from one does not hang on the size of another.
         drawn.update(_generator(seed, "stratum", name).sample(members, count))
-    return ([sample for index, sample in enumerate(samples) if index in drawn],
-            [sample for index, sample in enumerate(samples) if index not in drawn])
+    part = lambda inside: [sample for index, sample in enumerate(samples) if (index in drawn) == inside]
+    return part(True), part(False)
 
 
 def none_share(samples: list, is_none: Callable[..., bool]) -> float:
@@ -55,10 +54,9 @@ def none_share(samples: list, is_none: Callable[..., bool]) -> float:
     return sum(map(is_none, samples)) / len(samples) if samples else 0.0
 
 
-def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_share: float,
-        is_none: Callable[..., bool],
+def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_share: float, is_none: Callable,
                   decay: float = 0.5, mixing: str = "progressive", last: str = "fill", seed: int = 0) -> Epoch:
-    """The epoch in mini-batches of `batch_size` samples, the prompts per rollout of all processes together.
+    """The epoch in mini-batches of `batch_size` samples, the prompts per rollout of all ranks together.
 
     "progressive" (MORE-R1, section 3.3.2): every hard sample, and `easy_ratio(epoch, decay)` times as many
     easy ones, drawn anew each epoch. After every batch, the easy samples so far are the ratio's share of all
@@ -68,32 +66,39 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
 
     The last batch, where incomplete, is filled up in the same ratio ("fill": more easy samples are drawn,
     hard ones come a second time), or dropped ("drop": a few hard samples are not seen in this epoch)."""
-    _refuse_senseless(hard, easy, batch_size, mixing, last)
-    ratio = _exact(easy_ratio(epoch, decay))
-    easy_total = len(easy) if mixing == "raw" else min(int(len(hard) * ratio), len(easy))
+    if mixing not in MIXINGS or last not in LAST_BATCHES or batch_size < 1:
+        raise ValueError(f"mixing {mixing!r}, last {last!r}, batch size {batch_size}: one of {', '.join(MIXINGS)}, "
+                         f"one of {', '.join(LAST_BATCHES)}, and at least 1 expected")
+    if not hard and (mixing != "raw" or not easy):
+        raise ValueError(f"no hard samples and {len(easy)} easy ones: there is nothing to train on, nothing for the "
+                         "curriculum to teach (mixing raw would train on the easy ones)")
+    wanted = int(len(hard) * _exact(easy_ratio(epoch, decay)))
+    easy_total = len(easy) if mixing == "raw" else min(wanted, len(easy))
     total = len(hard) + easy_total
     size = total // batch_size * batch_size if last == "drop" else -(-total // batch_size) * batch_size
     if not size:
         raise ValueError(f"epoch {epoch}: {total} samples are fewer than a batch of {batch_size}, "
                          "and an incomplete last batch is dropped; fill it, or make the batch smaller")
+    ratio = None
     if mixing == "raw":
         both = [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
         both = _shuffled(both, _generator(seed, epoch, "raw"))
         order = [both[position % len(both)] for position in range(size)]
     else:
-        if easy_total < int(len(hard) * ratio):
+        ratio = _exact(easy_ratio(epoch, decay))
+        if easy_total < wanted:
             log.warning("epoch %d: %d easy samples wanted for %d hard ones, there are only %d",
-                        epoch, int(len(hard) * ratio), len(hard), len(easy))
+                        epoch, wanted, len(hard), len(easy))
             ratio = Fraction(easy_total, len(hard))
         share = ratio / (1 + ratio)
         drawn = draw_easy(easy, min(int(size * share), len(easy)), none_share, is_none, _generator(seed, epoch, "easy"))
         order = _mixed_order(_shuffled(hard, _generator(seed, epoch, "hard")), drawn, share, size)
     batches = [order[start:start + batch_size] for start in range(0, size, batch_size)]
     for number, batch in enumerate(batches):
-        # Hard and easy alternate; shuffled, no way of sharing out a batch gives one process all of a kind.
+        # Hard and easy alternate; shuffled, no way of sharing out a batch gives one rank all of a kind.
         _generator(seed, epoch, "batch", number).shuffle(batch)
     seen = [sample for sample, is_hard in order if not is_hard]
-    record = {"epoch": epoch, "mixing": mixing, "ratio": float(ratio) if mixing == "progressive" else None,
+    record = {"epoch": epoch, "mixing": mixing, "ratio": ratio if ratio is None else float(ratio),
               "batches": len(batches), "hard": len(order) - len(seen), "easy": len(seen),
               "easy_none": sum(map(is_none, seen)), "filled": max(size - total, 0), "left_out": max(total - size, 0)}
     return Epoch([[sample for sample, _ in batch] for batch in batches], record)
@@ -124,19 +129,6 @@ def _mixed_order(hard: list, easy: list, share: Fraction, size: int) -> list[tup
         else:
             order.append((hard[(position - 1 - easy_so_far) % len(hard)], True))
     return order
-
-
-def _refuse_senseless(hard: list, easy: list, batch_size: int, mixing: str, last: str) -> None:
-    if mixing not in MIXINGS or last not in LAST_BATCHES:
-        raise ValueError(f"mixing {mixing!r}, last {last!r}: one of {', '.join(MIXINGS)} "
-                         f"and one of {', '.join(LAST_BATCHES)} expected")
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size}: at least 1 expected")
-    if not hard and not easy:
-        raise ValueError("no hard and no easy samples: there is nothing to train on")
-    if not hard and mixing != "raw":
-        raise ValueError(f"no hard samples: the model already answers all {len(easy)}, there is nothing for "
-                         "the curriculum to teach (mixing raw would train on the easy ones)")
 
 
 def _exact(number: float) -> Fraction:

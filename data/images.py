@@ -23,15 +23,11 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
                         Image.Transpose.ROTATE_90), 2))
 
 
-def check_missing_images(how: str) -> None:
-    """ValueError for what is none of MISSING_IMAGES."""
+def settle_missing(samples: list, names: list[str], report: str, how: str) -> list:
+    """The samples, some of which have no image; names: the images, of which the first three end the `report`. "stop" is
+    a FileNotFoundError, "drop" leaves such samples out, "blank" keeps them with `image` None; both warn."""
     if how not in MISSING_IMAGES:
         raise ValueError(f"missing_images is {how!r}; one of {', '.join(MISSING_IMAGES)} expected")
-
-
-def settle_missing(samples: list, names: list[str], report: str, how: str) -> list:
-    """The samples, some of which have no image (`names`, which end the `report`): "stop" is a FileNotFoundError, "drop"
-    leaves them out and warns, "blank" keeps them, with `image` None, and warns."""
     if not names:
         return samples
     report = f"{report}: {', '.join(names[:3])}"
@@ -123,13 +119,12 @@ def check_box(box, size: tuple[int, int] | None, where: str) -> None:
     `size` is (width, height) in pixels, or None where there is no image: then the shape in pixels is not
     known and only area and position are checked. A box that spills over the edge is fine: it is clamped."""
     cx, cy, w, h = box
-    if not all(math.isfinite(value) and abs(value) < 1e6 for value in box):
-        raise ValueError(f"{where}: box {box} holds a value that is not a finite number, or none that a fraction can "
-                         "be")
-    if w <= 0 or h <= 0:
-        raise ValueError(f"{where}: box {box} has no area; (cx, cy, w, h) in fractions expected")
-    if cx - w / 2 >= 1 or cy - h / 2 >= 1 or cx + w / 2 <= 0 or cy + h / 2 <= 0:
-        raise ValueError(f"{where}: box {box} lies outside the image; (cx, cy, w, h) in fractions expected")
+    for wrong, fault in (
+            (not all(math.isfinite(value) and abs(value) < 1e6 for value in box), "holds a value that is no fraction"),
+            (w <= 0 or h <= 0, "has no area"),
+            (cx - w / 2 >= 1 or cy - h / 2 >= 1 or cx + w / 2 <= 0 or cy + h / 2 <= 0, "lies outside the image")):
+        if wrong:
+            raise ValueError(f"{where}: box {box} {fault}; (cx, cy, w, h) in fractions expected")
     if size is not None:
         left, top, right, bottom = pixel_box(box, size)
         width, height = right - left, bottom - top

@@ -50,9 +50,6 @@ class Sample:
         return not self.whole_answer and "<answer>" not in self.text and "\\boxed" not in self.text
 
 
-# ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def load(data, split: str, *, missing_images: str = "stop", verifier: str = "auto", split_seed: int = 0,
          reasoning: bool = True, tolerance: float = 1e-6, whole_answer: bool = False, exif_orientation: bool = True,
          seen_size: Callable | None = None):
@@ -65,7 +62,6 @@ def load(data, split: str, *, missing_images: str = "stop", verifier: str = "aut
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.jsonl"))) or "no .jsonl file"
         raise FileNotFoundError(f"{path} is missing; {data} holds {there}")
     lines = read_lines(path)
-    refuse_equal_ids(lines)
     options = dict(reasoning=reasoning, tolerance=tolerance, whole_answer=whole_answer, upright=exif_orientation)
     chosen, samples = find_verifier(verifier), []
     for where, entry in part_of(lines, split, split_seed, path) if path == Path(data) else lines:
@@ -82,18 +78,16 @@ def load(data, split: str, *, missing_images: str = "stop", verifier: str = "aut
 
 
 def read_lines(path: Path) -> list[tuple[str, dict]]:
-    """("file:line", object, with an id) of every line that is not blank."""
-    return [(where, {"id": f"{path.stem}/{where.rpartition(':')[2]}", **entry})
-            for where, entry in read_json_lines(path, "a JSON object", blank_lines=True)]
-
-
-def refuse_equal_ids(lines: list[tuple[str, dict]]) -> None:
-    places = {}
-    for where, entry in lines:
+    """("file:line", object, with an id that no other has) of every line that is not blank."""
+    lines, places = [], {}
+    for where, entry in read_json_lines(path, "a JSON object", blank_lines=True):
+        entry = {"id": f"{path.stem}/{where.rpartition(':')[2]}", **entry}
         if type(entry["id"]) not in (str, int):
             raise ValueError(f"{where}: id is {shown(entry['id'])}; a text or a whole number expected")
         if (before := places.setdefault(str(entry["id"]), where)) != where:
             raise ValueError(f"{where}: id {shown(entry['id'])} is that of {before} too; one of its own expected")
+        lines.append((where, entry))
+    return lines
 
 
 def part_of(lines: list, split: str, seed: int, path: Path) -> list:
@@ -112,9 +106,6 @@ def part_of(lines: list, split: str, seed: int, path: Path) -> list:
     tenth = max(1, round(len(order) / 10))
     part = dict(zip(order, ["test"] * tenth + ["valid"] * tenth + ["train"] * len(order)))
     return [line for line, rank in zip(lines, ranks) if part[rank] == split]
-
-
-# ── a line ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_sample(entry: dict, folder: Path, options: dict) -> Sample:
@@ -154,10 +145,10 @@ def choose_golds(sample: Sample, verifier: Verifier | None) -> None:
     several = isinstance(sample.answer, list) and verifier is not VERIFIERS["boxes"]
     values = [without_marks(value) for value in (sample.answer if several else [sample.answer])]
     sample.verifier = verifier or suitable(sample, values)
-    try:
-        sample.golds = [sample.verifier.gold(value, sample) for value in values]
-    except ValueError as problem:
-        raise ValueError(f"answer is {shown(sample.answer)}; {problem}") from None
+    gold = sample.verifier.gold or (lambda value, sample: sample.verifier.read(str(value), sample))
+    sample.golds = [gold(value, sample) for value in values]
+    if None in sample.golds:
+        raise ValueError(f"answer is {shown(sample.answer)}; {sample.verifier.expected} expected")
     # what these are given is an answer too
     itself = [VERIFIERS[name] for name in ("exact", "text", "number", "choice")]
     if sample.verifier in itself and not correct(target(sample), sample):
@@ -174,18 +165,15 @@ def without_marks(value):
 
 def find_verifier(name: str) -> Verifier | None:
     """One of VERIFIERS by its name, or a function of a module's or file's: my.module:function. None for auto."""
-    module, colon, function = name.rpartition(":")
-    if not colon and name != "auto" and name not in VERIFIERS:
-        raise ValueError(f"--verifier {name}: auto, {', '.join(VERIFIERS)} or my.module:function expected")
-    if not colon:
+    if name == "auto" or name in VERIFIERS:
         return VERIFIERS.get(name)
+    module, colon, function = name.rpartition(":")
+    if not colon:
+        raise ValueError(f"--verifier {name}: auto, {', '.join(VERIFIERS)} or my.module:function expected")
     found = getattr(load_module(module, "--verifier"), function, None)
     if not callable(found):
         raise ValueError(f"--verifier {name}: {module} has no function {function}(answer, sample)")
     return own_verifier(found)
-
-
-# ── what a task offers ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:

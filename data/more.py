@@ -8,8 +8,7 @@
 A line's `h` is the entity in the text and its `t` the object in the image; a label such as /per/org/member_of names the
 object's type first. Boxes are (cx, cy, w, h) in fractions of the image; some spill over its edge.
 
-`python -m data.more --check DIR` counts what is there and names what is wrong
-(data/more_check.py)."""
+`python -m data.more --check DIR` counts what is there and names what is wrong (data/check.py)."""
 import ast
 import json
 import warnings
@@ -17,9 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.images import (check_box, check_image, check_missing_images, crop_box, grey_image, open_image,
-                         settle_missing)
-from data.read import check_folder, is_file_name, one_line, read_json, shown
+from data.images import check_box, check_image, crop_box, grey_image, open_image, settle_missing
+from data.read import check_folder, field, file_name_field, one_line, prompt_text, read_json, shown, words_field
 
 SPLITS = ("train", "valid", "test")
 
@@ -37,20 +35,14 @@ class Sample:
 
 
 class BoxFault(ValueError):
-    """A box that is missing or is none, in a line that is fine otherwise and has this label."""
-
-    def __init__(self, message: str, label: str):
-        super().__init__(message)
-        self.label = label
+    """A box that is missing or is none, in a line that is fine otherwise and has the label `label`."""
 
 
 def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
     """Read and validate a whole split, images' headers and boxes included.
 
-    `missing_images`: "stop" is a FileNotFoundError with the count and the first three; "drop" leaves such
-    samples out and warns; "blank" keeps them with `image` None. Anything else that is wrong is a ValueError
-    of one line that names file and line."""
-    check_missing_images(missing_images)
+    missing_images: see data.images.settle_missing. Anything else that is wrong is a ValueError of one line that names
+    file and line."""
     reader, samples, missing = SplitReader(folder, split), [], []
     for where, line in reader.lines():
         sample = reader.sample(line, where)
@@ -89,14 +81,10 @@ def build_prompt(sample: Sample, *, reasoning: bool = True) -> tuple[list, str]:
 
 
 def question(sample: Sample, *, reasoning: bool = True) -> str:
-    """The prompt's text: what is asked, the text, the entity, the candidates, the types, the form."""
-    return "\n".join([
-        "The second picture is an object cut out of the first. How is it related to the entity in the text?",
-        f"Text: {sample.text}", f"Entity: {sample.entity}", f"Labels: {' '.join(sample.labels)}",
-        "A label names the object's type, the entity's type and the relation, or is none. "
-        "Types: per (person), org (organization), loc (location), misc (anything else).",
-        "Reason in <think></think> from Step 1: to Step 6:, then give one label in <answer></answer>."
-        if reasoning else "Give one label in <answer></answer>."])
+    """The prompt's text, data/prompts/more.txt: the text, the entity, the candidates, the types, the form."""
+    form = ("Reason in <think></think> from Step 1: to Step 6:, then give one label in <answer></answer>." if reasoning
+            else "Give one label in <answer></answer>.")
+    return prompt_text("more", text=sample.text, entity=sample.entity, labels=" ".join(sample.labels), form=form)
 
 
 def target(sample: Sample) -> str:
@@ -114,27 +102,12 @@ def is_none(sample: Sample) -> bool:
     return sample.label == "none"
 
 
-EXPERT_STEPS = """\
-Go through six steps, with two or more sentences for each; open each with its marker as it stands here.
-Step 1: What do picture and object show, and what part does the object play in the picture? \
-An object that is blurred or at the margin speaks for none.
-Step 2: Are picture and text about the same thing?
-Step 3: Which of the things that the text names is the object, if any?
-Step 4: Of which type is the object, and of which the entity? An object that cannot be recognised is misc.
-Step 5: Keep the labels that stand under this pair of types, the object's type first. none always stays.
-Step 6: Decide for one of those, from what the steps before have found."""
-
-
 def expert_prompt(sample: Sample) -> str:
     """What the expert is asked with the images (MORE-R1, section 3.2): task, six steps, gold answer."""
     types = " and ".join(sample.label.split("/")[1:-1])
     gold = ("The right answer is none: the object and the entity are not related." if is_none(sample) else
             f"The right answer is {sample.label}: object and entity are of the types {types}.")
-    return "\n\n".join([
-        question(sample), EXPERT_STEPS,
-        f"{gold} Derive it from what can be seen and read, and never mention that it was given to you.",
-        "Write exactly <think> Step 1: … Step 6: … </think> <answer>LABEL</answer>, "
-        "the label letter by letter as in the list, and nothing before or after."])
+    return prompt_text("more_expert", question=question(sample), gold=gold)
 
 
 def normalise_response(response: str, sample: Sample) -> str:
@@ -154,46 +127,37 @@ class SplitReader:
         self.folder, self.split = Path(folder), split
         self.file = self.folder / "txt" / f"{split}.txt"
         self.labels = read_labels(self.folder)
-        self.boxes: dict | None = None
-        self.boxes_fault = ""  # why their file cannot be used
+        self.boxes: tuple[Path, dict, str] | None = None  # what _read_boxes gives
         self.sizes: dict[Path, tuple[int, int]] = {}
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """("file:line", the line) for every line; empty ones only at the file's end are no lines."""
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file} is missing; MORE's layout has txt/{{train,valid,test}}.txt")
-        held_back = []
-        with open(self.file, encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                held_back.append((f"{self.file}:{number}", line.strip()))
-                if line.strip():
-                    yield from held_back
-                    held_back.clear()
+        text = self.file.read_text(encoding="utf-8-sig", errors="replace").rstrip()
+        for number, line in enumerate(text.split("\n") if text else [], 1):
+            yield f"{self.file}:{number}", line.strip()
 
     def sample(self, line: str, where: str) -> Sample:
         """The line as a sample, with its image's path; the image itself is not looked at."""
         fields = _dictionary(line, where)
-        tokens = _field(fields, ("token",), list, where)
-        if not tokens or not all(isinstance(token, str) for token in tokens):
-            raise ValueError(f"{where}: 'token' is {shown(tokens)}; a list of words expected")
-        text, entity = " ".join(tokens), _field(fields, ("h", "name"), str, where)
+        text, entity = " ".join(words_field(fields, "token", where)), field(fields, "h.name", str, where)
         # A lone surrogate can be written in JSON but is refused by every tokenizer.
         text, entity = (words.encode("utf-8", "replace").decode() for words in (text, entity))
-        image = _field(fields, ("img_id",), str, where)
-        if not is_file_name(image):
-            raise ValueError(f"{where}: 'img_id' is {shown(image)}; the bare name of an image expected")
-        label = _field(fields, ("relation",), str, where)
+        image, label = file_name_field(fields, "img_id", where), field(fields, "relation", str, where)
         if label not in self.labels:
             raise ValueError(f"{where}: label {shown(label)} is not in {self.folder / 'rel2id.json'}")
-        box = _field(fields, ("t",), dict, where).get("pos")
-        name = _field(fields, ("t", "name"), str, where) if box is None else ""
+        box = field(fields, "t", dict, where).get("pos")
+        name = field(fields, "t.name", str, where) if box is None else ""
         try:
             box = _four_numbers(self._stored_box(image, name) if box is None else box)
         except ValueError as problem:
-            raise BoxFault(f"{where}: {problem}", label) from None
-        return Sample(f"{self.split}/{int(where.rpartition(':')[2]) - 1}", self.folder / "img_org" / self.split / image,
-            box,
-                      text, entity, label, self.labels)
+            fault = BoxFault(f"{where}: {problem}")
+            fault.label = label
+            raise fault from None
+        number = int(where.rpartition(":")[2]) - 1
+        return Sample(f"{self.split}/{number}", self.folder / "img_org" / self.split / image, box, text, entity, label,
+                      self.labels)
 
     def image_size(self, sample: Sample, where: str) -> tuple[int, int] | None:
         """(width, height) of the sample's image, from its header; None where there is none."""
@@ -203,12 +167,12 @@ class SplitReader:
 
     def _stored_box(self, image: str, name: str):
         """What the dictionary of boxes holds for the object `name`; its file is read once, even if it cannot be."""
-        file = self.folder / f"ent_{self.split}_dict.pth"
         if self.boxes is None:
-            self.boxes, self.boxes_fault = _read_boxes(file)
-        if self.boxes_fault:
-            raise ValueError(f"no box in 't', and {self.boxes_fault}")
-        objects = self.boxes.get(image, {})
+            self.boxes = _read_boxes(self.folder / f"ent_{self.split}_dict.pth")
+        file, boxes, fault = self.boxes
+        if fault:
+            raise ValueError(f"no box in 't', and {file} {fault}")
+        objects = boxes.get(image, {})
         if not isinstance(objects, dict):
             raise ValueError(f"{file.name} holds {shown(objects)} for {image}; {{object: box}} expected")
         if objects.get(name) is None:
@@ -216,18 +180,16 @@ class SplitReader:
         return objects[name]
 
 
-def _read_boxes(file: Path) -> tuple[dict, str]:
-    """({image: {object: box}}, what is wrong with the file)."""
+def _read_boxes(file: Path) -> tuple[Path, dict, str]:
+    """(the file, {image: {object: box}}, why it cannot be used)."""
     if not file.is_file():
-        return {}, f"{file} is missing"
+        return file, {}, "is missing"
     import torch  # the one file of this dataset that needs it
     try:
         boxes = torch.load(file, weights_only=True)  # True: a pickle must not run code
     except Exception as problem:
-        return {}, f"{file} cannot be read ({one_line(problem)[:200]})"
-    if not isinstance(boxes, dict):
-        return {}, f"{file} holds a {type(boxes).__name__}; a dict expected"
-    return boxes, ""
+        return file, {}, f"cannot be read ({one_line(problem)[:200]})"
+    return file, boxes, "" if isinstance(boxes, dict) else f"holds a {type(boxes).__name__}; a dict expected"
 
 
 def _four_numbers(box) -> tuple[float, float, float, float]:
@@ -249,13 +211,12 @@ def read_labels(folder) -> tuple[str, ...]:
     ids = read_json(file, expected)
     if not isinstance(ids, dict) or not all(type(value) is int for value in ids.values()):
         raise ValueError(f"{file}: a dictionary from label to whole number expected")
-    if not all(label.isprintable() and label == label.strip() != "" for label in ids):
-        raise ValueError(f"{file}: a label holds what cannot be printed, or begins or ends in space; found "
-                         f"{shown(list(ids))}")
-    if len(set(ids.values())) != len(ids):
-        raise ValueError(f"{file}: two labels share an id")
-    if "none" not in ids:
-        raise ValueError(f"{file}: no label 'none'; found {shown(list(ids)) if ids else 'no label at all'}")
+    for good, fault in (
+            (all(label.isprintable() and label == label.strip() != "" for label in ids),
+             "a label holds what cannot be printed, or begins or ends in space"),
+            (len(set(ids.values())) == len(ids), "two labels share an id"), ("none" in ids, "no label 'none'")):
+        if not good:
+            raise ValueError(f"{file}: {fault}; found {shown(list(ids)) if ids else 'no label at all'}")
     return tuple(sorted(ids, key=ids.get))
 
 
@@ -263,8 +224,7 @@ def _dictionary(line: str, where: str) -> dict:
     # JSON first: every line that is both means the same in both, and JSON's own escapes are no Python.
     for read in (json.loads, ast.literal_eval):
         try:
-            # Python's about a backslash in a text: what it means is plain
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(action="ignore"):  # Python's about a backslash in a text: its meaning is plain
                 fields = read(line)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
@@ -274,17 +234,7 @@ def _dictionary(line: str, where: str) -> dict:
     raise ValueError(f"{where}: {found}; one complete Python or JSON dictionary expected")
 
 
-def _field(fields: dict, names: tuple[str, ...], kind: type, where: str):
-    value = fields
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    if not isinstance(value, kind) or value == "":
-        found = "is missing" if value is None else f"is {shown(value)}"
-        raise ValueError(f"{where}: {'.'.join(names)!r} {found}; a {kind.__name__} expected")
-    return value
-
-
 if __name__ == "__main__":
     import runpy
 
-    runpy.run_module("data.more_check", run_name="__main__")  # a program of its own, which reads with what stands above
+    runpy.run_module("data.check", run_name="__main__")  # a program of its own, which reads with what stands above

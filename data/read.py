@@ -3,6 +3,7 @@ in it.
 
 A byte order mark is read over. Half of a surrogate pair, which JSON can spell and no tokenizer takes, becomes a "?"."""
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,38 @@ def one_line(problem: Exception) -> str:
     return " ".join(str(problem).split()) or type(problem).__name__
 
 
-def is_file_name(name: str) -> bool:
-    """Whether it is the bare name of a file, of the length that file systems allow."""
-    return name == Path(name).name and name.isprintable() and len(name.encode()) <= 255
+def field(record, path: str, kind: type, where: str):
+    """record["a"]["b"] for path "a.b". ValueError, naming `where`, for what is missing, of another kind, or empty."""
+    value = record
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, kind) or not value:
+        found = "is missing" if value is None else f"is {shown(value)}"
+        raise ValueError(f"{where}: {path!r} {found}; a {kind.__name__} that is not empty expected")
+    return value
+
+
+def words_field(record, path: str, where: str) -> list[str]:
+    """A field that is a list of texts."""
+    words = field(record, path, list, where)
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{where}: {path!r} is {shown(words)}; a list of words expected")
+    return words
+
+
+def file_name_field(record, path: str, where: str) -> str:
+    """A field that is the bare name of a file, of the length that file systems allow."""
+    name = field(record, path, str, where)
+    if name != Path(name).name or not name.isprintable() or len(name.encode()) > 255:
+        raise ValueError(f"{where}: {path!r} is {shown(name)}; the bare name of a file expected")
+    return name
+
+
+def fill_in(template: str, **values) -> str:
+    """The template with {name} replaced by its value; a name that has none stays as it is."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+
+
+def prompt_text(name: str, **values) -> str:
+    """The text of data/prompts/`name`.txt, filled in."""
+    return fill_in(Path(__file__).with_name("prompts").joinpath(f"{name}.txt").read_text("utf-8").strip(), **values)

@@ -17,8 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 # What the programs call. `load` gets, besides folder and split, whichever settings of the program it has parameters
-# for,
-# and seen_size, (width, height) of an image → as the model sees it. A sample with a `system` has a system turn.
+# for, and seen_size, (width, height) of an image → as the model sees it. A sample with a `system` has a system turn.
 # A task may also offer, for sft.annotate:
 #   data half: expert_prompt(sample) -> str, normalise_response(response, sample) -> str
 #   rewards half: fault(completion, sample) -> str | None, what breaks the structure
@@ -38,24 +37,23 @@ def resolve_task(name: str, rewards: str = "") -> Task:
     """Import the task's two halves. ValueError, one line, for an unknown name or a half that lacks a name."""
     data_name, comma, rewards_name = (part.strip() for part in name.partition(","))
     if not comma:
-        here = "." not in name and (Path(__file__).with_name(f"{name}.py").is_file() or not _is_yours(name))
+        yours = name.isidentifier() and importlib.util.find_spec(name) is not None
+        here = "." not in name and (Path(__file__).with_name(f"{name}.py").is_file() or not yours)
         data_name, rewards_name = (f"data.{name}", f"rewards.{name}") if here else (name, name)
     task = Task(_import(data_name, name), _import(rewards_name, name))
-    _require(task.data, DATA_NAMES)
-    _require(task.rewards, REWARD_NAMES)
+    for module, names in ((task.data, DATA_NAMES), (task.rewards, REWARD_NAMES)):
+        if missing := [name for name in names if not hasattr(module, name)]:
+            raise ValueError(f"task module {module.__name__} ({module.__file__}) lacks {', '.join(missing)}; see "
+                             "data/task.py")
     return Task(task.data, with_own_reward(task.rewards, rewards)) if rewards else task
 
 
 def sample_hash(task: Task, sample) -> str:
     """8 hexadecimal digits of a sample's id, text and target: it goes with a prediction or a response of the sample, so
     that a file made from other data is noticed although ids coincide. Where the data lies makes no difference."""
-    words = [sample.id, task.data.target(sample),
-        *(getattr(sample, name, None) for name in ("text", "entity", "question"))]
+    words = [sample.id, task.data.target(sample)]
+    words += [getattr(sample, name, None) for name in ("text", "entity", "question")]
     return hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:8]
-
-
-def _is_yours(name: str) -> bool:
-    return name.isidentifier() and importlib.util.find_spec(name) is not None
 
 
 def with_own_reward(task: ModuleType, name: str) -> SimpleNamespace:
@@ -64,11 +62,11 @@ def with_own_reward(task: ModuleType, name: str) -> SimpleNamespace:
     own = load_module(name, "--rewards")
     if not callable(getattr(own, "reward", None)):
         raise ValueError(f"--rewards {name}: no function reward(completion, sample)")
-    halves = {**vars(task), **{key: value for key, value in vars(own).items() if key in vars(task)}}
+    halves = {key: getattr(own, key, value) for key, value in vars(task).items() if not key.startswith("__")}
     if not hasattr(own, "WEIGHTS"):
-        halves |= {"WEIGHTS": {"reward": 1.0}, "reward": lambda *one,
-            **options: {"reward": own.reward(*one, **options)}}
-    return SimpleNamespace(**{key: value for key, value in halves.items() if not key.startswith("__")}, __name__=name)
+        halves["WEIGHTS"] = {"reward": 1.0}
+        halves["reward"] = lambda *one, **options: {"reward": own.reward(*one, **options)}
+    return SimpleNamespace(**halves, __name__=name)
 
 
 def load_module(name: str, setting: str) -> ModuleType:
@@ -85,15 +83,13 @@ def load_module(name: str, setting: str) -> ModuleType:
 
 def load_samples(task: Task, settings, split: str, seen_size: Callable | None = None) -> list:
     """The samples of a split. ValueError, naming both, for two of one id: answers are told apart by it."""
-    takes = inspect.signature(task.data.load).parameters
+    takes = inspect.signature(task.data.load).parameters.keys() - {"data", "split"}
     given = {name: value for name, value in {**vars(settings), "seen_size": seen_size}.items() if name in takes}
-    given = {name: value for name, value in given.items() if name not in ("data", "split")}
     samples, places = task.data.load(settings.data, split, **given), {}
     for place, sample in enumerate(samples, 1):
         if (before := places.setdefault(sample.id, place)) != place:
             raise ValueError(f"{settings.data}: samples {before} and {place} of split {split} have the same id "
-                             f"{sample.id!r}; "
-                             f"each needs its own")
+                             f"{sample.id!r}; each needs its own")
     return samples
 
 
@@ -119,10 +115,3 @@ def _nearest(name: str) -> str:
     known = sorted(path.stem for path in here.glob("[!_]*.py") if (rewards / path.name).exists() and path.stem != name)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}, or a module of yours"
-
-
-def _require(module: ModuleType, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if not hasattr(module, name)]
-    if missing:
-        raise ValueError(f"task module {module.__name__} ({module.__file__}) lacks {', '.join(missing)}; see "
-                         "data/task.py")

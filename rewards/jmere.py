@@ -10,8 +10,6 @@ from rewards.edit_distance import edit_distance
 
 WEIGHTS = {"quintuple": 1.0, "partial": 0.2, "format": 0.1}  # equation 5: 1, α, β
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
 Quintuple = tuple[str, str, str, str, str]  # head, head type, tail, tail type, relation
 
 
@@ -20,14 +18,13 @@ def reward(completion: str, sample, *, keep_format: bool = False) -> dict[str, f
 
     Wrong tags or one malformed quintuple make every part 0; keep_format leaves r_f = 1 where only the
     quintuples are at fault (the paper's sentence can be read both ways)."""
-    tagged = well_tagged(completion)
+    tagged = _tag_fault(completion) is None
     predicted = parse(completion, sample) if tagged else None
     if predicted is None:
         return {"quintuple": 0.0, "partial": 0.0, "format": float(tagged and keep_format)}
-    text = _between_answer_tags(completion).strip()
     gold = list(dict.fromkeys(sample.quintuples))
-    partial = partial_reward(predicted, gold, text)
-    return {"quintuple": quintuple_reward(predicted, gold), "partial": partial, "format": 1.0}
+    return {"quintuple": quintuple_reward(predicted, gold),
+            "partial": partial_reward(predicted, gold, _between_answer_tags(completion).strip()), "format": 1.0}
 
 
 def quintuple_reward(predicted: list[Quintuple], gold: list[Quintuple]) -> float:
@@ -51,20 +48,18 @@ def _equal_parts(a: Quintuple, b: Quintuple) -> int:
     return (a[0] == b[0]) + (a[1] == b[1]) + (a[2] == b[2]) + (a[3] == b[3]) + (a[4] == b[4])
 
 
-def well_tagged(completion: str) -> bool:
-    """Equation 4: `<think>…</think>`, then `<answer>…</answer>`, each tag once and nothing outside."""
-    return (all(completion.count(tag) == 1 for tag in TAGS) and re.fullmatch(
-        r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", completion, re.DOTALL) is not None)
-
-
 def fault(completion: str, sample) -> str | None:
     """What breaks the format, in words, or None where nothing does."""
-    for tag in TAGS:
+    return _tag_fault(completion) or ("a malformed quintuple" if parse(completion, sample) is None else None)
+
+
+def _tag_fault(completion: str) -> str | None:
+    """Equation 4: `<think>…</think>`, then `<answer>…</answer>`, each tag once and nothing outside."""
+    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
         if completion.count(tag) != 1:
             return f"{tag} missing" if tag not in completion else f"{tag} more than once"
-    if not well_tagged(completion):
-        return "text outside the tags, or tags out of order"
-    return "a malformed quintuple" if parse(completion, sample) is None else None
+    form = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
+    return None if re.fullmatch(form, completion, re.DOTALL) else "text outside the tags, or tags out of order"
 
 
 def parse(completion: str, sample) -> list[Quintuple] | None:
@@ -120,8 +115,7 @@ def spoken(relation: str) -> str:
 
 def correct(completion: str, sample) -> bool:
     """Whether exactly the gold quintuples are answered, in any order."""
-    predicted = parse(completion, sample)
-    return predicted is not None and set(predicted) == set(sample.quintuples)
+    return vote_key(completion, sample) == frozenset(sample.quintuples)
 
 
 def vote_key(completion: str, sample) -> frozenset[Quintuple] | None:

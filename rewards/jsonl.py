@@ -21,15 +21,13 @@ MOST_BOXES = 100
 
 class Verifier(NamedTuple):
     """read: (answer's text, sample) → what is compared, hashable, or None; score: (what is read, gold, sample) → 0
-    to 1, right from ½ on; gold: (value of the file, sample) → what it is compared with, ValueError where it is of
-    no use."""
+    to 1, right from ½ on; gold: (value of the file, sample) → what it is compared with, None where it is of no use,
+    without a function as an answer is read; expected: what is of use."""
 
     read: Callable
     score: Callable
-    gold: Callable
-
-
-# ── where the answer stands ──────────────────────────────────────────────────────────────────────────────────────
+    gold: Callable | None = None
+    expected: str = "a text"
 
 
 def marked(text: str) -> str | None:
@@ -54,9 +52,6 @@ def boxed(text: str) -> str | None:
 def answer_text(completion: str, sample) -> str | None:
     found = marked(completion)
     return completion.rpartition("</think>")[2] if found is None and sample.whole_answer else found
-
-
-# ── what verifiers read, and how they compare it ─────────────────────────────────────────────────────────────────
 
 
 def read_exact(text: str, sample=None) -> str | None:
@@ -102,11 +97,6 @@ def read_number(text: str, sample=None, whole: bool = False) -> tuple[float, boo
     return (value, bool(percent)) if math.isfinite(value) else None
 
 
-def gold_number(value, sample=None) -> tuple[float, bool]:
-    """The whole text must be one number: of the last of several nobody knows that it is meant."""
-    return expect(read_number(str(value), whole=True), "a number expected")
-
-
 def near(found: tuple[float, bool], gold: tuple[float, bool], sample) -> float:
     """Within --tolerance, a share of the right value. Where one of the two has a percent sign, 50% is 50 and 0.5."""
     (value, percent), (right, right_percent) = found, gold
@@ -128,12 +118,9 @@ def read_choice(text: str, sample) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def gold_choice(value, sample) -> int:
-    """A letter, a text, or a whole number that counts from 0."""
+def gold_choice(value, sample) -> int | None:
     index = value if type(value) is int and str(value) not in sample.choices else read_choice(str(value), sample)
-    there = index if index in range(len(sample.choices)) else None
-    return expect(there, "a choice's letter, text or number from 0 expected" if sample.choices else "no choices in "
-        "the line")
+    return index if index in range(len(sample.choices)) else None
 
 
 EDGE = r"(-?\d{1,6}(?:\.\d{1,6})?)"
@@ -147,15 +134,16 @@ def read_boxes(text: str, sample=None) -> tuple | None:
     return boxes if 0 < len(boxes) <= MOST_BOXES else None
 
 
-def gold_boxes(value, sample) -> tuple:
+def gold_boxes(value, sample) -> tuple | None:
     """[x1, y1, x2, y2], or a list of them, in pixels of the file's image → pixels of the image as the model sees it."""
     boxes = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    expect(len(sample.sizes) == 1 or None, f"boxes are those of one image; the line has {len(sample.sizes)}")
+    if len(sample.sizes) != 1:
+        return None
     (width, height), (seen_width, seen_height) = sample.sizes[0], sample.seen_sizes[0]
     for box in boxes:
         good = isinstance(box, list) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)
-        expect(good and 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height or None,
-               f"[x1, y1, x2, y2] within the image's {width} × {height} pixels expected, or a list of such")
+        if not (good and 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+            return None
     across, down = seen_width / width, seen_height / height
     return tuple((x1 * across, y1 * down, x2 * across, y2 * down) for x1, y1, x2, y2 in boxes)
 
@@ -173,11 +161,11 @@ def iou(one: tuple, other: tuple) -> float:
     return both / (sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - both)
 
 
-def gold_pattern(value, sample=None) -> re.Pattern:
+def gold_pattern(value, sample=None) -> re.Pattern | None:
     try:
         return re.compile(str(value))
-    except (re.error, RecursionError, OverflowError) as problem:
-        raise ValueError(f"no regular expression ({problem})") from None
+    except (re.error, RecursionError, OverflowError):
+        return None
 
 
 def matches(found: str, gold: re.Pattern, sample=None) -> float:
@@ -185,22 +173,14 @@ def matches(found: str, gold: re.Pattern, sample=None) -> float:
     return float(len(found) <= LONGEST and gold.fullmatch(found) is not None)
 
 
-def expect(found, message: str):
-    """What was found. ValueError for None."""
-    if found is None:
-        raise ValueError(message)
-    return found
-
-
-def text_verifier(read: Callable) -> Verifier:
-    return Verifier(read, equal, lambda value, sample: expect(read(str(value)), "a text expected"))
-
-
 VERIFIERS = {
-    "exact": text_verifier(read_exact), "text": text_verifier(read_text),
-    "number": Verifier(read_number, near, gold_number),
-    "choice": Verifier(read_choice, equal, gold_choice), "boxes": Verifier(read_boxes, overlap, gold_boxes),
-    "regex": Verifier(read_exact, matches, gold_pattern)}
+    "exact": Verifier(read_exact, equal), "text": Verifier(read_text, equal),
+    # of the file's text the whole must be one number: of the last of several nobody knows that it is meant
+    "number": Verifier(read_number, near, lambda value, sample: read_number(str(value), whole=True), "a number"),
+    "choice": Verifier(read_choice, equal, gold_choice, "one of the line's choices by letter, text or number from 0"),
+    "boxes": Verifier(read_boxes, overlap, gold_boxes,
+                      "[x1, y1, x2, y2] within the line's one image, or a list of such"),
+    "regex": Verifier(read_exact, matches, gold_pattern, "a regular expression")}
 
 
 def own_verifier(function: Callable) -> Verifier:
@@ -212,9 +192,6 @@ def suitable(sample, values: list) -> Verifier:
     """--verifier auto: choice where there are choices, number where the answer is one, else text."""
     numbers = all(read_number(str(value), whole=True) for value in values)
     return VERIFIERS["choice" if sample.choices else "number" if numbers else "text"]
-
-
-# ── reward and metrics ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def vote_key(completion: str, sample):

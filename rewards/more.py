@@ -65,33 +65,26 @@ def metrics(completions: list[str], samples: list) -> dict[str, float]:
     counts. An answer that cannot be parsed predicts nothing, so it is in no precision denominator;
     `unparsable` is the share of them. A share of nothing is 0. Raises ValueError if the two lists are not
     equally long."""
-    answers, golds = _answers(completions, samples), [sample.label for sample in samples]
-    right = sum(answer == gold != "none" for answer, gold in zip(answers, golds))
-    predicted = sum(answer not in (None, "none") for answer in answers)
-    gold = sum(label != "none" for label in golds)
-    return {
-        **_scores(right, predicted, gold),  # F1 first: it decides which checkpoint is the best
-        "accuracy": _share(sum(answer == gold for answer, gold in zip(answers, golds)), len(golds)),
-        "unparsable": _share(answers.count(None), len(answers))}
+    table = per_label(completions, samples)
+    count = lambda name, rows: sum(row[name] for row in rows)
+    related = [row for label, row in table.items() if label != "none"]
+    return {  # F1 first: it decides which checkpoint is the best
+        **_scores(*(count(name, related) for name in ("right", "predicted", "support"))),
+        "accuracy": _share(count("right", table.values()), len(samples)),
+        "unparsable": _share(len(samples) - count("predicted", table.values()), len(samples))}
 
 
 def per_label(completions: list[str], samples: list) -> dict[str, dict[str, float]]:
     """For every candidate label: precision, recall, f1, and the counts behind them: support (gold), predicted, right.
 
     `none` has its row here too, although the micro figures leave it out."""
-    answers, golds = _answers(completions, samples), [sample.label for sample in samples]
-    table = {}
+    answers = [parse(completion, sample) for completion, sample in zip(completions, samples, strict=True)]
+    golds, table = [sample.label for sample in samples], {}
     for label in dict.fromkeys(label for sample in samples for label in sample.labels):
         right = sum(answer == gold == label for answer, gold in zip(answers, golds))
         predicted, gold = answers.count(label), golds.count(label)
         table[label] = {**_scores(right, predicted, gold), "support": gold, "predicted": predicted, "right": right}
     return table
-
-
-def _answers(completions: list[str], samples: list) -> list[str | None]:
-    if len(completions) != len(samples):
-        raise ValueError(f"{len(completions)} completions for {len(samples)} samples; one each expected")
-    return [parse(completion, sample) for completion, sample in zip(completions, samples)]
 
 
 def _scores(right: int, predicted: int, gold: int) -> dict[str, float]:

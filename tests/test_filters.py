@@ -8,6 +8,7 @@ import pytest
 from test_expert import KEY, completion, server
 
 from data import jmere
+from data.read import prompt_text
 from data.task import resolve_task
 from jmere_folder import write_jmere
 from sft import annotate, filters
@@ -144,7 +145,8 @@ def test_the_filters_prompts_show_reasoning_and_rules_but_the_re_prediction_no_g
     for text in (expert, again, score):
         assert sample.text in text
     assert all(part in expert for part in ("Image:", "Alignment:", "Quintuples:"))
-    assert filters.read_score(jmere.SCORE_EXAMPLES) is None and len(re.findall("<score>", jmere.SCORE_EXAMPLES)) == 3
+    examples = prompt_text("jmere_score")
+    assert filters.read_score(examples) is None and len(re.findall("<score>[0-9]", examples)) == 3
 
 
 @pytest.mark.parametrize("words, message", [

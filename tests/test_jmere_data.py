@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import jmere
+from data import check, jmere
 from rewards.jmere import correct, parse, reward
 
 TOKENS = "RT @WLWT : Bill Cosby 's star on Hollywood Walk of Fame".split()
@@ -187,16 +187,13 @@ def test_a_split_or_folder_that_is_not_there_is_said_so(folder):
         jmere.load(folder, "train", missing_images="skip")
 
 
-def test_the_check_command_prints_counts_or_one_line(folder, capsys, monkeypatch):
+def test_the_check_command_prints_counts_or_one_line(folder, capsys):
     write(folder, "val", [post(pair={"relation": "peer"})])
-    monkeypatch.setattr("sys.argv", ["jmere", "--check", str(folder)])
-    jmere.main()
+    assert check.main("jmere", ["--check", str(folder)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["posts", "2", "1"] in rows and ["peer", "(per,", "misc)", "0", "1"] in rows
     (folder / "val.json").write_text("[")
-    with pytest.raises(SystemExit) as end:
-        jmere.main()
-    assert end.value.code == 2
+    assert check.main("jmere", ["--check", str(folder)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {folder / 'val.json'}")
 
 

@@ -152,7 +152,7 @@ BAD = {
     "an empty answer": ({"question": "a?", "answer": ""}, "is None"), "no answer in the list": ({"question": "a?", "answer": []}, "list"),
     "a bool": ({"question": "a?", "answer": False}, "False; a text, a number"), "an object": ({"question": "a?", "answer": {}}, "a text, a number"),
     "an answer of marks": ({"question": "a?", "answer": "<answer> </answer>"}, "answer is '<answer> </answer>'; a text expected"),
-    "a worthless choice": ({"question": "a?", "answer": "C", "choices": ["x", "y"]}, "a choice's letter, text or number from 0"),
+    "a worthless choice": ({"question": "a?", "answer": "C", "choices": ["x", "y"]}, "one of the line's choices by letter, text or number from 0 expected"),
     "equal choices": ({"question": "a?", "answer": "x", "choices": ["x", "x"]}, "a list of at most 26 different texts expected"),
     "choices of numbers": ({"question": "a?", "answer": "x", "choices": [1]}, "choices is [1]; a list of at most"),
     "an image of numbers": ({"question": "a?", "answer": "x", "image": 3}, "images is 3; a list of texts"),
@@ -183,7 +183,7 @@ def test_bytes_that_are_no_utf_8_are_refused_with_their_line(tmp_path):
 @pytest.mark.parametrize("verifier, line", [("number", {"question": "a?", "answer": "many"}), ("regex", {"question": "a?", "answer": "("}),
                                             ("choice", {"question": "a?", "answer": "A"}), ("boxes", {"question": "a?", "answer": [1, 2, 3, 4]})])
 def test_an_answer_that_the_verifier_cannot_use_is_refused_with_file_and_line(tmp_path, verifier, line):
-    with pytest.raises(ValueError, match="q.jsonl:1: answer is .* expected|q.jsonl:1: answer is .*(no choices|boxes are|no regular)"):
+    with pytest.raises(ValueError, match="q.jsonl:1: answer is .* expected"):
         load(write(tmp_path / "q.jsonl", line), "all", verifier=verifier)
 
 

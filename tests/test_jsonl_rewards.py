@@ -152,11 +152,11 @@ def test_auto_takes_choice_number_or_text_by_the_line():
 
 @pytest.mark.parametrize("value, verifier, message, more", [
     ("seven", "number", "a number expected", {}), ("3 and 4", "number", "a number expected", {}), ("1/0", "number", "a number", {}),
-    (["7", "x"], "number", "a number expected", {}), ("(", "regex", "no regular expression", {}), ("", "exact", "a text", {}),
+    (["7", "x"], "number", "a number expected", {}), ("(", "regex", "a regular expression expected", {}), ("", "exact", "a text", {}),
     ("D", "choice", "letter, text or number from 0", dict(choices=FRUIT)), (3, "choice", "from 0", dict(choices=FRUIT)),
-    ("A", "choice", "no choices in the line", {}), (-1, "choice", "from 0", dict(choices=FRUIT)),
-    (BOX, "boxes", "boxes are those of one image; the line has 0", {}), ("[1,2,3,4]", "boxes", "[x1, y1", dict(size=(100, 80))),
-    ([10, 20, 30, 90], "boxes", "within the image's 100 × 80 pixels", dict(size=(100, 80))),
+    ("A", "choice", "one of the line's choices by letter, text", {}), (-1, "choice", "from 0", dict(choices=FRUIT)),
+    (BOX, "boxes", "within the line's one image", {}), ("[1,2,3,4]", "boxes", "[x1, y1", dict(size=(100, 80))),
+    ([10, 20, 30, 90], "boxes", "within the line's one image", dict(size=(100, 80))),
     ([30, 20, 10, 60], "boxes", "within", dict(size=(100, 80))), ([[1, 2, 3]], "boxes", "[x1, y1", dict(size=(100, 80))),
     ([], "boxes", "[x1, y1", dict(size=(100, 80))), ([True, 2, 3, 4], "boxes", "[x1, y1", dict(size=(100, 80))),
 ])

@@ -80,7 +80,7 @@ BAD = {
     "an entity that is not in the text": ({"entity": "Bulls"}, "the entity 'Bulls' does not stand in the text"),
     "half a box": ({"box": "0.5,0.5"}, "box is '0.5,0.5'; cx,cy,w,h"),
     "a box in pixels": ({"box": "40,30,10,10"}, "lies outside the image"),
-    "a box without bounds": ({"box": "0.5,0.5,1e308,1e308"}, "or none that a fraction can be"),
+    "a box without bounds": ({"box": "0.5,0.5,1e308,1e308"}, "holds a value that is no fraction"),
     "no image": ({"image": "gone.jpg"}, "--image gone.jpg: no such file"),
     "no labels": ({"data": "run"}, "rel2id.json is missing"),
     "no such data": ({"data": "nowhere"}, "--data nowhere: no such folder"),
