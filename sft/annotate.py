@@ -10,14 +10,12 @@ writes beside each other
     cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
     cold_start.responses.jsonl  what --expert openai:MODEL or local:MODEL answered, as it came
 
-JMERE-R1's data has several candidates a sample and two filters more (sft/filters.py):
-
-    python -m sft.annotate --task jmere --data JMERE --fraction 1 --candidates 5 --repredict True --score True \\
-        --expert openai:gpt-4o --output mp_cot.jsonl"""
+JMERE-R1's data has several candidates a sample and two filters more (sft/filters.py, docs/jmere-r1.md)."""
 import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from data.curriculum import stratified_draw
@@ -26,13 +24,11 @@ from data.task import Task, load_samples, resolve_task, sample_hash
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
 from grpo.runtime.settings import TaskSettings, read_settings, required, run_program, setting
-from sft.experts import ask_all, endpoint_from_environment, fill_template, read_template
+from sft.experts import ask_all, endpoint_from_environment, fill_template, local_expert, read_template
 from sft.filters import (Ask, Candidate, Fallen, best_of_each, candidates_of, filter_responses, repredict_filter,
                          score_filter)
 
 EXAMPLES = 10
-
-
 filters, experts = (partial(setting, group=title) for title in ("filters", "expert"))
 
 
@@ -40,8 +36,9 @@ filters, experts = (partial(setting, group=title) for title in ("filters", "expe
 class Settings(TaskSettings):
     """Cold-start data for Stage 1. The defaults are MORE-R1's."""
 
-    expert: str = required("whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, openai:MODEL, "
-        "asked at OPENAI_BASE_URL with OPENAI_API_KEY, or local:MODEL, a checkpoint folder or hub name that runs here")
+    expert: str = required(
+        "whose responses: file:PATH, a JSONL of {id, response} for the samples drawn, openai:MODEL, asked at "
+        "OPENAI_BASE_URL with OPENAI_API_KEY, or local:MODEL, a checkpoint folder or hub name that runs here")
     output: str = required("JSONL to write; the drawn ids and the report go beside it")
     split: str = setting("train", "split to draw from", top=True)
     fraction: float = setting(0.25, "share of every stratum (MORE: of every relation) to draw", top=True)
@@ -72,8 +69,7 @@ class Settings(TaskSettings):
 
 def file_expert(path: str) -> Ask:
     """Responses that were written earlier: JSONL of {id, response}; more than were drawn do not disturb."""
-    responses = {}
-    expected = "a JSON object with the texts id and response"
+    responses, expected = {}, "a JSON object with the texts id and response"
     for where, entry in read_json_lines(path, expected):
         name, response = entry.get("id"), entry.get("response")
         if not isinstance(name, str) or not isinstance(response, str):
@@ -84,29 +80,27 @@ def file_expert(path: str) -> Ask:
     return lambda requests: {one.id: responses[one.id] for one in requests if one.id in responses}
 
 
-def expert_options(settings: Settings) -> dict:
+def find_expert(settings: Settings) -> Ask:
+    """The expert that --expert names: a file, or one that is asked over HTTP ("openai") or runs here ("local"), but for
+    what is in the .responses.jsonl beside the output."""
+    kind, _, model = settings.expert.partition(":")
+    if kind not in ("file", "openai", "local") or not model:
+        raise ValueError(f"--expert {settings.expert}: file:PATH, openai:MODEL or local:MODEL expected")
+    if kind == "file":
+        if not Path(model).is_file():
+            raise ValueError(f"--expert {settings.expert}: no such file")
+        return file_expert(model)
     try:
         options = json.loads(settings.expert_options)
     except ValueError:
         options = None
     if not isinstance(options, dict):
         raise ValueError(f"--expert_options {settings.expert_options}: a JSON object expected")
-    return options
-
-
-def asking_expert(kind: str, model: str, settings: Settings) -> Ask:
-    """Responses asked for over HTTP ("openai"), or of a checkpoint that runs here, but for those that are in the
-    .responses.jsonl beside the output."""
+    expert = local_expert(model, options) if kind == "local" else endpoint_from_environment(
+        model, options=options, concurrency=settings.concurrency, timeout=settings.timeout, attempts=settings.attempts)
     path = Path(settings.responses or Path(settings.output).with_suffix(".responses.jsonl"))
-    options, template = expert_options(settings), read_template(settings.template)
-    if kind == "local":
-        from sft import local_expert  # the engine is loaded for this expert alone
-
-        options = local_expert.check_options(options)
-        return lambda requests: local_expert.ask_all(model, requests, path, options=options, template=template)
-    endpoint = endpoint_from_environment(model, options=options, timeout=settings.timeout, attempts=settings.attempts)
-    return lambda requests: ask_all(endpoint, requests, lambda one: one.prompt(), path, template=template,
-                                    concurrency=settings.concurrency)
+    template = read_template(settings.template)
+    return lambda requests: ask_all(expert, requests, path, template)
 
 
 def prompt_maker(settings: Settings, task: Task):
@@ -124,58 +118,42 @@ def prompt_maker(settings: Settings, task: Task):
     return prompt_of
 
 
-def find_expert(settings: Settings) -> Ask:
-    """The expert that --expert names."""
-    kind, _, rest = settings.expert.partition(":")
-    if kind not in ("file", "openai", "local") or not rest:
-        raise ValueError(f"--expert {settings.expert}: file:PATH, openai:MODEL or local:MODEL expected")
-    if kind == "file" and not Path(rest).is_file():
-        raise ValueError(f"--expert {settings.expert}: no such file")
-    return file_expert(rest) if kind == "file" else asking_expert(kind, rest, settings)
-
-
 def examples(fallen: list[Fallen], task: Task) -> list[dict]:
     """Up to ten of what fell, in turn from each reason, so that a frequent one does not hide a rare one."""
-    seen, turns = Counter(), []
-    for case in fallen:
-        seen[case.reason] += 1
-        turns.append(seen[case.reason])
-    in_turn = [case for _, case in sorted(zip(turns, fallen), key=lambda pair: pair[0])]
-    return [{"id": case.sample.id, "reason": case.reason, "gold": task.data.target(case.sample),
-             "response": case.response} for case in in_turn[:EXAMPLES]]
+    by_reason = {}
+    for one, reason in fallen:
+        by_reason.setdefault(reason, []).append({"id": one.sample.id, "reason": reason,
+                                                 "gold": task.data.target(one.sample), "response": one.response})
+    in_turn = (case for turn in zip_longest(*by_reason.values()) for case in turn if case)
+    return list(islice(in_turn, EXAMPLES))
 
 
 def survivors(settings: Settings, task: Task, drawn: list, expert: Ask):
     """(candidates kept, one a sample; what fell; the stages with their counts, before and after each filter)."""
-    stages, fallen = {}, []
-
-    def count(stage: str, left: list[Candidate]) -> list[Candidate]:
-        stages[stage] = {"candidates": len(left), "samples": len({one.sample.id for one in left})}
-        return left
-
-    def keep(stage: str, kept_and_fallen: tuple) -> list[Candidate]:
-        fallen.extend(kept_and_fallen[1])
-        return count(stage, kept_and_fallen[0])
-
-    left = count("asked for", candidates_of(drawn, settings.candidates, prompt_maker(settings, task), expert))
-    left = keep("structure and answer right", filter_responses(task, left))
-    if settings.repredict:
-        left = keep("re-prediction right", repredict_filter(task, left, expert))
-    if settings.score:
-        left = keep("score high enough", score_filter(task, left, expert, settings.score_threshold))
+    left, fallen, stages = candidates_of(drawn, settings.candidates, prompt_maker(settings, task), expert), [], {}
+    for stage, wanted, keep in (
+            ("asked for", True, lambda left: (left, [])),
+            ("structure and answer right", True, lambda left: filter_responses(task, left)),
+            ("re-prediction right", settings.repredict, lambda left: repredict_filter(task, left, expert)),
+            ("score high enough", settings.score,
+             lambda left: score_filter(task, left, expert, settings.score_threshold))):
+        if wanted:
+            left, dropped = keep(left)
+            fallen += dropped
+            stages[stage] = {"candidates": len(left), "samples": len({one.sample.id for one in left})}
     return best_of_each(left, settings.seed), fallen, stages
 
 
 def make_report(settings: Settings, task: Task, samples: list, drawn: list, kept: list[Candidate],
                 fallen: list[Fallen], stages: dict) -> dict:
     """The report's content: the settings, the counts in all and by stratum, the reasons, the examples."""
-    strata = {}
-    for column, members in (("samples", samples), ("drawn", drawn), ("kept", [one.sample for one in kept])):
-        for sample in members:
-            strata.setdefault(str(task.data.stratum(sample)), {"samples": 0, "drawn": 0, "kept": 0})[column] += 1
+    columns = {"samples": samples, "drawn": drawn, "kept": [one.sample for one in kept]}
+    counts = {name: Counter(str(task.data.stratum(one)) for one in members) for name, members in columns.items()}
     return {**{name: getattr(settings, name) for name in ("task", "split", "expert", "fraction", "seed")},
-            "samples": len(samples), "drawn": len(drawn), "kept": len(kept), "strata": strata, "stages": stages,
-            "fallen": dict(Counter(case.reason for case in fallen).most_common()), "examples": examples(fallen, task)}
+            **{name: len(members) for name, members in columns.items()},
+            "strata": {stratum: {name: counts[name][stratum] for name in columns} for stratum in counts["samples"]},
+            "stages": stages, "fallen": dict(Counter(reason for _, reason in fallen).most_common()),
+            "examples": examples(fallen, task)}
 
 
 def print_report(report: dict) -> None:

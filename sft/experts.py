@@ -1,4 +1,4 @@
-"""An expert behind an OpenAI-compatible endpoint: many requests at a time, each answer on disk as it comes.
+"""The experts that are asked: an OpenAI-compatible endpoint, or a checkpoint that runs here and costs nothing.
 
 The endpoint is read from the environment: OPENAI_BASE_URL (OpenAI's own where it is not set) and
 OPENAI_API_KEY, which stands in no message and no file. An answer is appended to a JSONL file before anything
@@ -14,7 +14,6 @@ import random
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
@@ -22,31 +21,32 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from data.read import json_value
+from data.read import fill_in, read_json_lines, shown
+from grpo.runtime.files import append_line
 from grpo.runtime.log import progress, say
 
 LONGEST_SIDE = 1536  # pixels sent; the big endpoints scale down to less
 LARGEST_REPLY = 16 * 2 ** 20  # bytes
 LONGEST_PAUSE = 60.0  # seconds
+LOCAL_OPTIONS = {"max_tokens": 2048, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}  # and their defaults
+AT_ONCE = 32  # a local expert's requests that are in memory together; after each of these their answers are on disk
 
 
 class TryAgain(Exception):
-    """A reply that another attempt may mend; `after` is how many seconds the endpoint asks to wait."""
-
-    def __init__(self, message: str, after: float = 0.0):
-        super().__init__(message)
-        self.after = after
+    """(why, and perhaps the seconds that the endpoint asks to wait): a reply that another attempt may mend."""
 
 
 class GaveUp(Exception):
-    """A sample that gets no response, for the reason in the message; the others go on."""
+    """A request that gets no response, for the reason in the message; the others go on."""
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Every status is a reply. A redirect is not followed: it would carry the key to another host."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Endpoint:
     model: str
     key: str = field(default="", repr=False)
     options: dict = field(default_factory=dict)
+    concurrency: int = 8  # requests at a time
     timeout: float = 120.0  # seconds for a whole reply
     attempts: int = 6
     pause: float = 1.0  # seconds before the second attempt; doubled before each further one
@@ -66,6 +67,18 @@ class Endpoint:
             if length >= 8 or length == len(self.key):
                 text = text.replace(self.key[:length], "[key]")
         return " ".join(text.split())[:300]
+
+    def answer(self, requests: list, keep: Callable, bar) -> None:
+        """Gives `keep` each request with its answer, those without one left out; as many of these in a row as there
+        are requests at a time, at least three, are a ValueError."""
+        pool, stop = ThreadPoolExecutor(self.concurrency), threading.Event()
+        # kept in the thread: what is paid for is not lost
+        ask_one = lambda request: keep(request, ask(self, request_body(self, *request.prompt()), stop))
+        try:
+            _wait_for([pool.submit(ask_one, request) for request in requests], bar, max(3, self.concurrency))
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)  # those on their way still arrive, and are kept
 
 
 def endpoint_from_environment(model: str, **settings) -> Endpoint:
@@ -93,9 +106,8 @@ def _is_address(url: str) -> bool:
 def request_body(endpoint: Endpoint, images: list, text: str) -> bytes:
     """A chat request: the images, then the text, in one user turn."""
     content = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
-    content.append({"type": "text", "text": text})
-    return json.dumps({"model": endpoint.model, "messages": [{"role": "user", "content": content}],
-                       **endpoint.options}).encode()
+    turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    return json.dumps({"model": endpoint.model, "messages": [turn], **endpoint.options}).encode()
 
 
 def _data_url(image) -> str:
@@ -108,56 +120,40 @@ def _data_url(image) -> str:
 def ask(endpoint: Endpoint, body: bytes, stop: threading.Event) -> dict:
     """One request → {"response", "tokens_in", "tokens_out"}; tried again, after a pause, where that may help.
 
-    Raises GaveUp where this sample gets no response, ValueError where no other one would either."""
+    Raises GaveUp where this one gets no response, ValueError where no other would either."""
     for attempt in range(endpoint.attempts):
         try:
             return _read_reply(endpoint, _post(endpoint, body))
         except TryAgain as problem:
-            reason, after = str(problem), problem.after
+            reason, *wish = problem.args
         # Random, so that requests that were turned away together do not come back together.
         pause = endpoint.pause * 2 ** attempt * random.uniform(0.5, 1)
-        if attempt + 1 == endpoint.attempts or stop.wait(min(max(pause, after), LONGEST_PAUSE)):
+        if attempt + 1 == endpoint.attempts or stop.wait(min(max([pause, *wish]), LONGEST_PAUSE)):
             break
     raise GaveUp(f"{reason}, {attempt + 1} times" if attempt else reason)
 
 
 def _post(endpoint: Endpoint, body: bytes) -> bytes:
+    """The reply. An error status is TryAgain, GaveUp (not this request) or ValueError (none at all)."""
     key = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
     request = urllib.request.Request(endpoint.url, body, {"Content-Type": "application/json", **key})
-    deadline = time.monotonic() + endpoint.timeout
+    deadline, content = time.monotonic() + endpoint.timeout, b""
     try:
-        with urllib.request.build_opener(NoRedirects).open(request, timeout=endpoint.timeout) as reply:
-            return _read_until(reply, deadline)
-    except urllib.error.HTTPError as problem:
-        raise _verdict(endpoint, problem) from None
+        with urllib.request.build_opener(AnyStatus).open(request, timeout=endpoint.timeout) as reply:
+            while part := reply.read1(65536):  # the socket's timeout alone would wait for ever for single bytes
+                content += part
+                if time.monotonic() > deadline or len(content) > LARGEST_REPLY:
+                    raise TryAgain("a reply without end")
     except (OSError, http.client.HTTPException) as problem:  # no connection, a cut one, a timeout
         raise TryAgain(endpoint.scrub(f"{type(problem).__name__}: {problem}")) from None
-
-
-def _read_until(reply, deadline: float) -> bytes:
-    """The whole body; a socket's timeout alone would wait for ever for one that comes byte by byte."""
-    parts, size = [], 0
-    while part := reply.read1(65536):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > deadline or size > LARGEST_REPLY:
-            raise TryAgain("a reply without end")
-    return b"".join(parts)  # one that was cut off is no JSON any more
-
-
-def _verdict(endpoint: Endpoint, problem: urllib.error.HTTPError) -> Exception:
-    """What an error status means: again, not this sample, or not at all."""
-    try:
-        said = problem.read(2000).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        said = ""
-    message = endpoint.scrub(f"{endpoint.url} answered {problem.code}: {said or problem.reason}")
-    if problem.code in (408, 409, 425, 429) or problem.code >= 500:
-        after = problem.headers.get("Retry-After") or ""
-        return TryAgain(message, float(after) if re.fullmatch(r"\d{1,6}(\.\d*)?", after) else 0.0)
-    if problem.code < 400 or problem.code in (401, 402, 403, 404, 405):
-        return ValueError(message)
-    return GaveUp(message)
+    if 200 <= reply.status < 300:
+        return content  # one that was cut off is no JSON any more
+    said = content[:2000].decode(errors="replace") or reply.reason
+    message = endpoint.scrub(f"{endpoint.url} answered {reply.status}: {said}")
+    if reply.status in (408, 409, 425, 429) or reply.status >= 500:
+        after = reply.headers.get("Retry-After") or ""
+        raise TryAgain(message, float(after) if re.fullmatch(r"\d{1,6}(\.\d*)?", after) else 0.0)
+    raise (ValueError if reply.status < 400 or reply.status in (401, 402, 403, 404, 405) else GaveUp)(message)
 
 
 def _read_reply(endpoint: Endpoint, reply: bytes) -> dict:
@@ -168,62 +164,83 @@ def _read_reply(endpoint: Endpoint, reply: bytes) -> dict:
         raise TryAgain(endpoint.scrub(f"not a chat completion: {reply.decode(errors='replace')}")) from None
     if not isinstance(response, str):
         raise TryAgain("not a chat completion: its content is no text")
-    # A lone surrogate can be written in JSON but in no file.
-    response = response.encode("utf-8", "replace").decode()
     usage = completion.get("usage")
-    return {"response": response, "tokens_in": _tokens(usage, "prompt_tokens"),
-            "tokens_out": _tokens(usage, "completion_tokens")}
+    counts = [usage.get(f"{part}_tokens") if isinstance(usage, dict) else None for part in ("prompt", "completion")]
+    # 0 for what is no count: the response is paid for, whatever stands beside it
+    tokens = [int(count) if isinstance(count, float) and 0 <= count < math.inf else 0 for count in counts]
+    # A lone surrogate can be written in JSON but in no file.
+    return {"response": response.encode("utf-8", "replace").decode(), "tokens_in": tokens[0], "tokens_out": tokens[1]}
 
 
-def _tokens(usage, name: str) -> int:
-    """A count, which JSON gave as a float; 0 for what is none: the response is paid for, whatever stands beside it."""
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return int(count) if isinstance(count, float) and 0 <= count < math.inf else 0
+@dataclass(frozen=True)
+class LocalExpert:
+    """A checkpoint's folder or its name on the hub, and every one of LOCAL_OPTIONS."""
+    model: str
+    options: dict
+    max_pixels: int = 1280 * 28 * 28
+
+    def answer(self, requests: list, keep: Callable, bar) -> None:
+        """Gives `keep` each request with its answer, AT_ONCE at a time."""
+        import torch  # and the engine, for this expert alone
+
+        from grpo.engine.encode import Encoder
+        from grpo.engine.rollout import Sampling, sample
+        from grpo.runtime.fsdp import compute_dtype
+        from grpo.runtime.run import load_frozen
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder, options = Encoder(self.model, self.max_pixels), self.options
+        policy = load_frozen(self.model, "", compute_dtype("auto", device), device)
+        sampling = Sampling(int(options["max_tokens"]), encoder.end_tokens, options["temperature"], options["top_p"],
+                            int(options["top_k"]), rows=AT_ONCE, seed=f"{options['seed']}/expert")
+        for begin in range(0, len(requests), AT_ONCE):
+            some = requests[begin : begin + AT_ONCE]
+            prompts = [encoder.encode(*one.prompt(), id=one.id) for one in some]
+            groups = sample(policy, prompts, 1, sampling, lambda written, ended, spared: bar.update(ended))
+            for one, group in zip(some, groups):
+                keep(one, {"response": encoder.decode(group.completions[0]), "tokens_in": len(group.prompt),
+                           "tokens_out": len(group.completions[0])})
 
 
-def ask_all(endpoint: Endpoint, samples: list, prompt_of: Callable, path: Path, *, template: str = "",
-            concurrency: int = 8) -> dict[str, str]:
-    """Ask for every sample that `path` has no answer for yet; returns response by sample id, old and new.
-
-    `prompt_of(sample)` is (images, text), called only for what is asked. A sample without a response is
-    left out; as many in a row as there are requests at a time, at least three, are a ValueError."""
-    request = request_digest(endpoint.model, endpoint.options, template)
-    answers, missing = answered_before(path, samples, request)
-    stop, lock, new = threading.Event(), threading.Lock(), {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def ask_one(sample):
-        answer = ask(endpoint, request_body(endpoint, *prompt_of(sample)), stop)
-        line = json.dumps({"id": sample.id, **answer, "request": request}) + "\n"
-        with lock:  # here, in the thread: what is paid for is kept
-            append_whole(path, line.encode())
-        new[sample.id] = answer
-
-    pool = ThreadPoolExecutor(concurrency)
-    try:
-        with progress(len(missing), "expert", "response") as bar:
-            _wait_for([pool.submit(ask_one, sample) for sample in missing], bar, max(3, concurrency))
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)  # those on their way still arrive, and are kept
-        say(f"{endpoint.model}: {cost_line(new)} in this run, {cost_line({**answers, **new})} in all")
-    return {name: answer["response"] for name, answer in {**answers, **new}.items()}
+def local_expert(model: str, options: dict) -> LocalExpert:
+    for name, value in options.items():
+        if name not in LOCAL_OPTIONS or type(value) not in (int, float):
+            raise ValueError(f"--expert_options: {name!r} is {value!r}; a number for one of "
+                             f"{', '.join(LOCAL_OPTIONS)} expected")
+    return LocalExpert(model, {**LOCAL_OPTIONS, **options})
 
 
-def append_whole(path: Path, line: bytes) -> None:
-    """The whole line at the file's end, or an OSError and the file as it was: a full disk takes half a line, and then
-    whole ones behind it."""
-    with open(path, "a+b", buffering=0) as file:  # a buffer would be written once more when the file is closed
-        size = file.seek(0, os.SEEK_END)
-        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-            raise OSError(f"{path} ends in half a line; nothing is written behind it")
+def ask_all(expert: Endpoint | LocalExpert, requests: list, path: Path, template: str = "") -> dict[str, str]:
+    """Response by request id, where there is one: those in `path`, and new ones, which are appended to it.
+
+    ValueError for a file with answers of another expert, or to other options or another template: a line's `request`
+    is the digest of these."""
+    digest = hashlib.sha256(json.dumps([expert.model, expert.options, template]).encode()).hexdigest()[:12]
+    answers, new, lock = read_answers(path, digest), {}, threading.Lock()
+    missing = [one for one in requests if one.id not in answers]
+    if len(missing) < len(requests):
+        say(f"{path}: {len(requests) - len(missing)} of {len(requests)} responses are there already")
+
+    def keep(request, answer: dict) -> None:
+        with lock:
+            append_line(path, {"id": request.id, **answer, "request": digest})
+        new[request.id] = answer
+
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            while line:
-                line = line[file.write(line):]
-        except OSError as problem:
-            file.truncate(size)
-            problem.filename = str(path)
-            raise
+            with progress(len(missing), "expert", "response") as bar:
+                expert.answer(missing, keep, bar)
+        finally:
+            answers |= new
+            say(f"{expert.model}: {cost(new)} in this run, {cost(answers)} in all")
+    return {name: answer["response"] for name, answer in answers.items()}
+
+
+def cost(answers: dict[str, dict]) -> str:
+    """What was paid for."""
+    tokens = [sum(answer[name] for answer in answers.values()) for name in ("tokens_in", "tokens_out")]
+    return f"{len(answers):,} responses, {tokens[0]:,} tokens in, {tokens[1]:,} tokens out"
 
 
 def _wait_for(futures: list, bar, most_in_a_row: int) -> None:
@@ -241,58 +258,31 @@ def _wait_for(futures: list, bar, most_in_a_row: int) -> None:
         say(f"no response for {total} of {len(futures)} samples (another run asks again); the last: {reason}")
 
 
-def request_digest(model: str, options: dict, template: str) -> str:
-    """What answers must have in common to stand in one file."""
-    return hashlib.sha256(json.dumps([model, options, template]).encode()).hexdigest()[:12]
-
-
-def answered_before(path: Path, requests: list, request: str) -> tuple[dict[str, dict], list]:
-    """What earlier runs were answered, and the requests that are left to ask."""
-    answers = read_answers(path, request)
-    missing = [one for one in requests if one.id not in answers]
-    if len(missing) < len(requests):
-        say(f"{path}: {len(requests) - len(missing)} of {len(requests)} responses are there already")
-    return answers, missing
-
-
-def cost_line(answers: dict[str, dict]) -> str:
-    """What was paid for."""
-    tokens = [sum(answer[name] for answer in answers.values()) for name in ("tokens_in", "tokens_out")]
-    return f"{len(answers):,} responses, {tokens[0]:,} tokens in, {tokens[1]:,} tokens out"
-
-
 def read_answers(path: Path, request: str) -> dict[str, dict]:
     """What earlier runs were answered. A last line that was left half written is cut off the file."""
     if not path.exists():
         return {}
-    content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    answers = {}
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    answers, expected = {}, "an expert's answer"
+    for where, answer in read_json_lines(path, expected):
         try:
-            answer = json_value(line)
-            name = answer.pop("id")
-            answers[name] = answer
             known = answer["request"] == request and answer["tokens_in"] + answer["tokens_out"] >= 0
-            if not (isinstance(name, str) and isinstance(answer["response"], str)):
+            if not (isinstance(answer["id"], str) and isinstance(answer["response"], str)):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{path}:{number}: found {line[:60]!r}; an expert's answer expected") from None
+        except (TypeError, KeyError):
+            raise ValueError(f"{where}: found {shown(answer)}; expected {expected}") from None
         if not known:
-            raise ValueError(f"{path}:{number}: this was asked of another model, or with other options or "
-                             "another template; move the file away to ask anew")
+            raise ValueError(f"{where}: this was asked of another model, or with other options or another template; "
+                             "move the file away to ask anew")
+        answers[answer["id"]] = answer
     return answers
 
 
 def fill_template(template: str, sample, question: str, answer: str) -> str:
     """A user's own prompt: {question} is the task's, {answer} the gold one, {text} and so on the sample's."""
-    values = {**{part.name: getattr(sample, part.name) for part in fields(sample)}, "question": question,
-        "answer": answer}
-    values = {name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-              for name, value in values.items()}
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+    values = {part.name: getattr(sample, part.name) for part in fields(sample)}
+    texts = {name: ", ".join(map(str, value)) for name, value in values.items() if isinstance(value, tuple)}
+    return fill_in(template, **{**values, **texts, "question": question, "answer": answer})
 
 
 def read_template(path: str) -> str:

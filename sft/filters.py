@@ -35,12 +35,7 @@ class Candidate:
     score: float = 0.0
 
 
-@dataclass(frozen=True)
-class Fallen:
-    """A candidate that does not become training data."""
-    sample: object
-    reason: str
-    response: str | None
+Fallen = tuple[Candidate, str]  # it does not become training data, for this reason
 
 
 def candidates_of(samples: list, count: int, prompt_of: Callable, ask: Ask) -> list[Candidate]:
@@ -115,16 +110,13 @@ def best_of_each(candidates: list[Candidate], seed: int) -> list[Candidate]:
     by_sample: dict[str, list[Candidate]] = {}
     for one in candidates:
         by_sample.setdefault(one.sample.id, []).append(one)
-    chosen = []
-    for name, several in by_sample.items():
-        highest = max(one.score for one in several)
-        # A generator per sample: what is drawn for one does not hang on the others that survived.
-        chosen.append(random.Random(f"{seed}/{name}").choice([one for one in several if one.score == highest]))
-    return chosen
+    best = {name: max(one.score for one in several) for name, several in by_sample.items()}
+    # A generator per sample: what is drawn for one does not hang on the others that survived.
+    return [random.Random(f"{seed}/{name}").choice([one for one in several if one.score == best[name]])
+            for name, several in by_sample.items()]
 
 
 def divide(candidates: list[Candidate], reason: Callable) -> tuple[list[Candidate], list[Fallen]]:
     """(kept, fallen) by the reason to drop, None where there is none."""
-    why = {one.id: reason(one) for one in candidates}
-    return ([one for one in candidates if not why[one.id]],
-            [Fallen(one.sample, why[one.id], one.response) for one in candidates if why[one.id]])
+    judged = [(one, reason(one)) for one in candidates]
+    return [one for one, why in judged if not why], [(one, why) for one, why in judged if why]

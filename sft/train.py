@@ -42,7 +42,7 @@ refuse_early(Settings, __name__)
 import torch
 
 from grpo.group import Group, make_packs, pad_rows
-from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
+from grpo.runtime.dist import all_gather, all_reduce_sum, broadcast_from_rank_0, finish, rank, split_across_ranks
 from grpo.runtime.fsdp import encode_images_unsharded
 from grpo.runtime.liveness import heartbeat
 from grpo.runtime.log import Means, Stopwatch, progress, say
@@ -121,8 +121,7 @@ def train(run: Run, pairs: list[tuple]) -> None:
                 if mean := means.add({"loss": math.nan, **line, "step_time": watch.total()}, due=done == steps):
                     say(f"{done}/{steps}  loss {mean['loss']:.4f}  rate {rate:.2g}  {mean['step_time']:.1f} s")
                 if done % per_epoch == 0:
-                    report_dropped(epoch, int(all_reduce_sum(torch.tensor(trained, device=run.device))), len(pairs),
-                        settings.max_tokens)
+                    report_dropped(epoch, sum(all_gather([trained])), len(pairs), settings.max_tokens)
                     trained, (in_vain, over) = 0, end_epoch(run, epoch, done, in_vain, minutes())
                 run.checkpoint(optimizer, done, lambda: {
                     "in_vain": in_vain, "trained": sum(all_gather([trained])), "seconds": 60 * minutes(), "over": over},
@@ -132,7 +131,8 @@ def train(run: Run, pairs: list[tuple]) -> None:
 def end_epoch(run: Run, epoch: int, done: int, in_vain: int, minutes: float) -> tuple[int, bool]:
     """Validation where it is due: (validations since the best one, whether training is over before its time)."""
     settings = run.settings
-    out_of_time = agreed(settings.minutes and minutes > settings.minutes, run.device)
+    # clocks that differ cannot part the ranks
+    out_of_time = broadcast_from_rank_0(lambda: bool(settings.minutes) and minutes > settings.minutes)
     if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs or out_of_time:
         best = run.best
         run.metrics_log.write({"step": done, "epoch": epoch, **run.validate(done)})
@@ -143,11 +143,6 @@ def end_epoch(run: Run, epoch: int, done: int, in_vain: int, minutes: float) -> 
     elif in_vain_enough and epoch + 1 < settings.epochs:
         say(f"stopped after epoch {epoch + 1}: {in_vain} validations without a new best")
     return in_vain, out_of_time or in_vain_enough
-
-
-def agreed(flag, device) -> bool:
-    """Rank 0's opinion, so that clocks that differ cannot part the ranks."""
-    return bool(all_reduce_sum(torch.tensor(float(bool(flag) and rank() == 0), device=device)))
 
 
 def report_dropped(epoch: int, trained: int, given: int, limit: int) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from data import more
 from more_folder import line, write_more
 from sft import annotate, experts as expert
+from sft.filters import Request
 
 KEY = "sk-very-secret"
 PEER = "/per/per/peer"
@@ -91,9 +92,9 @@ def samples(tmp_path):
 
 
 def ask_all(http, samples, path, **settings):
-    options = {name: settings.pop(name) for name in ("template", "concurrency") if name in settings}
-    here = endpoint(http, **settings)
-    return expert.ask_all(here, samples, lambda sample: ([], sample.id), path, **options)
+    requests = [Request(sample.id, lambda sample=sample: ([], sample.id)) for sample in samples]
+    template = settings.pop("template", "")
+    return expert.ask_all(endpoint(http, **settings), requests, path, template)
 
 
 # ---- one request ----
@@ -329,7 +330,7 @@ def test_answers_to_another_request_are_not_mixed_in(samples, tmp_path, change):
 
 def test_a_broken_line_among_the_answers_is_named(tmp_path):
     (tmp_path / "answers.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="answers.jsonl:1: found .*an expert's answer expected"):
+    with pytest.raises(ValueError, match="answers.jsonl:1: found .*; expected an expert's answer"):
         expert.read_answers(tmp_path / "answers.jsonl", "")
 
 
@@ -353,13 +354,6 @@ def test_a_full_disk_leaves_whole_lines_alone(samples, tmp_path, length):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [json.loads(row)["id"] for row in path.read_text().splitlines()] == ["train/0", "train/2"]
         assert len(ask_all(http, samples[:3], path)) == 3 and len(http.requests) == 4
-
-
-def test_nothing_is_written_behind_half_a_line(tmp_path):
-    (tmp_path / "answers.jsonl").write_text('{}\n{"id"')
-    with pytest.raises(OSError, match="answers.jsonl ends in half a line"):
-        expert.append_whole(tmp_path / "answers.jsonl", b"{}\n")
-    assert (tmp_path / "answers.jsonl").read_text() == '{}\n{"id"'
 
 
 # ---- the whole program ----

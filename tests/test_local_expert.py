@@ -10,7 +10,7 @@ from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling, sample
 from grpo.engine.weights import load_policy
 from more_folder import line, write_more
-from sft import annotate, local_expert
+from sft import annotate, experts
 from sft.filters import Request
 
 GREEDY = {"max_tokens": 6, "temperature": 0}
@@ -31,8 +31,8 @@ def requests(folder):
 
 
 def ask(folder, requests, **options):
-    path = folder / "answers.jsonl"
-    return local_expert.ask_all(str(folder / "model"), requests, path, options={**GREEDY, **options})
+    expert = experts.local_expert(str(folder / "model"), {**GREEDY, **options})
+    return experts.ask_all(expert, requests, folder / "answers.jsonl")
 
 
 def test_it_answers_what_the_checkpoint_says(folder, requests):
@@ -46,7 +46,7 @@ def test_it_answers_what_the_checkpoint_says(folder, requests):
 
 
 def test_a_run_that_was_cut_off_goes_on_behind_its_last_answer(folder, requests, monkeypatch, capsys):
-    monkeypatch.setattr(local_expert, "AT_ONCE", 1)
+    monkeypatch.setattr(experts, "AT_ONCE", 1)
     broken = Request("train/2", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ask(folder, [*requests[:2], broken], temperature=0.8)
@@ -55,7 +55,7 @@ def test_a_run_that_was_cut_off_goes_on_behind_its_last_answer(folder, requests,
     answers = ask(folder, requests, temperature=0.8)
     assert (folder / "answers.jsonl").read_text().startswith(first) and len(answers) == 3
     assert "2 of 3 responses are there already" in capsys.readouterr().out
-    monkeypatch.setattr(local_expert, "load_frozen", None)  # nothing is left to ask: no weights are loaded
+    monkeypatch.setattr("grpo.runtime.run.load_frozen", None)  # nothing is left to ask: no weights are loaded
     assert ask(folder, requests, temperature=0.8) == answers
 
 
@@ -69,8 +69,8 @@ def test_its_answers_go_through_the_filter(folder):
 
 
 @pytest.mark.parametrize("options, message", [
-    ('{"max_token": 3}', "no option 'max_token' of a local expert; it has max_tokens, temperature"),
-    ('{"temperature": "hot"}', "temperature is 'hot'; a number expected"), ("[1]", "a JSON object expected"),
+    ('{"max_token": 3}', "'max_token' is 3; a number for one of max_tokens, temperature"),
+    ('{"temperature": "hot"}', "'temperature' is 'hot'; a number for one of"), ("[1]", "a JSON object expected"),
 ])
 def test_an_option_that_it_does_not_have_is_refused_before_anything_is_loaded(folder, options, message):
     with pytest.raises(ValueError, match=message):
