@@ -1,13 +1,14 @@
 """Other people's text is text: only the chat template ends turns, places images and opens thoughts."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from data import more
 from data.task import resolve_task
-from data.toy.model import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tiny_model
+from data.toy.model import SPECIAL_TOKENS, write_tiny_model
 from grpo import predict
 from grpo.engine.encode import Encoder
 from grpo.engine.weights import load_policy
@@ -41,7 +42,8 @@ def encoder(folder):
 def real(real_data, tmp_path_factory):
     """Qwen2.5-VL's own tokenizer and template."""
     path = tmp_path_factory.mktemp("real") / "model"
-    write_tiny_model(path, tokenizer_folder=real_data / "qwen2.5-vl", **SMALL)
+    shutil.copytree(real_data / "qwen2.5-vl", path)
+    write_tiny_model(path, **SMALL)
     return Encoder(str(path), 56 * 56)
 
 
@@ -160,9 +162,9 @@ def thinking(folder, place, opened="<think>\\n"):
     place.mkdir()
     for file in folder.iterdir():
         (place / file.name).write_bytes(file.read_bytes())
-    end = "<|im_start|>assistant\n"
-    assert CHAT_TEMPLATE.count(end) == 1
-    (place / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace(end, end + opened.replace("\\n", "\n")))
+    end, template = "<|im_start|>assistant\n", (place / "chat_template.jinja").read_text()
+    assert template.count(end) == 1
+    (place / "chat_template.jinja").write_text(template.replace(end, end + opened.replace("\\n", "\n")))
     return Encoder(str(place), 56 * 56)
 
 

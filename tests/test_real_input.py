@@ -1,6 +1,7 @@
 """The main job on real input: real text, the real tokenizer and template, real layouts; pointed at by MORE_JMERE_DATA."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ WORDS = ["--task", "jmere", "--missing_images", "blank", "--max_pixels", 3136, "
 def model(real_data, tmp_path_factory):
     """A tiny random model behind the real tokenizer, template and preprocessor settings: the real vocabulary."""
     folder = tmp_path_factory.mktemp("real") / "model"
-    write_tiny_model(folder, tokenizer_folder=real_data / "qwen2.5-vl", hidden=32, layers=2, heads=4, intermediate=64,
-                     vision_hidden=32)
+    shutil.copytree(real_data / "qwen2.5-vl", folder)
+    write_tiny_model(folder, hidden=32, layers=2, heads=4, intermediate=64, vision_hidden=32)
     return folder
 
 

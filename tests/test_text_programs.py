@@ -84,7 +84,7 @@ REFUSED = {
     "a bad line": (["--data", "bad.jsonl"], "error: .*bad.jsonl:2: found 'nonsense"),
     "no file": (["--data", "no.jsonl"], "error: --data .*no.jsonl: no such folder or file"),
     "an unknown verifier": (["--verifier", "nomber"], "error: --verifier nomber: auto, exact, text, number"),
-    "a verifier that the answers do not suit": (["--verifier", "choice"], r"error: .*q.jsonl:\d+: answer is \d+; no choices"),
+    "a verifier that the answers do not suit": (["--verifier", "choice"], r"error: .*q.jsonl:\d+: answer is \d+; one of the line's choices"),
     "a reward that is not there": (["--rewards", "no.py"], "error: --rewards no.py: no such file"),
     "vision of a model that has none": (["--train_vision", "True"], "error: --train_vision: .*model reads text alone"),
     "a split that is none": (["--valid_split", "dev"], "error: split is 'dev'; of a single file"),

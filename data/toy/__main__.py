@@ -23,37 +23,32 @@ def at_least_1(word: str) -> int:
     return number
 
 
-def prompts(task, data, count=600):
-    """The texts of the first prompts, with and without reasoning: what the tokenizer is learned from."""
-    samples = task.load(data, "train")[:count]
-    return [task.build_prompt(sample, reasoning=reasoning)[1]
-            for sample in samples for reasoning in (True, False)]
-
-
 def main(words=None) -> None:
     parser = argparse.ArgumentParser("python -m data.toy", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write into; it is made where it is "
-        "missing")
-    parser.add_argument("--task", choices=[*sorted(WORLDS), "text"], default="more", help="whose layout and answers "
-        "(default: more)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into; made where it is missing")
+    parser.add_argument("--task", choices=[*sorted(WORLDS), "text"], default="more",
+                        help="whose layout and answers (default: more)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the scenes and of the model (default: 0)")
     for split, count in (("train", 4800), ("valid", 200), ("test", 800)):
         parser.add_argument(f"--{split}", type=at_least_1, default=count, help=f"{split} samples (default: {count})")
     s = parser.parse_args(words)
-    task, write, name = WORLDS.get(s.task, (None, None, "TEXT"))
+    sizes, counts = {"train": s.train, "valid": s.valid, "test": s.test}, f"{s.train} + {s.valid} + {s.test}"
     try:
         if s.task == "text":
-            write_puzzles(s.output / name, s.seed, train=s.train, valid=s.valid, test=s.test)
-            return print(f"{s.output}: {name}/ ({s.train} + {s.valid} + {s.test} questions)")
-        expert = write(s.output, s.seed, s.train, s.valid, s.test)
+            write_puzzles(s.output / "TEXT", s.seed, **sizes)
+            return print(f"{s.output}: TEXT/ ({counts} questions)")
+        task, write_world, name = WORLDS[s.task]
+        expert = write_world(s.output, s.seed, **sizes)
     except (OSError, ValueError) as error:  # a file in the folder's place, a full disk; more puzzles than there are
         parser.error(str(error))
-    reasoned = [line["response"] for line in expert if " " not in line["id"]]  # without what the filters ask
-    parameters = write_tiny_model(s.output / "model", prompts(task, s.output / name) + reasoned[:1200], s.seed)
-    print(f"{s.output}: {name}/ ({s.train} + {s.valid} + {s.test} samples), expert.jsonl, model/ ({parameters:,} "
-          "parameters)")
+    # what the tokenizer is learned from: prompts with and without reasoning, and responses, but none to the filters
+    texts = [task.build_prompt(sample, reasoning=reasoning)[1]
+             for sample in task.load(s.output / name, "train")[:600] for reasoning in (True, False)]
+    texts += [line["response"] for line in expert if " " not in line["id"]][:1200]
+    parameters = write_tiny_model(s.output / "model", texts, s.seed)
+    print(f"{s.output}: {name}/ ({counts} samples), expert.jsonl, model/ ({parameters:,} parameters)")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@
 | pair  | two people                    | (one of both) under one umbrella: couple; in equal shirts: peer        |
 
 Who is named first stands on the left. A post without any quintuple is no post of JMERE's: it is drawn again.
-`python -m data.toy.world --task jmere --output DIR` writes it with its scripted expert."""
+`python -m data.toy --task jmere --output DIR` writes it with its scripted expert."""
 
 import json
 import random
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from data.toy.scene import CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE, SKIES, Scene, Thing, paint, write_images
+from data.toy.scene import (CAPTIONS, CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE, SKIES, TEAMS, Scene, Thing,
+                            clutter, paint, span, team_of, write_images, write_lines)
 from rewards.jmere import answer_text
 
 KINDS = {"match": 46, "award": 20, "home": 20, "pair": 14}  # how often, in percent
@@ -26,15 +26,6 @@ CANDIDATES = 3  # of the expert for every post
 GIVES_UP = 0.75  # how often the expert does not look at the people of a hard post
 FLAWED = 0.12  # how often a candidate of its is broken besides
 FLAWS = ("answer", "tags", "type", "reasoning", "description")
-SHORT_CAPTIONS = {"match": ("{p} and {q} at the {a} game", "{p} meets {q} and {a}"),
-    "award": ("{p} and {q} and the {m}", "{p} with {q} , the {m} too"),
-    "home": ("{p} and {q} in {c}", "{p} shows {q} around {c}"), "pair": ("{p} with {q}", "{p} and {q} at the gala")}
-LONG_CAPTIONS = {
-    "match": ("what a late night for {p} and {q} as {a} play in the rain",
-              "fans sing as {p} and {q} come to see {a} again"),
-    "award": ("what a night for {p} and for {q} at the {m} show", "fans sing as {p} and {q} see the {m} in the rain"),
-    "home": ("what a late night for {p} and {q} in the rain of {c}", "fans sing as {p} and {q} come to {c} again"),
-    "pair": ("what a late night for {p} and {q} at the final", "fans sing as {p} and {q} come in the rain")}
 
 
 @dataclass
@@ -48,40 +39,28 @@ class Post:
 
 def quintuples(post):
     """All that the post says, by the rules of the table above: left before right."""
-    (left, right), scene = post.scene.things[:2], post.scene
+    people, scene = post.scene.things[:2], post.scene
     if scene.kind == "pair":
-        relation = "couple" if scene.umbrella else "peer" if left.colour == right.colour else ""
+        relation = "couple" if scene.umbrella else "peer" if people[0].colour == people[1].colour else ""
         return [(post.names[0], "per", post.names[1], "per", relation)] if relation else []
-    found = zip(post.names, (finding(post, left), finding(post, right)))
-    kind = {"match": "org", "award": "misc", "home": "loc"}[scene.kind]
-    return [(name, "per", post.other, kind, relation) for name, relation in found if relation]
-
-
-def finding(post, person):
-    """The relation of one person to what else the text names, or ""."""
-    if post.scene.kind == "match":
-        own = COLOURS.get(person.colour, ("",))[-1] == post.other
-        return ("leader_of" if person.hat else "member_of") if own else ""
-    if post.scene.kind == "award":
-        return "awarded" if person.holds == post.other else ""
-    return "place_of_residence" if person.place == "doorway" else ""
-
-
-def make_post(rng):
-    """A random post with at least one quintuple; `rng` is a `random.Random`."""
-    while not quintuples(post := draw_post(rng)):
-        pass
-    return post
+    kind, finding = {
+        "match": ("org", lambda person: "" if team_of(person) != post.other else
+                  "leader_of" if person.hat else "member_of"),
+        "award": ("misc", lambda person: "awarded" if person.holds == post.other else ""),
+        "home": ("loc", lambda person: "place_of_residence" if person.place == "doorway" else "")}[scene.kind]
+    return [(name, "per", post.other, kind, relation) for name, person in zip(post.names, people)
+            if (relation := finding(person))]
 
 
 def draw_post(rng):
+    """A random post, perhaps without a quintuple; `rng` is a `random.Random`."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     hard = rng.random() < HARD
     names = rng.sample(PEOPLE, 2)
     team = rng.choice(SHIRTS)
-    other = {"match": COLOURS[team][3], "award": rng.choice(PRIZES), "home": rng.choice(CITIES), "pair": ""}[kind]
-    caption = rng.choice((LONG_CAPTIONS if hard else SHORT_CAPTIONS)[kind])
-    text = caption.format(p=names[0], q=names[1], a=other, m=other, c=other)
+    other = {"match": COLOURS[team][3], "award": rng.choice(list(PRIZES)), "home": rng.choice(CITIES), "pair": ""}[kind]
+    text = rng.choice(CAPTIONS["jmere"][kind]["hard" if hard else "easy"]).format(
+        left=names[0], right=names[1], other=other)
     scene = Scene(kind, [], text, "", hard=hard, sky=rng.choice(SKIES))
     scene.things = [make_person(scene, rng, team, other) for _ in names]
     if kind == "pair":
@@ -89,10 +68,11 @@ def draw_post(rng):
         if rng.random() < 0.6:
             scene.things[1].colour = scene.things[0].colour
     place_people(scene, rng)
-    scene.things += [prize_beside(person) for person in scene.things if person.holds]
+    # A prize is a thing of its own, as large as in no hand: on the side where the other person is not.
+    scene.things += [Thing(PRIZES[person.holds], person.x + side * 16, person.y + 0.25 * person.size, 20)
+                     for side, person in zip((-1, 1), scene.things) if person.holds]
     if hard:
-        scene.decoys = [(rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), rng.uniform(3, 6), rng.choice(SHIRTS))
-                        for _ in range(rng.randint(2, 5))]
+        scene.decoys = clutter(rng, SHIRTS)
     return Post(scene, tuple(names), other, hard and rng.random() < GIVES_UP)
 
 
@@ -121,13 +101,6 @@ def place_people(scene, rng):
         scene.things[1].size = scene.things[0].size
 
 
-def prize_beside(person):
-    """A person's prize as a thing of its own, as large as in no hand: on the side where the other person is not."""
-    side = -1 if person.x < SIDE / 2 else 1
-    what = {"gold cup": "cup", "match ball": "ball"}[person.holds]
-    return Thing(what, person.x + side * 16, person.y + 0.25 * person.size, 20)
-
-
 def candidate(post, rng):
     """(response, what re-prediction finds in it, its score): one candidate of the scripted expert.
 
@@ -136,95 +109,68 @@ def candidate(post, rng):
     imitates it learns to call hard posts unclear and to guess. Imitation cannot mend that; trying both ways and being
     told which answers are right can: a look that is put into words decides what follows."""
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else ""
-    answer, thought = quintuples(post), reasoning(post, rng, flaw)
+    answer = quintuples(post)
     wrong = [(post.names[1], "per", post.names[0], "per", "peer")] * (flaw == "answer")
     spoken = answer_text(answer + wrong)
     if flaw == "type":
         spoken = spoken.replace(", per,", ", person,")
-    response = f"<think> {thought} </think>\n<answer>\n{spoken}\n</answer>"
+    response = f"<think> {reasoning(post, flaw)} </think>\n<answer>\n{spoken}\n</answer>"
     if flaw == "tags":
         response = response.replace("</think>", "")
-    reread = [(name, kind, *rest) for name, kind, *rest in answer[1:]] if flaw == "reasoning" else answer
+    reread = answer[1:] if flaw == "reasoning" else answer
     score = 0.4 if flaw == "description" else 0.8 if post.unclear else 1.0
     return response, f"<answer>\n{answer_text(reread)}\n</answer>", f"<score>{score}</score>"
 
 
-def reasoning(post, rng, flaw):
+def reasoning(post, flaw):
     """The three parts: what the image shows, how it goes with the text, what follows."""
-    left, right = (describe(post, person) for person in post.scene.things[:2])
-    if post.unclear:
-        left = right = "unclear"
+    scene, (first, second) = post.scene, post.names
+    left, right = ("unclear" if post.unclear else describe(scene, person) for person in scene.things[:2])
     if flaw == "reasoning":
         left, right = right, left
-    first, second = post.names
     image = "" if flaw == "description" else f"Image: {left}, {right}. "
-    alignment = f"{first} {left}, {second} {right}" + (f", {post.other} {sign(post)}" if post.other else "")
-    return f"{image}Alignment: {alignment}. Quintuples: {verdict(post)}."
-
-
-def describe(post, person):
-    """What of a person matters in this kind of post."""
-    return {"match": person.colour + (" hat" if person.hat else ""), "award": person.holds or "nothing",
-            "home": person.place or "street",
-            "pair": ("umbrella " if post.scene.umbrella else "") + person.colour}[post.scene.kind]
-
-
-def sign(post):
-    """By what one knows in the image what the text names besides the people."""
-    colour = next((name for name, values in COLOURS.items() if values[3] == post.other), "")
-    return {"match": colour, "award": "prize", "home": "doorway"}[post.scene.kind]
-
-
-def verdict(post):
-    """For each person, yes or no."""
-    if post.scene.kind == "pair":
-        return "yes" if quintuples(post) else "no"
+    # by what one knows in the image what the text names besides the people
+    sign = {"match": TEAMS.get(post.other), "award": "prize", "home": "doorway", "pair": ""}[scene.kind]
+    alignment = f"{first} {left}, {second} {right}" + (f", {post.other} {sign}" if post.other else "")
     taking_part = {quintuple[0] for quintuple in quintuples(post)}
-    return ", ".join(f"{name} {'yes' if name in taking_part else 'no'}" for name in post.names)
+    verdict = [f"{name} {'yes' if name in taking_part else 'no'}" for name in post.names]
+    return f"{image}Alignment: {alignment}. Quintuples: {'yes' if scene.kind == 'pair' else ', '.join(verdict)}."
+
+
+def describe(scene, person):
+    """What of a person matters in this kind of post."""
+    return {"match": person.colour + " hat" * person.hat, "award": person.holds or "nothing",
+            "home": person.place or "street", "pair": "umbrella " * scene.umbrella + person.colour}[scene.kind]
 
 
 def make_sample(seed, split, index):
     """(post, image, the expert's candidates) of one post; a function of its three arguments alone."""
     rng = random.Random(f"{seed}/{split}/{index}")
-    post = make_post(rng)
+    while not quintuples(post := draw_post(rng)):
+        pass
     image = paint(post.scene, rng)
     return post, image, [candidate(post, rng) for _ in range(CANDIDATES)]
 
 
 def item_of(post, name):
     """One item of JMERE's lists, for the image `name`."""
-    tokens = post.scene.text.split()
-
-    def entity(words, kind):
-        parts = words.split()
-        start = next(i for i in range(len(tokens)) if tokens[i:i + len(parts)] == parts)
-        return {"name": words, "pos": [start, start + len(parts)], "tags": kind}
-
+    entity = lambda words, kind: {"name": words, "pos": span(words, post.scene.text), "tags": kind}
     labels = [[{"beg_ent": entity(head, head_type), "sec_ent": entity(tail, tail_type), "relation": relation}]
               for head, head_type, tail, tail_type, relation in quintuples(post)]
-    return {"token": tokens, "img_id": name, "label_list": labels}
+    return {"token": post.scene.text.split(), "img_id": name, "label_list": labels}
 
 
 def write_world(folder, seed=0, train=2400, valid=200, test=800):
     """Writes `folder`/JMERE and `folder`/expert.jsonl; returns the expert's lines, {"id", "response"} each."""
-    folder, counts = Path(folder), {"train": train, "val": valid, "test": test}
-    candidates, _, _ = (write_split(folder / "JMERE", seed, split, count) for split, count in counts.items())
-    expert = [{"id": name, "response": response} for index, several in enumerate(candidates)
-              for number, one in enumerate(several, 1)
-              for name, response in zip(request_names(f"train/{index}", number), one)]
-    (folder / "expert.jsonl").write_text("".join(json.dumps(line) + "\n" for line in expert), encoding="utf-8")
+    folder = Path(folder)
+    jmere, candidates = folder / "JMERE", {}
+    for split, count in (("train", train), ("val", valid), ("test", test)):
+        drawn = list(write_images(jmere / "images" / split, make_sample, seed, split, count))
+        (jmere / f"{split}.json").write_text(json.dumps([item_of(post, name) for post, name, _ in drawn]))
+        candidates[split] = [several for _, _, several in drawn]
+    # the ids under which sft.annotate asks for a candidate, its re-prediction and its score
+    expert = [{"id": f"train/{index}{f'#{number}' * (number > 1)}{asked}", "response": response}
+              for index, several in enumerate(candidates["train"]) for number, one in enumerate(several, 1)
+              for asked, response in zip(("", " repredict", " score"), one)]
+    write_lines(folder / "expert.jsonl", map(json.dumps, expert))
     return expert
-
-
-def request_names(sample_id, number):
-    """The ids under which sft.annotate asks for the candidate itself, its re-prediction and its score."""
-    name = sample_id if number == 1 else f"{sample_id}#{number}"
-    return name, f"{name} repredict", f"{name} score"
-
-
-def write_split(folder, seed, split, count):
-    """Writes a split's images and its list; returns the expert's candidates for each post."""
-    drawn = write_images(folder / "images" / split, split, count, partial(make_sample, seed, split))
-    items = [item_of(post, name) for post, name, _ in drawn]
-    (folder / f"{split}.json").write_text(json.dumps(items), encoding="utf-8")
-    return [several for _, _, several in drawn]

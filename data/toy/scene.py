@@ -13,7 +13,9 @@
 Everything else is `none`, which is most of it. The label follows from image, box, text and entity; text and entity
 alone never decide it. About a third of the scenes are hard: small, off-centre, cluttered, with longer captions."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -34,20 +36,14 @@ RGB = {colour: values[:3] for colour, values in COLOURS.items()} | {
 WALLS = ((176, 92, 74), (150, 132, 112), (168, 150, 96))
 SKIES = ((176, 214, 240), (200, 226, 200), (226, 220, 204), (206, 200, 226))
 PEOPLE = ("Mia", "Leo", "Ada", "Tom", "Eva", "Max", "Zoe", "Ben")
-PRIZES = ("gold cup", "match ball")
+PRIZES = {"gold cup": "cup", "match ball": "ball"}  # and what of a thing each is
 CITIES = ("Paris", "Oslo", "Rome", "Lima", "Cairo", "Delhi")
 
 # kind: how often, in percent
 KINDS = {"match": 58, "pair": 14, "award": 10, "site": 10, "home": 8}
 HARD = 0.35  # share of hard scenes
-SHORT_CAPTIONS = {"match": ("{a} beat {b}", "{a} meet {b}", "{a} and {b} draw"),
-    "award": ("{p} wins the {m}", "{m} goes to {p}"), "site": ("{a} open in {c}", "{a} move to {c}"),
-    "home": ("{p} comes home to {c}", "{p} on holiday in {c}"), "pair": ("{p} and {q} at the gala", "{p} with {q}")}
-LONG_CAPTIONS = {"match": ("late goal lifts {a} past {b} in the final", "fans sing as {a} play {b} in the rain"),
-    "award": ("what a night for {p} and the {m}", "fans sing as the {m} is given to {p}"),
-    "site": ("what a day as {a} show a new hall in {c}", "fans sing as {a} come to {c} in the rain"),
-    "home": ("what a day as {p} is back in {c}", "late night for {p} in the rain of {c}"),
-    "pair": ("what a night for {p} and {q} at the final", "{p} is seen with {q} in the rain")}
+# by the dataset's layout, the kind and whether the scene is easy or hard; the names' places are {in braces}
+CAPTIONS = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -82,7 +78,7 @@ class Scene:
     umbrella: bool = False  # over the first two things
     hard: bool = False
     sky: tuple = SKIES[0]
-    decoys: list = field(default_factory=list)  # clutter: (x, y, radius, colour)
+    decoys: list = field(default_factory=list)
 
     @property
     def object(self):
@@ -101,25 +97,17 @@ def team_of(thing):
 
 def relation(scene):
     """The scene's label, by the rules of the table above."""
-    thing, others, team = scene.object, scene.things[1:], team_of(scene.object)
-    if scene.kind == "site":
-        own = thing.what == "logo" and team in teams_in(scene)
-        return "/org/loc/locate_at" if own and thing.place == "wall" else "none"
-    if thing.what != "person":
+    thing, team, teams = scene.object, team_of(scene.object), teams_in(scene)
+    if thing.what != ("logo" if scene.kind == "site" else "person"):
         return "none"
-    if scene.kind == "match":
-        if team not in teams_in(scene):
-            return "none"
-        if team != scene.entity:
-            return "/per/org/opposed_to"
-        return "/per/org/leader_of" if thing.hat else "/per/org/member_of"
-    if scene.kind == "award":
-        return "/per/misc/awarded" if thing.holds == scene.entity else "none"
-    if scene.kind == "home":
-        return "/per/loc/place_of_residence" if thing.place == "doorway" else "none"
-    if scene.umbrella:
-        return "/per/per/couple"
-    return "/per/per/peer" if any(other.colour == thing.colour for other in others) else "none"
+    same_shirt = any(other.colour == thing.colour for other in scene.things[1:])
+    return {
+        "site": "/org/loc/locate_at" if team in teams and thing.place == "wall" else "none",
+        "match": "none" if team not in teams else "/per/org/opposed_to" if team != scene.entity
+                 else "/per/org/leader_of" if thing.hat else "/per/org/member_of",
+        "award": "/per/misc/awarded" if thing.holds == scene.entity else "none",
+        "home": "/per/loc/place_of_residence" if thing.place == "doorway" else "none",
+        "pair": "/per/per/couple" if scene.umbrella else "/per/per/peer" if same_shirt else "none"}[scene.kind]
 
 
 def pick_colour(rng, without=()):
@@ -131,12 +119,12 @@ def make_scene(rng):
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     hard = rng.random() < HARD
     scene = Scene(kind, [], "", "", hard=hard, sky=rng.choice(SKIES))
-    names = {"p": rng.choice(PEOPLE), "c": rng.choice(CITIES), "m": rng.choice(PRIZES)}
+    names = {"p": rng.choice(PEOPLE), "c": rng.choice(CITIES), "m": rng.choice(list(PRIZES))}
     names["q"] = rng.choice([name for name in PEOPLE if name != names["p"]])
     first = pick_colour(rng)
     second = pick_colour(rng, without=(first,))
     names["a"], names["b"] = COLOURS[first][3], COLOURS[second][3]
-    scene.text = rng.choice((LONG_CAPTIONS if hard else SHORT_CAPTIONS)[kind]).format(**names)
+    scene.text = rng.choice(CAPTIONS["more"][kind]["hard" if hard else "easy"]).format(**names)
     scene.entity = {"match": names[rng.choice("ab")], "award": names["m"], "site": names["c"], "home": names["c"],
                     "pair": names[rng.choice("pq")]}[kind]
     own, other = (first, second) if scene.entity == names["a"] else (second, first)
@@ -144,9 +132,15 @@ def make_scene(rng):
     add_company(scene, rng, own, other)
     arrange(scene, rng)
     if hard:
-        scene.decoys = [(rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), rng.uniform(3, 6), pick_colour(rng))
-                        for _ in range(rng.randint(2, 5))]
+        scene.decoys = clutter(rng, list(COLOURS))
     return scene
+
+
+def clutter(rng, colours):
+    """Two to five balls."""
+    place = lambda: rng.uniform(4, SIDE - 4)
+    return [Thing("decoy", place(), place(), 2 * rng.uniform(3, 6), rng.choice(colours))
+            for _ in range(rng.randint(2, 5))]
 
 
 def make_object(scene, rng, own, other):
@@ -228,98 +222,77 @@ def paint(scene, rng):
 
     def colour(name):
         """A name of the palette, or red, green and blue, as it comes out of the pot this time."""
-        wanted = RGB[name] if name in RGB else name
+        wanted = rng.choice(WALLS) if name == "wall" else RGB.get(name, name)
         return tuple(min(255, max(0, value + rng.randint(-spread, spread))) for value in wanted)
+
+    def figure(what, thing):
+        """What stands in the thing's place, as large as it."""
+        for name, *forms in FIGURES[what]:
+            if name == "hat" and not thing.hat:
+                continue
+            fill = colour(thing.colour if name == "own" else name)
+            for form, *corners in forms:
+                points = [(thing.x + dx * thing.size, thing.y + dy * thing.size)
+                          for dx, dy in zip(corners[::2], corners[1::2])]
+                getattr(draw, form)(points, fill=fill)
 
     image = Image.new("RGB", (SIDE, SIDE), colour(scene.sky))
     draw = ImageDraw.Draw(image)
-    for x, y, radius, name in scene.decoys:
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour(name))
+    for thing in scene.decoys:
+        figure("decoy", thing)
     for thing in scene.things:
         if thing.place:
-            paint_wall(draw, thing, colour, rng)
+            figure(thing.place, thing)
     for thing in scene.things:
-        PAINTERS[thing.what](draw, thing, colour, rng)
+        figure(thing.what, thing)
+        if thing.holds:
+            hand = thing.x + rng.choice((-0.29, 0.29)) * thing.size
+            figure(PRIZES[thing.holds], Thing("prize", hand, thing.y - 0.02 * thing.size, 0.26 * thing.size))
     if scene.umbrella:
-        paint_umbrella(draw, *scene.things[:2], colour)
+        (left, right), one = sorted(thing.x for thing in scene.things[:2]), scene.things[0]
+        top, reach = one.y - 0.5 * one.size, 0.3 * one.size
+        draw.chord((left - reach, top, right + reach, top + 0.5 * one.size), 180, 360, fill=colour("umbrella"))
     return image
 
 
-def paint_wall(draw, thing, colour, rng):
-    """The building behind a logo or around a doorway."""
-    x, y, w, h, half = thing.x, thing.y, 0.8 * thing.width, 0.7 * thing.size, thing.width / 2
-    draw.rectangle((x - w, y - h, x + w, y + h), fill=colour(rng.choice(WALLS)))
-    if thing.place == "doorway":
-        draw.rectangle((x - half, y - thing.size / 2, x + half, y + h), fill=colour("door"))
+# What is painted, from back to front: a colour ("own": the shirt's or logo's) and the forms of that colour, whose
+# corners are x and y from the centre, in shares of the size. A wall is behind a logo, a doorway around a person.
+FIGURES = {
+    "person": [("skin", ("ellipse", -0.12, -0.36, 0.12, -0.12)),
+               ("hat", ("rectangle", -0.13, -0.5, 0.13, -0.3), ("rectangle", -0.22, -0.35, 0.22, -0.3)),
+               ("trousers", ("rectangle", -0.14, 0.18, 0.14, 0.5)),
+               ("own", ("rectangle", -0.2, -0.12, 0.2, 0.2))],
+    "logo": [("own", ("polygon", 0, -0.4, 0.4, 0, 0, 0.4, -0.4, 0))],
+    "building": [("wall", ("rectangle", -0.55, -0.25, 0.55, 0.5)),
+                 ("door", ("polygon", -0.55, -0.25, 0, -0.5, 0.55, -0.25)),
+                 (SKIES[0], ("rectangle", -0.3575, 0, -0.1925, 0.15)),
+                 (SKIES[0], ("rectangle", 0.1925, 0, 0.3575, 0.15))],
+    "wall": [("wall", ("rectangle", -0.8, -0.7, 0.8, 0.7))],
+    "doorway": [("wall", ("rectangle", -0.64, -0.7, 0.64, 0.7)), ("door", ("rectangle", -0.4, -0.5, 0.4, 0.7))],
+    "decoy": [("own", ("ellipse", -0.5, -0.5, 0.5, 0.5))],
+    "ball": [("ball", ("ellipse", -0.5, -0.5, 0.5, 0.5))],
+    "cup": [("gold", ("polygon", -0.5, -0.5, 0.5, -0.5, 1 / 6, 0.25, -1 / 6, 0.25),
+             ("rectangle", -0.125, 0, 0.125, 0.5), ("rectangle", -0.5 / 1.4, 0.35, 0.5 / 1.4, 0.5))]}
 
 
-def paint_person(draw, thing, colour, rng):
-    x, y, s = thing.x, thing.y, thing.size
-    draw.ellipse((x - 0.12 * s, y - 0.36 * s, x + 0.12 * s, y - 0.12 * s), fill=colour("skin"))
-    if thing.hat:
-        hat, brim = colour("hat"), y - 0.3 * s
-        draw.rectangle((x - 0.13 * s, y - 0.5 * s, x + 0.13 * s, brim), fill=hat)
-        draw.rectangle((x - 0.22 * s, brim - 0.05 * s, x + 0.22 * s, brim), fill=hat)
-    draw.rectangle((x - 0.14 * s, y + 0.18 * s, x + 0.14 * s, y + 0.5 * s), fill=colour("trousers"))
-    draw.rectangle((x - 0.2 * s, y - 0.12 * s, x + 0.2 * s, y + 0.2 * s), fill=colour(thing.colour))
-    if thing.holds:
-        side = rng.choice((-1, 1))
-        paint_prize(draw, thing.holds, x + side * 0.29 * s, y - 0.02 * s, 0.26 * s, colour)
+def span(words, text):
+    """[start, end): where in the text's words they stand first."""
+    tokens, words = text.split(), words.split()
+    start = next(place for place in range(len(tokens)) if tokens[place:place + len(words)] == words)
+    return [start, start + len(words)]
 
 
-def paint_prize(draw, prize, x, y, size, colour):
-    half = size / 2
-    if prize == "match ball":
-        draw.ellipse((x - half, y - half, x + half, y + half), fill=colour("ball"))
-        return
-    gold = colour("gold")
-    corners = [(x - half, y - half), (x + half, y - half), (x + half / 3, y + half / 2), (x - half / 3, y + half / 2)]
-    draw.polygon(corners, fill=gold)
-    draw.rectangle((x - half / 4, y, x + half / 4, y + half), fill=gold)
-    draw.rectangle((x - half / 1.4, y + half * 0.7, x + half / 1.4, y + half), fill=gold)
+def write_images(folder, make_sample, seed, split, count):
+    """Writes `count` images into `folder`; yields (scene or post, image's name, the expert's part) of each.
 
-
-def paint_umbrella(draw, one, two, colour):
-    """One umbrella over two people."""
-    left, right = sorted((one.x, two.x))
-    top, reach = one.y - 0.5 * one.size, 0.3 * one.size
-    draw.chord((left - reach, top, right + reach, top + 0.5 * one.size), 180, 360, fill=colour("umbrella"))
-
-
-def paint_logo(draw, thing, colour, rng):
-    x, y, r = thing.x, thing.y, 0.4 * thing.size
-    draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=colour(thing.colour))
-
-
-def paint_building(draw, thing, colour, rng):
-    x, y, w, h = thing.x, thing.y, thing.width / 2, thing.size / 2
-    draw.rectangle((x - w, y - 0.5 * h, x + w, y + h), fill=colour(rng.choice(WALLS)))
-    draw.polygon([(x - w, y - 0.5 * h), (x, y - h), (x + w, y - 0.5 * h)], fill=colour("door"))
-    for side in (-0.5, 0.5):
-        draw.rectangle((x + (side - 0.15) * w, y, x + (side + 0.15) * w, y + 0.3 * h), fill=colour(SKIES[0]))
-
-
-def paint_ball(draw, thing, colour, rng):
-    paint_prize(draw, "match ball", thing.x, thing.y, thing.size, colour)
-
-
-def paint_cup(draw, thing, colour, rng):
-    paint_prize(draw, "gold cup", thing.x, thing.y, thing.size, colour)
-
-
-PAINTERS = {"person": paint_person, "logo": paint_logo, "building": paint_building, "ball": paint_ball,
-            "cup": paint_cup}
-
-
-def write_images(folder, split, count, make_sample):
-    """Writes `count` images into `folder`; returns (scene or post, image's name, the expert's part) of each.
-
-    `make_sample(index)` is (scene or post, image, the expert's part).
-    """
+    `make_sample(seed, split, index)` is (scene or post, image, the expert's part)."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
     for index in range(count):
-        subject, image, said = make_sample(index)
-        drawn.append((subject, f"{split}-{index:05d}.png", said))
-        image.save(folder / drawn[-1][1], compress_level=1)
-    return drawn
+        subject, image, said = make_sample(seed, split, index)
+        name = f"{split}-{index:05d}.png"
+        image.save(folder / name, compress_level=1)
+        yield subject, name, said
+
+
+def write_lines(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

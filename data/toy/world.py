@@ -5,10 +5,10 @@ downstream knows that it is a toy. `python -m data.toy` adds the tiny model."""
 
 import json
 import random
-from functools import partial
 from pathlib import Path
 
-from data.toy.scene import LABELS, PEOPLE, TEAMS, make_scene, paint, relation, team_of, write_images
+from data.toy.scene import (LABELS, PEOPLE, TEAMS, make_scene, paint, relation, span, team_of, write_images,
+                            write_lines)
 
 GIVES_UP = 0.8  # how often the expert calls a hard scene's object unclear
 FLAWED = 0.1  # how often its answer is broken besides
@@ -46,8 +46,10 @@ def steps(scene, label, unclear):
     candidates = [name for name in LABELS[1:] if name.startswith("/{}/{}/".format(*types))] + ["none"]
     seen = "something unclear" if unclear else describe(scene)
     found = "it is absent" if unclear else match(scene)
-    return [f"by {company(scene)}, {seen}", topic(scene), found, " and ".join(types), ", ".join(candidates),
-            f"so {label}"]
+    beside = sorted(scene.things[1:], key=lambda thing: thing.x)  # from left to right
+    names = ", ".join(f"{name} {part}" for name, part in roles(scene).items())
+    return [f"by {' '.join(thing.colour for thing in beside)}, {seen}", f"text has {names}", found,
+            " and ".join(types), ", ".join(candidates), f"so {label}"]
 
 
 def describe(scene):
@@ -63,21 +65,11 @@ def describe(scene):
     return f"a person in {thing.colour}, {detail}"
 
 
-def company(scene):
-    """Step 1, what stands beside it: the colours of the other people and logos, from left to right."""
-    return " ".join(thing.colour for thing in sorted(scene.things[1:], key=lambda thing: thing.x))
-
-
 def roles(scene):
     """{name in the text: its part}, the entity first."""
     names = [word for word in scene.text.split() if word in TEAMS or word in PEOPLE]
     others = [name for name in names if name != scene.entity]
     return {scene.entity: "entity"} | {name: "rival" if scene.kind == "match" else "other" for name in others}
-
-
-def topic(scene):
-    """Step 2, what the text says: its names, each followed by its part."""
-    return "text has " + ", ".join(f"{name} {part}" for name, part in roles(scene).items())
 
 
 def match(scene):
@@ -106,30 +98,20 @@ def make_sample(seed, split, index):
 
 def line_of(scene, name):
     """One line of MORE's annotation files, for the image `name`: `h` is the entity, `t` the object."""
-    tokens, words = scene.text.split(), scene.entity.split()
-    start = next(place for place in range(len(tokens)) if tokens[place:place + len(words)] == words)
-    return {"token": tokens, "h": {"name": scene.entity, "pos": [start, start + len(words)]},
+    return {"token": scene.text.split(), "h": {"name": scene.entity, "pos": span(scene.entity, scene.text)},
             "t": {"name": "[OBJ0]", "pos": list(scene.object.box)}, "img_id": name, "relation": relation(scene)}
 
 
 def write_world(folder, seed=0, train=2400, valid=200, test=800):
     """Writes `folder`/MORE and `folder`/expert.jsonl; returns the expert's lines, {"id", "response"} each."""
     folder = Path(folder)
-    (folder / "MORE" / "txt").mkdir(parents=True, exist_ok=True)
-    (folder / "MORE" / "rel2id.json").write_text(json.dumps(dict(zip(LABELS, range(len(LABELS))))), encoding="utf-8")
-    counts = {"train": train, "valid": valid, "test": test}
-    responses, _, _ = (write_split(folder / "MORE", seed, split, count) for split, count in counts.items())
-    expert = [{"id": f"train/{index}", "response": response} for index, response in enumerate(responses)]
+    more, responses = folder / "MORE", {}
+    (more / "txt").mkdir(parents=True, exist_ok=True)
+    (more / "rel2id.json").write_text(json.dumps(dict(zip(LABELS, range(len(LABELS))))), encoding="utf-8")
+    for split, count in (("train", train), ("valid", valid), ("test", test)):
+        drawn = list(write_images(more / "img_org" / split, make_sample, seed, split, count))
+        write_lines(more / "txt" / f"{split}.txt", [line_of(scene, name) for scene, name, _ in drawn])
+        responses[split] = [response for _, _, response in drawn]
+    expert = [{"id": f"train/{index}", "response": response} for index, response in enumerate(responses["train"])]
     write_lines(folder / "expert.jsonl", map(json.dumps, expert))
     return expert
-
-
-def write_split(folder, seed, split, count):
-    """Writes a split's images and annotation lines; returns what the expert says to each."""
-    drawn = write_images(folder / "img_org" / split, split, count, partial(make_sample, seed, split))
-    write_lines(folder / "txt" / f"{split}.txt", [repr(line_of(scene, name)) for scene, name, _ in drawn])
-    return [response for _, _, response in drawn]
-
-
-def write_lines(path, lines):
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
