@@ -50,16 +50,18 @@ def trimmed(memory: PeakMemory) -> int:
 
 def load(models: Path, output: Path, name: str) -> dict:
     """Bytes of one rank: held once it is loaded, peak until then, of a step, of an export over what it began with."""
-    case, memory = LOADS[name], PeakMemory()
-    trainer, samples = prepare(models / "small", replace(case, **WARM), output / "small")
+    from grpo.runtime.dist import world_size
+
+    case, memory, once = LOADS[name], PeakMemory(), {"objective": {"updates": 1}}
+    trainer, samples = prepare(models / "small", replace(case, **WARM), output / "small", **once)
     step(trainer, samples)
     trainer.run.save()
     del trainer, samples
     before = trimmed(memory)
     with memory.sampled():
-        trainer, samples = prepare(models / "planned", case, output / "planned")
+        trainer, samples = prepare(models / "planned", case, output / "planned", **once)
     found = {"peak": memory.most - before, "held": trimmed(memory) - before}
-    if case.lora_rank:
+    if case.lora_rank and world_size() == 1:
         step(trainer, samples)
         found["step"] = memory.read("VmHWM") - memory.before + found["held"]
     start = trimmed(memory)

@@ -141,7 +141,7 @@ class Costs:
         """The frozen copy's shard, wherever it waits; an adapter needs none, nor a KL of weight 0."""
         return 0.0 if self.s.lora_rank or not self.s.beta else self.width * self.shape.total / self.shards
 
-    def gathered(self, whole: bool) -> float:
+    def gathered(self, whole: bool, layers: int = 2) -> float:
         """Compute-dtype copies: all of them, or the root's, a layer's and the next one's, fetched ahead. One process
         makes them of what trains alone."""
         if not self.sharded:
@@ -149,7 +149,7 @@ class Costs:
         every, layer = self.total, self.layer
         if self.gpus == 1:
             every, layer = self.trained, self.adapter / self.shape.layers if self.s.lora_rank else self.layer
-        return self.width * (every if whole else every - (self.shape.layers - 2) * layer)
+        return self.width * (every if whole else every - (self.shape.layers - layers) * layer)
 
     def resident(self, step: bool = False) -> dict[str, float]:
         """Between the phases, or in an optimizer's `step`, where moments that wait in host memory visit one by one."""
@@ -287,30 +287,38 @@ class Costs:
                    add(rest, activations=hidden, head=2 * 4 * self.tile()), key=total)
 
     def moments(self, layered: float) -> list[dict[str, float]]:
-        """Of a packed pass: the head's forward and backward; the last layer's backward and the first's; the end."""
+        """Of a packed pass: the head's forward and backward; the last layer's backward, the next one's and the
+        first's; the end."""
         x, full = self.shape, not self.s.lora_rank
         every = MASTER * self.trained / self.shards
         before = every if self.passes > 1 else 0.0  # earlier passes' gradients
         head = x.table * self.width * full  # the head's gradient: sharded only at the root's turn, which is last
         trained_layer = self.layer if full else self.adapter / x.layers
-        if self.sharded:  # unsharded gradients in compute dtype, and in float32 for the sum over processes
-            layer, root = trained_layer * (self.width + MASTER), x.tables * (self.width + MASTER) * full
+        if self.sharded:  # unsharded gradients in compute dtype, and in float32 those that are summed over processes
+            layer, root = trained_layer * self.width, x.tables * (self.width + MASTER) * full
         else:  # one matrix of a later pass; a table of a later pass, or a tied one's two gradients
             layer = MASTER * x.hidden * x.intermediate * bool(before) * full
             root = MASTER * x.table * (x.tied or bool(before)) * full
         almost = max(before, every - MASTER * x.table * full / self.shards)  # the embedding's comes last
-        kept, tail, one = self.kept_bytes(x.layers), self.tail_bytes(), self.kept_bytes(1)
+        kept, tail, last = self.kept_bytes(x.layers), self.tail_bytes(), x.layers - 1
         work = self.layer_bytes(self.widest) * self.s.gradient_checkpointing + self.backward_bytes()
         rest = add(self.resident(), gathered=layered, caches=self.chain_bytes(True))
         hidden = self.tokens * x.hidden * self.width  # the trunk's output, still named while the head works
+
+        def backward(done: int) -> dict[str, float]:
+            """Of a layer when so many behind it are through; the next one is fetched, the last one's are summed."""
+            grown = almost if done == last else max(before, done * trained_layer * MASTER / self.shards)
+            summed = trained_layer * MASTER * self.sharded * bool(done)
+            return add(rest, gathered=self.gathered(False, 1 + (done < last)) - layered,
+                       activations=self.kept_bytes(x.layers - done) + tail * (not done) + work,
+                       gradients=grown + head * (self.sharded or done < last) + layer + summed)
+
         return [
             # a tile of float32 logits and of their exponentials
             add(rest, gradients=before, activations=kept + tail + hidden, head=2 * 4 * self.tile()
             + self.kept_logits()),
             add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
-            add(rest, gradients=before + head + layer, activations=kept + tail + work),
-            add(rest, gradients=almost + (head if self.sharded else 0.0) + layer, activations=one + work),
-            add(rest, gradients=every + root)]
+            *map(backward, sorted({0, min(1, last), last})), add(rest, gradients=every + root)]
 
 
 def add(phase: dict[str, float], **more: float) -> dict[str, float]:
