@@ -10,6 +10,9 @@
 #                                         is done is skipped
 #   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME[,NAME…]] …
 #                                         JMERE-R1 with the paper's settings, see docs/recipes/jmere-r1.sh; likewise
+#   ./launch.sh check [--json FILE] [--rates FILE]
+#                                         two minutes on this machine's own device before a long run: every fast path against
+#                                         its plain form, a run and its resume, memory, rates. An issue begins with what it says
 #   ./launch.sh test [pytest arguments]   the tests but those that are heavy; -m heavy: these alone; -h lists pytest's own
 #                                         arguments. PROCESSES of them share the files, where none is named
 #
@@ -191,14 +194,19 @@ side_by_side() { # pytest's arguments: how its two processes share the tests, wh
         echo "-n ${PROCESSES:-2} --dist worksteal"
 }
 
-commands="setup demo more-r1 jmere-r1 test"
+commands="setup demo more-r1 jmere-r1 check test"
 command=${1:-}; [ $# -gt 0 ] && shift
 [[ " $commands " != *" $command "* || " $* " != *" --help "* ]] || { usage; exit; }
 case $command in
     setup) setup; echo "ready: $python" ;;
     demo) setup; processes_and_threads; . "$here/docs/recipes/demo.sh"; demo "$@" ;;
     more-r1 | jmere-r1) setup; processes_and_threads; . "$here/docs/recipes/$command.sh"; pipeline "$@" ;;
+    check)
+        setup
+        PROCESSES=${PROCESSES:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)')}
+        processes_and_threads
+        if [ "$processes" -gt 1 ]; then many benchmarks.check "$@"; else one benchmarks.check "$@"; fi ;;
     test) setup; cd "$here"; unset PYTHONSAFEPATH; "$python" -m pytest $(side_by_side "$@") "$@" ;;
-    "" | -h | --help | help) sed -n '2,20p' "$here/launch.sh" | cut -c3-; [ -n "$command" ] || exit 2 ;;
+    "" | -h | --help | help) sed -n '2,21p' "$here/launch.sh" | cut -c3-; [ -n "$command" ] || exit 2 ;;
     *) fail "no command $command; did you mean ./launch.sh $(nearest "$command" $commands)?" ;;
 esac

@@ -93,13 +93,13 @@ def measured(models: Path, case: Case, output: Path) -> int:
     return memory.beyond()
 
 
-def planned(models: Path, case: Case, ranks: int = 1):
+def planned(models: Path, case: Case, ranks: int = 1, device: str = "cpu"):
     """The plan for the same step."""
     from grpo.plan.__main__ import Settings, plan
     from grpo.plan.costs import read_shape
 
     images = 2 * (case.side // 28) ** 2
-    settings = Settings(model=str(models / "planned"), gpus=[ranks], device="cpu", prompt_tokens=case.prompt,
+    settings = Settings(model=str(models / "planned"), gpus=[ranks], device=device, prompt_tokens=case.prompt,
                         image_tokens=images, **OBJECTIVE, **case.settings())
     return plan(read_shape(settings.model), settings, ranks)
 

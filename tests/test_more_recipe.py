@@ -44,11 +44,11 @@ def launch(tmp_path):
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
 
-    def run(*words, fails="nothing", command="more-r1"):
+    def run(*words, fails="nothing", command="more-r1", processes="2"):
         calls = tmp_path / "calls"
         calls.write_text("")
         environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "FAILS": fails,
-                       "PROCESSES": "2"}
+                       "PROCESSES": processes}
         done = subprocess.run([ROOT / "launch.sh", command, *words], env=environment, cwd=tmp_path,
                               capture_output=True, text=True, timeout=60)
         return (done.returncode, done.stdout + done.stderr,
@@ -180,12 +180,19 @@ def test_a_mistyped_command_is_answered_with_the_nearest_in_one_line(launch, typ
     assert launch(command=typed)[:2] == (2, f"error: no command {typed}; did you mean ./launch.sh {meant}?\n")
 
 
-@pytest.mark.parametrize("command", ["setup", "demo", "more-r1", "jmere-r1", "test"])
+@pytest.mark.parametrize("command", ["setup", "demo", "more-r1", "jmere-r1", "check", "test"])
 def test_every_command_has_a_help_that_names_it_and_runs_nothing(launch, command):
     status, said, calls = launch("--help", command=command)
     assert status == 0 and f"./launch.sh {command}" in said and not calls
-    others = {"setup", "demo", "more-r1", "jmere-r1", "test"} - {command}
+    others = {"setup", "demo", "more-r1", "jmere-r1", "check", "test"} - {command}
     assert not any(f"./launch.sh {other}" in said for other in others)
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_check_tries_the_device_in_as_many_processes_as_are_asked_for(launch, processes):
+    status, said, (call,) = launch("--rates", "r.json", command="check", processes=processes)
+    assert status == 0 and call.endswith("benchmarks.check --rates r.json"), said
+    assert ("--nproc-per-node 2" in call) == (processes == "2")
 
 
 def test_the_help_names_every_stage(launch):

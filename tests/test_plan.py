@@ -299,6 +299,32 @@ def test_the_program_says_what_fits_and_writes_the_numbers(tmp_path, monkeypatch
     assert written["plans"][0]["peak"] == max(sum(phase.values()) for phase in written["plans"][0]["phases"].values())
 
 
+def test_measured_rates_take_the_places_of_assumed_ones_but_not_of_given_ones(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN))
+    (tmp_path / "rates.json").write_text(json.dumps({"device": "a card", "rates": {"tflops": 989.0 / 2, "bandwidth": 3350 / 2}}))
+    seconds = {}
+    for name, words in {"assumed": [], "measured": ["--rates", tmp_path / "rates.json"],
+                        "given": ["--rates", tmp_path / "rates.json", "--tflops", 98900]}.items():
+        said = run_main(monkeypatch, capsys, "--model", tmp_path, "--gpus", 1, "--json", tmp_path / "plan.json", *words)
+        seconds[name] = json.loads((tmp_path / "plan.json").read_text())["plans"][0]["seconds"]
+        assert (f"at the rates measured in {tmp_path / 'rates.json'}" in said) == (name != "assumed")
+    for phase, assumed in seconds["assumed"].items():
+        assert seconds["measured"][phase] == pytest.approx(2 * assumed)
+        assert seconds["given"][phase] < seconds["measured"][phase]
+
+
+@pytest.mark.parametrize("content,expected", [
+    ("[1]", "found None for its rates; expected what ./launch.sh check --rates writes"), ('{"rates": {"tflops": "fast"}}', "found {'tflops': 'fast'}"),
+    ('{"rates": {"speed": 1}}', "found {'speed': 1}"), ('{"rates": {"tflops": 0}}', "--tflops is 0.0; it must be above 0"), ("{", "rates.json")])
+def test_rates_that_are_none_are_refused_with_the_files_name(tmp_path, monkeypatch, content, expected):
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN))
+    (tmp_path / "rates.json").write_text(content)
+    monkeypatch.setattr("sys.argv", ["plan", "--model", str(tmp_path), "--rates", str(tmp_path / "rates.json")])
+    with pytest.raises(ValueError) as error:
+        main()
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
 def test_every_setting_of_the_plan_that_is_no_machines_is_one_of_the_training(seven):
     """What is suggested can be typed."""
     ours = {f.name for f in fields(Settings)}

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from data.read import read_json, shown
 from grpo.plan.costs import COMPONENTS, PHASES, Costs, Shape, read_shape, total
 from grpo.plan.step_time import seconds
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
-from grpo.runtime.settings import options, read_settings, required, run_program, setting
+from grpo.runtime.settings import check_values, options, read_settings, required, run_program, setting
 from grpo.settings import Settings as TrainSettings, check_pass
 
 GIB = 2**30
@@ -49,6 +50,8 @@ class Settings:
     link: float = rate(450.0, "between GPUs of one machine, GB/s received by each (NVLink of an H100)")
     network: float = rate(50.0, "between GPUs of different machines, GB/s received by each (400 Gb/s)")
     host_link: float = rate(50.0, "between a GPU and its host's memory, GB/s (PCIe 5)")
+    rates: str = setting("", "file that ./launch.sh check --rates writes: its measured rates take the places of the "
+                             "assumed ones that are not given", path="file", group="rates")
     prompt_tokens: int = setting(1500, "of a prompt, its images included: the longest counts", top=True, least=1)
     image_tokens: int = setting(1000, "of them from images", top=True, least=0)
     max_completion_tokens: int = as_trained("max_completion_tokens", help="of every completion: all at the limit")
@@ -82,6 +85,18 @@ class Settings:
         for gpus in self.gpus:
             if self.shard_size and max(gpus, self.shard_size) % min(gpus, self.shard_size):
                 raise ValueError(f"--shard_size is {self.shard_size}; {gpus} GPUs are no multiple of it")
+
+
+def with_rates(s: Settings) -> Settings:
+    """The settings with what was measured in the place of every rate that stands at its default."""
+    known = [one.name for one in options(s) if one.title == "rates" and one.type is float]
+    found = read_json(s.rates, expected := f"what ./launch.sh check --rates writes, numbers for {', '.join(known)}")
+    found = found.get("rates") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or set(found) - set(known) or {type(x) for x in found.values()} - {int, float}:
+        raise ValueError(f"{s.rates}: found {shown(found)} for its rates; expected {expected}")
+    s = replace(s, **{name: float(x) for name, x in found.items() if getattr(s, name) == getattr(Settings, name)})
+    check_values(s)
+    return s
 
 
 @dataclass
@@ -210,12 +225,14 @@ def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
         f"host memory of a machine: {shown.host['loading'] * machine / GIB:.0f} GiB while it loads, "
         f"{shown.host['waiting'] * machine / GIB:.0f} for what waits there, "
         f"{shown.host['checkpoint'] * machine / GIB:.0f} more while a checkpoint is written",
-        f"a step is one rollout and {s.updates} updates\n{by_gpus(plans)}"]
+        f"a step is one rollout and {s.updates} updates"
+        f"{f', at the rates measured in {s.rates}' * bool(s.rates)}\n{by_gpus(plans)}"]
     return "\n\n".join(parts + ["\n".join(advice(shape, s, one)) for one in plans if not one.fits])
 
 
 def main() -> None:
     s = read_settings(Settings)
+    s = with_rates(s) if s.rates else s
     shape = read_shape(s.model)
     if not shape.vision:
         s.image_tokens = 0  # of a model that reads text alone
