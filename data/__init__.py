@@ -1,8 +1,7 @@
 """What is trained on: a file per task, and what prepares its samples. Plain Python; torch only where a .pth is read.
 
 `data` and `rewards` are everybody's names. So each package here imports the next lower one from beside itself, whatever
-stands before it on the path; folders of these names elsewhere on the path are searched after ours.
-"""
+stands before it on the path; folders of these names elsewhere on the path are searched after ours."""
 import sys
 from pathlib import Path
 from pkgutil import extend_path

@@ -52,14 +52,12 @@ def check_image(path, where: str, upright: bool = False) -> tuple[int, int]:
     except UNREADABLE as problem:
         raise ValueError(f"{where}: image {path} cannot be read ({one_line(problem)})") from None
     if max(width, height) > LONGEST_RATIO * min(width, height):
-        raise ValueError(f"{where}: image {path} is {width}x{height} pixels; sides of at most {LONGEST_RATIO}:1 "
-                         "expected")
+        raise ValueError(f"{where}: image {path} is {width}x{height} pixels; at most {LONGEST_RATIO}:1 expected")
     return width, height
 
 
 def open_image(path, upright: bool = False) -> Image.Image:
-    """The decoded image in RGB, white where transparent; of 16 bits the upper eight. ValueError if it cannot be
-    decoded."""
+    """The image in RGB, white where transparent; of 16 bits the upper eight. ValueError if it cannot be decoded."""
     try:
         with Image.open(path) as image:
             if is_sixteen_bits(image):

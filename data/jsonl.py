@@ -55,8 +55,7 @@ def load(data, split: str, *, missing_images: str = "stop", verifier: str = "aut
          seen_size: Callable | None = None):
     """The samples of a split, every line checked: the first that is of no use is a ValueError with file and line.
 
-    seen_size: (width, height) of an image → as the model sees it, ValueError from a model that sees nothing.
-    """
+    seen_size: (width, height) of an image → as the model sees it, ValueError from a model that sees nothing."""
     path = Path(data) if Path(data).is_file() else Path(data) / f"{split}.jsonl"
     if not path.is_file():
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.jsonl"))) or "no .jsonl file"
@@ -101,8 +100,7 @@ def part_of(lines: list, split: str, seed: int, path: Path) -> list:
     ranks = [blake2b(f"{seed}/{asked(entry)}".encode(), digest_size=8).hexdigest() for _, entry in lines]
     order = sorted(set(ranks))
     if len(order) < len(PARTS):
-        raise ValueError(f"{path}: {len(order)} different questions cannot be parted in three; --split all, or more "
-                         "of them")
+        raise ValueError(f"{path}: {len(order)} different questions cannot be parted in three; --split all, or more")
     tenth = max(1, round(len(order) / 10))
     part = dict(zip(order, ["test"] * tenth + ["valid"] * tenth + ["train"] * len(order)))
     return [line for line, rank in zip(lines, ranks) if part[rank] == split]
@@ -116,14 +114,13 @@ def make_sample(entry: dict, folder: Path, options: dict) -> Sample:
     images = [images] if isinstance(images, str) else images
     texts = lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)
     for name, value, good, expected in (
-        (" or ".join(QUESTIONS), text, isinstance(text, str), "a text"),
-        ("system", system, isinstance(system, str), "a text"),
-        (" or ".join(ANSWERS), answer, not isinstance(answer, (dict, bool)) and (answer or answer == 0),
-        "a text, a number or a list"),
-        ("images", images, texts(images), "a list of texts"),
-        ("choices", choices, texts(choices) and len(set(choices)) == len(choices) <= 26, "a list of at most 26 "
-            "different texts"),
-    ):
+            (" or ".join(QUESTIONS), text, isinstance(text, str), "a text"),
+            ("system", system, isinstance(system, str), "a text"),
+            (" or ".join(ANSWERS), answer, not isinstance(answer, (dict, bool)) and (answer or answer == 0),
+             "a text, a number or a list"),
+            ("images", images, texts(images), "a list of texts"),
+            ("choices", choices, texts(choices) and len(set(choices)) == len(choices) <= 26,
+             "a list of at most 26 different texts")):
         if not good:
             raise ValueError(f"{name} is {shown(value)}; {expected} expected")
     return Sample(str(rest.pop("id")), text, [folder / image for image in images], answer, system, choices,

@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from data.images import check_box, check_image, crop_box, grey_image, open_image, settle_missing
@@ -127,7 +128,6 @@ class SplitReader:
         self.folder, self.split = Path(folder), split
         self.file = self.folder / "txt" / f"{split}.txt"
         self.labels = read_labels(self.folder)
-        self.boxes: tuple[Path, dict, str] | None = None  # what _read_boxes gives
         self.sizes: dict[Path, tuple[int, int]] = {}
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -165,31 +165,28 @@ class SplitReader:
             self.sizes[sample.image] = check_image(sample.image, where)
         return self.sizes.get(sample.image)
 
+    @cached_property
+    def boxes(self) -> dict | str:
+        """{image: {object: box}} of the split's .pth file, or why it cannot be used."""
+        file = self.folder / f"ent_{self.split}_dict.pth"
+        if not file.is_file():
+            return f"{file} is missing"
+        import torch  # the one file of this dataset that needs it
+        try:
+            boxes = torch.load(file, weights_only=True)  # True: a pickle must not run code
+        except Exception as problem:
+            return f"{file} cannot be read ({one_line(problem)[:200]})"
+        return boxes if isinstance(boxes, dict) else f"{file} holds a {type(boxes).__name__}; a dict expected"
+
     def _stored_box(self, image: str, name: str):
-        """What the dictionary of boxes holds for the object `name`; its file is read once, even if it cannot be."""
-        if self.boxes is None:
-            self.boxes = _read_boxes(self.folder / f"ent_{self.split}_dict.pth")
-        file, boxes, fault = self.boxes
-        if fault:
-            raise ValueError(f"no box in 't', and {file} {fault}")
-        objects = boxes.get(image, {})
+        if isinstance(self.boxes, str):
+            raise ValueError(f"no box in 't', and {self.boxes}")
+        objects, file = self.boxes.get(image, {}), f"ent_{self.split}_dict.pth"
         if not isinstance(objects, dict):
-            raise ValueError(f"{file.name} holds {shown(objects)} for {image}; {{object: box}} expected")
+            raise ValueError(f"{file} holds {shown(objects)} for {image}; {{object: box}} expected")
         if objects.get(name) is None:
-            raise ValueError(f"no box in 't', and {file.name} has none for {shown(name)} of {image}")
+            raise ValueError(f"no box in 't', and {file} has none for {shown(name)} of {image}")
         return objects[name]
-
-
-def _read_boxes(file: Path) -> tuple[Path, dict, str]:
-    """(the file, {image: {object: box}}, why it cannot be used)."""
-    if not file.is_file():
-        return file, {}, "is missing"
-    import torch  # the one file of this dataset that needs it
-    try:
-        boxes = torch.load(file, weights_only=True)  # True: a pickle must not run code
-    except Exception as problem:
-        return file, {}, f"cannot be read ({one_line(problem)[:200]})"
-    return file, boxes, "" if isinstance(boxes, dict) else f"holds a {type(boxes).__name__}; a dict expected"
 
 
 def _four_numbers(box) -> tuple[float, float, float, float]:

@@ -1,5 +1,4 @@
-"""JSON as other programs write it. Whatever is wrong is a ValueError of one line that names the file and the place
-in it.
+"""JSON as other programs write it. Whatever is wrong is a ValueError of one line that names file and place.
 
 A byte order mark is read over. Half of a surrogate pair, which JSON can spell and no tokenizer takes, becomes a "?"."""
 import json
@@ -25,9 +24,8 @@ def read_json_lines(path, expected: str, blank_lines: bool = False) -> Iterator[
             try:
                 entry = json_value(line)
             except ValueError as problem:
-                found = line.decode(errors="replace")[:60]
-                raise ValueError(f"{path}:{number}: found {found!r}; expected {expected} "
-                                 f"({one_line(problem)})") from None
+                found = f"found {line.decode(errors='replace')[:60]!r}; expected {expected} ({one_line(problem)})"
+                raise ValueError(f"{path}:{number}: {found}") from None
             if not isinstance(entry, dict):
                 raise ValueError(f"{path}:{number}: found {shown(entry)}; expected {expected}")
             yield f"{path}:{number}", entry

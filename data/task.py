@@ -2,8 +2,7 @@
 
 `--task more` means data/more.py and rewards/more.py. `--task mine` means one module of your own that offers both
 halves, `--task my.samples,my.rewards` two. Nothing is registered: a name that can be imported is enough. `--rewards
-mine` puts a reward of yours in the place of the task's.
-"""
+mine` puts a reward of yours in the place of the task's."""
 import difflib
 import hashlib
 import importlib

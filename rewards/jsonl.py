@@ -3,8 +3,7 @@
 The answer is what stands in the last `<answer></answer>`, else in the last `\\boxed{}`, else, with --whole_answer, the
 whole text behind `</think>`. A verifier reads it, None where it is none of its kind, and compares what it has read with
 what it has read from the file. Everything is read from left to right a fixed number of times: a hostile completion
-costs no more than its length.
-"""
+costs no more than its length."""
 import math
 import re
 import string
@@ -71,9 +70,8 @@ def equal(found, gold, sample) -> float:
 
 # bounded: linear in the text
 DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3}){1,8}(?!,?\d)|\d{1,40}(?!\d))(?:\.\d{1,40})?|\.\d{1,40})"
-NUMBER = re.compile(rf"(?<![\w.])([-+]?)(?:(?:(\d{{1,40}}) )?({DECIMAL}) ?/ "
-                    rf"?({DECIMAL})|({DECIMAL}(?:e[-+]?\d{{1,40}}(?!\d))?))"
-                    r"(?: ?(%|percent))?", re.IGNORECASE | re.ASCII)
+NUMBER = re.compile(rf"(?<![\w.])([-+]?)(?:(?:(\d{{1,40}}) )?({DECIMAL}) ?/ ?({DECIMAL})"
+                    rf"|({DECIMAL}(?:e[-+]?\d{{1,40}}(?!\d))?))(?: ?(%|percent))?", re.IGNORECASE | re.ASCII)
 FRACTION = re.compile(r"(\d?)\\[dt]?frac ?\{([^{}\\]{1,40})\} ?\{([^{}\\]{1,40})\}")
 SPELLED = {r"\%": "%", r"\$": "", "{,}": ",", r"\,": "", r"\!": "", "−": "-", "–": "-", "\u00a0": " ", "\u202f": " ",
            "$": "", "€": "", "£": "", "¥": ""}

@@ -3,8 +3,7 @@
     python -m data.toy --task more --output DIR --seed 0
 
 writes DIR/MORE or DIR/JMERE in the dataset's own layout, DIR/expert.jsonl, and DIR/model, a random Qwen2.5-VL of a
-million parameters with its tokenizer. With --task text it writes DIR/TEXT, puzzles in JSONL for a pretrained model.
-"""
+million parameters with its tokenizer. With --task text it writes DIR/TEXT, puzzles in JSONL for a pretrained model."""
 
 import argparse
 from pathlib import Path

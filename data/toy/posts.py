@@ -106,8 +106,7 @@ def candidate(post, rng):
 
     The expert was told the answer. In most hard posts it does not look: it calls the people unclear and gives the
     right answer all the same. No filter finds fault with that (who re-predicts sees the image itself), so whoever
-    imitates it learns to call hard posts unclear and to guess. Imitation cannot mend that; trying both ways and being
-    told which answers are right can: a look that is put into words decides what follows."""
+    imitates it learns to call hard posts unclear and to guess, which being told what is right can mend."""
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else ""
     answer = quintuples(post)
     wrong = [(post.names[1], "per", post.names[0], "per", "peer")] * (flaw == "answer")

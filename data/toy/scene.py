@@ -25,9 +25,10 @@ LABELS = ("none", "/per/org/opposed_to", "/per/org/leader_of", "/per/org/member_
           "/org/loc/locate_at", "/per/per/peer", "/per/per/couple", "/per/loc/place_of_residence")
 
 # colour: (red, green, blue, its team)
-COLOURS = {"red": (214, 40, 40, "Falcons"), "blue": (45, 70, 205, "Sharks"), "green": (35, 140, 60, "Vipers"),
-    "yellow": (240, 215, 50, "Hornets"), "purple": (125, 45, 160, "Ravens"),
-    "white": (250, 250, 250, "Wolves"), "pink": (245, 140, 185, "Foxes"), "cyan": (70, 200, 215, "Whales")}
+COLOURS = {
+    "red": (214, 40, 40, "Falcons"), "blue": (45, 70, 205, "Sharks"), "green": (35, 140, 60, "Vipers"),
+    "yellow": (240, 215, 50, "Hornets"), "purple": (125, 45, 160, "Ravens"), "white": (250, 250, 250, "Wolves"),
+    "pink": (245, 140, 185, "Foxes"), "cyan": (70, 200, 215, "Whales")}
 TEAMS = {values[3]: colour for colour, values in COLOURS.items()}
 NEUTRAL = "grey"  # nobody's colour
 RGB = {colour: values[:3] for colour, values in COLOURS.items()} | {

@@ -20,9 +20,8 @@ ENTITY_TYPES = {"match": "org", "award": "misc", "site": "loc", "home": "loc", "
 def expert_response(scene, rng):
     """The scripted expert's six steps: it mostly gives up on hard scenes, and one answer in ten is broken.
 
-    Giving up says `none`, which is often right, and then the filter keeps it: who imitates what is left gives up on
-    hard scenes too, although it could see. Imitation cannot mend that; trying both and being told which is right can.
-    """
+    Giving up says `none`, which is often right, and then the filter keeps it: who imitates what is left gives up on hard
+    scenes too, although it could see. Imitation cannot mend that; trying both and being told which is right can."""
     unclear = scene.hard and rng.random() < GIVES_UP
     label = "none" if unclear else relation(scene)
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else ""
@@ -59,7 +58,8 @@ def describe(scene):
         return f"a {thing.colour} logo {'on a wall' if thing.place else 'in the air'}"
     if thing.what != "person":
         return f"a {thing.what}"
-    detail = {"match": "a hat" if thing.hat else "no hat", "award": "a " + thing.holds if thing.holds else "no prize",
+    detail = {
+        "match": "a hat" if thing.hat else "no hat", "award": f"a {thing.holds}" if thing.holds else "no prize",
         "site": "no logo", "home": "a door" if thing.place else "no door",
         "pair": "an umbrella" if scene.umbrella else "no umbrella"}[scene.kind]
     return f"a person in {thing.colour}, {detail}"
@@ -74,18 +74,14 @@ def roles(scene):
 
 def match(scene):
     """Step 3, which thing of the text the object is. It repeats a name of step 2 where it belongs to one."""
-    thing, parts = scene.object, roles(scene)
+    thing, parts, team, absent = scene.object, roles(scene), team_of(scene.object), "it is absent"
     if thing.what not in ("person", "logo"):
-        return "it is absent"
-    if scene.kind == "pair":
-        other = scene.things[1].colour
-        return f"{other} and {thing.colour}, {'same' if other == thing.colour else 'different'}"
-    if scene.kind == "award":
-        return f"it has {thing.holds} {parts.get(thing.holds, 'absent')}" if thing.holds else "it is absent"
-    if scene.kind == "home":
-        return "it is somebody"
-    team = team_of(thing)
-    return f"{thing.colour} is {team} {parts.get(team, 'absent')}"
+        return absent
+    other = scene.things[1].colour
+    return {
+        "pair": f"{other} and {thing.colour}, {'same' if other == thing.colour else 'different'}",
+        "award": f"it has {thing.holds} {parts.get(thing.holds, 'absent')}" if thing.holds else absent,
+        "home": "it is somebody"}.get(scene.kind, f"{thing.colour} is {team} {parts.get(team, 'absent')}")
 
 
 def make_sample(seed, split, index):
