@@ -62,8 +62,8 @@ def open_image(path, upright: bool = False) -> Image.Image:
         with Image.open(path) as image:
             if is_sixteen_bits(image):
                 values = numpy.asarray(image)
-                values = numpy.where(values == image.info.get("transparency", -1), 65535, values)
-                opened = Image.fromarray((values >> 8).astype(numpy.uint8)).convert("RGB")
+                values = numpy.where(values == image.info.get("transparency", -1), 65535, values) >> 8
+                opened = Image.fromarray(values.astype(numpy.uint8)).convert("RGB")
             elif image.has_transparency_data:
                 layer = image.convert("RGBA")
                 opened = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -84,11 +84,12 @@ def upright_copy(path, folder) -> str:
         with Image.open(path) as image:
             turned = orientation(image) in TURNS
     except UNREADABLE:
-        return str(path)  # the task has words of its own for that
+        turned = False  # the task has words of its own for that
+    if not turned:
+        return str(path)
     copy = Path(folder) / Path(path).name
-    if turned:
-        open_image(path, upright=True).save(copy, "PNG", exif=b"")  # else it might say once more how to turn it
-    return str(copy if turned else path)
+    open_image(path, upright=True).save(copy, "PNG", exif=b"")  # else it might say once more how to turn it
+    return str(copy)
 
 
 def is_sixteen_bits(image: Image.Image) -> bool:

@@ -111,9 +111,8 @@ def prompt_maker(settings: Settings, task: Task):
 
     def prompt_of(sample):
         images, question = task.data.build_prompt(sample)
-        if template:
-            return images, fill_template(template, sample, question, task.data.target(sample))
-        return images, task.data.expert_prompt(sample)
+        return images, (fill_template(template, sample, question, task.data.target(sample)) if template else
+                        task.data.expert_prompt(sample))
 
     return prompt_of
 

@@ -67,13 +67,9 @@ def reason_to_drop(task, sample, response: str | None) -> str | None:
 def repredict_filter(task, candidates: list[Candidate], ask: Ask) -> tuple[list[Candidate], list[Fallen]]:
     """Keeps the candidates from whose reasoning the expert, shown image and text again, finds the gold answer."""
     replies = ask_about(task, candidates, "repredict", task.data.repredict_prompt, ask)
-
-    def reason(one: Candidate) -> str | None:
-        if one.id not in replies:
-            return "no re-prediction"
-        return None if task.rewards.correct(replies[one.id], one.sample) else "re-prediction is not the gold answer"
-
-    return divide(candidates, reason)
+    right = lambda one: task.rewards.correct(replies[one.id], one.sample)
+    return divide(candidates, lambda one: "no re-prediction" if one.id not in replies else
+                  None if right(one) else "re-prediction is not the gold answer")
 
 
 def score_filter(task, candidates: list[Candidate], ask: Ask, threshold: float) -> tuple[list[Candidate], list[Fallen]]:

@@ -146,11 +146,11 @@ def end_epoch(run: Run, epoch: int, done: int, in_vain: int, minutes: float) -> 
 
 
 def report_dropped(epoch: int, trained: int, given: int, limit: int) -> None:
+    longer = f"longer than --max_tokens {limit} with their prompts"
     if not trained:
-        raise ValueError(f"no response to train on: all {given} are longer than --max_tokens {limit} with their "
-                         "prompts")
+        raise ValueError(f"no response to train on: all {given} are {longer}")
     if trained < given and epoch == 0:
-        say(f"dropped {given - trained} of {given} responses: longer than --max_tokens {limit} with their prompts")
+        say(f"dropped {given - trained} of {given} responses: {longer}")
 
 
 def main() -> None:
