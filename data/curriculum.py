@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import cycle, islice
 
 MIXINGS = ("progressive", "raw")
 LAST_BATCHES = ("fill", "drop")
@@ -83,7 +84,7 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
     if mixing == "raw":
         both = [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
         both = _shuffled(both, _generator(seed, epoch, "raw"))
-        order = [both[position % len(both)] for position in range(size)]
+        order = list(islice(cycle(both), size))
     else:
         ratio = _exact(easy_ratio(epoch, decay))
         if easy_total < wanted:
@@ -121,14 +122,9 @@ def draw_easy(easy: list, count: int, none_share: float, is_none: Callable, gene
 
 def _mixed_order(hard: list, easy: list, share: Fraction, size: int) -> list[tuple[object, bool]]:
     """`size` pairs (sample, whether hard); after i of them floor(i·share) are easy. Lists start over."""
-    order, easy_so_far = [], 0
-    for position in range(1, size + 1):
-        if int(position * share) > easy_so_far:
-            order.append((easy[easy_so_far % len(easy)], False))
-            easy_so_far += 1
-        else:
-            order.append((hard[(position - 1 - easy_so_far) % len(hard)], True))
-    return order
+    hard, easy = cycle(hard), cycle(easy)
+    return [(next(easy), False) if int(i * share) > int((i - 1) * share) else (next(hard), True)
+            for i in range(1, size + 1)]
 
 
 def _exact(number: float) -> Fraction:

@@ -8,11 +8,13 @@ dynamic programming", in the form that Hyyrö gave it in 2001 for the distance o
 def edit_distance(a: str, b: str) -> int:
     """How many insertions, deletions and substitutions turn a into b.
 
-    len(shorter) steps on numbers of len(longer) bits: 100,000 characters against a gold answer's 45 take
-    11 ms on one core, against 1,300 (21 quintuples) 29 ms."""
+    len(shorter) steps on numbers of len(longer) bits: 100,000 ASCII characters against a gold answer's 45 take
+    6 ms on one core, against 1,300 (21 quintuples) 20 ms; where they are not all ASCII, 40 and 76 ms."""
     if len(a) < len(b):
         a, b = b, a  # few steps on long numbers cost less than many steps on short ones
-    occurs = _occurrences(a, set(b))
+    # of each character the number whose bit i says that it is a[i]: written down in zeros and ones, the last bit first
+    zeros = dict.fromkeys(map(ord, a), "0")
+    occurs = {character: int(a[::-1].translate({**zeros, ord(character): "1"}), 2) for character in set(b)}
     full = (1 << len(a)) - 1
     vertical_up, vertical_down = full, 0  # the column before any of b: one more for every character of a
     for character in b:
@@ -23,13 +25,3 @@ def edit_distance(a: str, b: str) -> int:
         vertical_up = (horizontal_down | (full ^ (diagonal_zero | horizontal_up))) & full
         vertical_down = diagonal_zero & horizontal_up
     return len(b) + vertical_up.bit_count() - vertical_down.bit_count()
-
-
-def _occurrences(text: str, characters: set[str]) -> dict[str, int]:
-    """For each of the characters the number whose bit i says that it is text[i]."""
-    # Bytes and not `number |= 1 << i`: that copies the whole number for every character.
-    rows = {character: bytearray(len(text) // 8 + 1) for character in characters}
-    for i, character in enumerate(text):
-        if character in rows:
-            rows[character][i >> 3] |= 1 << (i & 7)
-    return {character: int.from_bytes(row, "little") for character, row in rows.items()}

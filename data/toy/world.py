@@ -20,8 +20,8 @@ ENTITY_TYPES = {"match": "org", "award": "misc", "site": "loc", "home": "loc", "
 def expert_response(scene, rng):
     """The scripted expert's six steps: it mostly gives up on hard scenes, and one answer in ten is broken.
 
-    Giving up says `none`, which is often right, and then the filter keeps it: who imitates what is left gives up on hard
-    scenes too, although it could see. Imitation cannot mend that; trying both and being told which is right can."""
+    Giving up says `none`, which is often right, and then the filter keeps it: who imitates what is left gives up on
+    hard scenes too, though it could see. Imitation cannot mend that; trying both and being told which is right can."""
     unclear = scene.hard and rng.random() < GIVES_UP
     label = "none" if unclear else relation(scene)
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else ""
