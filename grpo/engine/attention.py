@@ -4,7 +4,7 @@ transformers lets a model's attention be a registered function and hands extra k
 forward down to it. Ours is called "layout": it passes queries, keys and values (rope already applied) to the
 layout of the pass at hand, which is one of
     Packed   score and prefill: whole groups end to end in one row, (1, heads, T, head size)
-    Decode   sample: some new tokens of every row, end to end, (1, heads, N, head size); see decode.py
+    Decode   sample: some new tokens of every row, end to end; see decode.py and LeanAttention in lean.py
 Only the language model is switched to it; the vision encoder keeps its own attention.
 """
 

@@ -5,19 +5,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo.engine.draw import Sampling
+from grpo.engine.policy import Policy
+from grpo.group import Prompt
+
 
 @dataclass
 class KeysValues:
     """One layer's cache while sampling, allocated once.
 
-    prompt_key, prompt_value   (group slots, H_kv, P max, d): every prompt once, whatever G is
-    suffix_key, suffix_value   (row slots, H_kv, C max, d): each row's continuation
+    prompt   (2, group slots, H_kv, P max, d): keys and values of every prompt once, whatever G is
+    suffix   (2, row slots, H_kv, C max, d): of each row's continuation; see static.py for another order
     """
 
-    prompt_key: Tensor
-    prompt_value: Tensor
-    suffix_key: Tensor
-    suffix_value: Tensor
+    prompt: Tensor
+    suffix: Tensor
+
+
+def move(caches: list[KeysValues], source: int, target: int, *kinds: str) -> None:
+    """A slot's keys and values, of prompt or suffix, into another slot."""
+    for tensor in (getattr(cache, kind) for cache in caches for kind in kinds if source != target):
+        tensor[:, target] = tensor[:, source]
+
+
+class Rope:
+    """Rope of a decode step: queries and keys at once, angles prepared by the first layer."""
+
+    def rotate(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+        """(N, heads, d), in place. Cosines and sines are (…, N, d): a completion's axes are all alike."""
+        half = x.shape[-1] // 2
+        if layer == 0:
+            self.cos, sin = (part[(0,) * (part.dim() - 2)][:, None] for part in angles)
+            self.sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        turned = x.roll(half, -1)
+        x.mul_(self.cos).add_(turned.mul_(self.sin))
 
 
 def as_bias(mask: Tensor) -> Tensor:
@@ -49,26 +70,24 @@ class Grid:
         return x[:, :, 0] if self.plain else x[self.owner, :, self.step]
 
 
-class Decode:
+class Decode(Rope):
     """Some tokens, end to end, of each of B live rows: attention to the shared prompt, attention to the row's
     suffix keys.
 
     The G rows of a group are G more queries on the *same* prompt keys, so the prompt is read once a step for
     all of them. The two parts are merged by log-sum-exp, so that nothing as wide as a prompt is ever regrouped.
 
-    caches          KeysValues of every layer; live rows are its first B row slots, live groups its first group slots
-    prompt_lengths  tokens of each live group's prompt (prompts of unequal length share one product)
-    group_of_row    group slot of each row
-    first_position  rope position of each row's first token
+    caches   KeysValues of every layer; live rows are its first B row slots, live groups its first group slots
+    groups   the prompt of each live group (prompts of unequal length share one product), `rows` that of each live row
     """
 
-    def __init__(self, caches: list[KeysValues], prompt_lengths: list[int], group_of_row: list[int],
-            first_position: list[int]):
-        _, self.heads, longest, _ = caches[0].prompt_key.shape
-        self.caches, self.device, self.counts = caches, caches[0].prompt_key.device, []
-        seen = torch.arange(longest) < torch.tensor(prompt_lengths)[:, None]
+    def __init__(self, caches: list[KeysValues], prompts: list[Prompt], groups: list[int], rows: list[int]):
+        self.heads, longest = caches[0].prompt.shape[2:4]
+        self.caches, self.device, self.counts = caches, caches[0].prompt.device, []
+        seen = torch.arange(longest) < torch.tensor([len(prompts[group]) for group in groups])[:, None]
         self.prompt_bias = as_bias(seen)[:, None, None, None].to(self.device)
-        self.group_of_row, self.first_position = torch.tensor(group_of_row), torch.tensor(first_position)
+        self.group_of_row = torch.tensor([groups.index(row) for row in rows])
+        self.first_position = torch.tensor([int(prompts[row].positions.max()) + 1 for row in rows])
 
     def place(self, cached: list[int], counts: list[int]) -> Tensor:
         """The tokens of the next step: `counts` of each row behind the `cached` ones. Returns (3, 1, N) rope
@@ -88,19 +107,19 @@ class Decode:
         self.at = at.to(self.device)
         return (self.first_position[self.row] + at).to(self.device).expand(3, 1, -1)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """(1, H, N, d), keys and values (1, H_kv, N, d) → (1, N, H, d)."""
+    def decode(self, layer: int, qkv: Tensor, angles: tuple[Tensor, Tensor], scaling: float) -> Tensor:
+        """(N, H + 2 H_kv, d) queries, keys and values, before rope → (N, H · d)."""
         cache, rows, groups = self.caches[layer], len(self.counts), len(self.prompt_bias)
-        cache.suffix_key[self.by_row.owner, :, self.at] = key[0].transpose(0, 1)
-        cache.suffix_value[self.by_row.owner, :, self.at] = value[0].transpose(0, 1)
-        q = (query[0].transpose(0, 1) * scaling).unflatten(1, (self.heads, -1))  # (N, H_kv, r, d)
+        self.rotate(layer, qkv[:, : -self.heads], angles)
+        query, keys_values = qkv.split([qkv.shape[1] - 2 * self.heads, 2 * self.heads], 1)
+        cache.suffix[:, self.by_row.owner, :, self.at] = keys_values.unflatten(1, (2, -1))
+        q = (query * scaling).unflatten(1, (self.heads, -1))  # (N, H_kv, r, d)
         prompt, prompt_lse = map(self.by_group.collect, partial_attention(
-            self.by_group.spread(q), cache.prompt_key[:groups], cache.prompt_value[:groups], self.prompt_bias))
+            self.by_group.spread(q), *cache.prompt[:, :groups], self.prompt_bias))
         suffix, suffix_lse = map(self.by_row.collect, partial_attention(
-            self.by_row.spread(q), cache.suffix_key[:rows, :, : self.width], cache.suffix_value[:rows, :, : self.width],
-            self.suffix_bias))
+            self.by_row.spread(q), *cache.suffix[:, :rows, :, : self.width], self.suffix_bias))
         merged = torch.lerp(suffix, prompt, torch.sigmoid(prompt_lse - suffix_lse))
-        return merged.to(value.dtype).flatten(1, 2)[None]
+        return merged.to(qkv.dtype).flatten(1)
 
 
 def partial_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,10 +153,17 @@ def cache_bytes(text, prompts: list, group_size: int, rows: int, max_tokens: int
     return 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * item
 
 
-def allocate(text, groups: int, longest: int, rows: int, max_tokens: int, like: Tensor) -> list[KeysValues]:
-    """A layer's caches each, of the type and on the device of `like`."""
+def allocate(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling
+        ) -> tuple[list[KeysValues], int]:
+    """A layer's caches each, and for how many rows. Where shapes are static each group slot has places for its rows."""
+    groups, rows = slots(len(prompts), group_size, sampling.rows)
+    suffixes, text, like = (rows,), policy.text_config, policy.model.lm_head.weight
+    if sampling.steps(policy.device):
+        places = min(group_size, sampling.rows)
+        suffixes = groups, _ = min(len(prompts), sampling.rows // places), places
+        rows = groups * places
     # zeros, not empty: a weight of exactly 0 times uninitialised memory may still be NaN
-    new = lambda slots, length: torch.zeros(slots, text.num_key_value_heads, length, head_size(text),
+    new = lambda slots, *shape: torch.zeros(2, slots, text.num_key_value_heads, *shape, head_size(text),
                                             dtype=like.dtype, device=like.device)
-    return [KeysValues(new(groups, longest), new(groups, longest), new(rows, max_tokens), new(rows, max_tokens))
-            for _ in range(text.num_hidden_layers)]
+    return [KeysValues(new(groups, max(map(len, prompts))), new(*suffixes, sampling.max_tokens))
+            for _ in range(text.num_hidden_layers)], rows

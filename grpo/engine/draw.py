@@ -21,8 +21,9 @@ class Sampling:
     temperature 0 is greedy. `seed`, the prompt's id and the completion's number make its own noise, so that it depends
     neither on who else is in the batch nor on the number of ranks. `earlier` says of each prompt how often it came
     before in the same rollout (empty: never): its completions are then numbered on, from G or 2G. `rows` live at
-    once (memory, not result). top_p and top_k are for evaluation: in training rollouts they are refused (see
-    `check_training`).
+    once (memory, not result). What is drawn is read by the host once in `read_every` decode steps of static shapes; 0
+    is 8 on an accelerator, and on a CPU every step, whose shapes then follow the rows. top_p and top_k are for
+    evaluation: in training rollouts they are refused (see `check_training`).
     """
 
     max_tokens: int
@@ -31,6 +32,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     rows: int = 64
+    read_every: int = 0
     seed: str = "0"
     earlier: tuple[int, ...] = ()
 
@@ -41,8 +43,14 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
         if self.rows < 1:
             raise ValueError(f"rollout rows is {self.rows}; it must be at least 1")
+        if self.read_every < 0:
+            raise ValueError(f"read_every is {self.read_every}; it must be 0 (by the device) or at least 1 step")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"top_p is {self.top_p}, top_k is {self.top_k}; expected 0 < top_p <= 1 and top_k >= 0")
+
+    def steps(self, device: torch.device) -> int:
+        """Between two readings; 0: shapes follow the rows."""
+        return self.read_every or (0 if device.type == "cpu" else 8)
 
     def check_training(self) -> "Sampling":
         """A token outside the reference's nucleus has k3 = ∞, one outside the policy's a ratio of 0."""

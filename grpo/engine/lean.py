@@ -14,19 +14,27 @@ from transformers.activations import ACT2FN
 from grpo.engine.head import wide
 
 
+def inverse_length(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.to(wide(x)).pow(2).mean(-1, keepdim=True) + eps)
+
+
 class Norm(torch.autograd.Function):
     """weight · x / √(mean x² + ε), in float32 up to the weight."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        high = x.to(wide(x))
-        scale = torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.eps = eps
+        if x.is_cuda and x.dtype == weight.dtype:  # one kernel
+            ctx.save_for_backward(x, weight, None)
+            return F.rms_norm(x, weight.shape, weight, eps)
+        scale = inverse_length(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (high * scale).to(x.dtype)
+        return weight * (x.to(scale.dtype) * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
+        scale = inverse_length(x, ctx.eps) if scale is None else scale
         normed = x.to(wide(x)) * scale
         grad_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad_normed = (grad * weight).to(scale.dtype)
@@ -91,11 +99,27 @@ class LeanMLP(nn.Module):
         return down(Gated.apply(gate, up))  # an adapter beside it needs the product itself
 
 
+class LeanAttention:
+    """Before a language model's attention: in a decode step queries, keys and values are one tensor from here on."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings=None, layout=None, **more):
+        if not hasattr(layout, "decode"):
+            return super().forward(hidden_states, position_embeddings=position_embeddings, layout=layout, **more)
+        query, key, value = (matrix(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
+                             for matrix in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        qkv = torch.cat([query, key, value], 1)  # (N, H + 2 H_kv, d)
+        return self.o_proj(layout.decode(self.layer_idx, qkv, position_embeddings, self.scaling)[None]), None
+
+
 def make_lean(network: nn.Module) -> None:
-    """Put these in the places of the network's RMSNorms and SwiGLUs, those of the vision encoder too."""
+    """Put these in the places of the network's RMSNorms, SwiGLUs (those of the vision encoder too) and attention."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
                 setattr(parent, name, LeanNorm(child))
             elif hasattr(child, "gate_proj") and isinstance(child.act_fn, type(ACT2FN["silu"])):
                 setattr(parent, name, LeanMLP(child))
+            elif hasattr(child, "o_proj") and not isinstance(child, LeanAttention):
+                child.__class__ = type(type(child).__name__, (LeanAttention, type(child)), {})

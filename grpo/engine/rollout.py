@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from grpo.engine.attention import Packed
-from grpo.engine.decode import Decode, allocate, slots
+from grpo.engine.decode import Decode, allocate, move
 from grpo.engine.draw import Sampling, draw_tokens, noise
 from grpo.engine.head import token_logits
 from grpo.engine.policy import Policy
 from grpo.engine.sizes import PREFILL_TOKENS
 from grpo.engine.speculation import Draft, Speculation
+from grpo.engine.static import Static
 from grpo.group import Group, Prompt, within
 
 Turn = Callable[[bool], bool]  # this rank has work → any rank has; see `sample`
@@ -43,6 +44,7 @@ class Row:
     logps: list[float] = field(default_factory=list)
     guess: list[int] = field(default_factory=list)
     draft: Draft | None = None
+    place: int | None = None  # among its group's, see static.py
 
 
 @dataclass
@@ -64,10 +66,10 @@ class Rollout:
         self.waiting = deque((p, i) for p in range(len(prompts)) for i in range(group_size))
         self.rows: list[Row] = []
         self.slots: list[Slot] = []
-        groups, self.max_rows = slots(len(prompts), group_size, sampling.rows)
-        self.caches = allocate(policy.text_config, groups, max(map(len, prompts)), self.max_rows, sampling.max_tokens,
-                               policy.model.lm_head.weight)
-        self.hidden: Tensor | None = None  # (live rows and their guesses, hidden): each predicts a token
+        self.caches, self.max_rows = allocate(policy, prompts, group_size, sampling)
+        self.static = Static(self) if sampling.steps(policy.device) else None
+        self.drawing: list[Row] = []  # whose tokens are drawn next
+        self.hidden: Tensor | None = None  # (these rows and their guesses, hidden): each predicts a token
         self.layout: Decode | None = None
         self.done: list[list[Row | None]] = [[None] * group_size for _ in prompts]
         self.spared = 0  # tokens of the limit that ended rows will not write
@@ -88,8 +90,8 @@ class Rollout:
         hidden = self.policy.trunk(embedded, positions, layout)[0]
         for layer, keys_values in zip(self.caches, cache):
             for offset, (key, value) in enumerate(keys_values):
-                layer.prompt_key[len(self.slots) + offset, :, : key.shape[1]] = key
-                layer.prompt_value[len(self.slots) + offset, :, : value.shape[1]] = value
+                layer.prompt[0, len(self.slots) + offset, :, : key.shape[1]] = key
+                layer.prompt[1, len(self.slots) + offset, :, : value.shape[1]] = value
         ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
         self.slots += [Slot(index, self.group_size, hidden[end].clone()) for index, end in zip(indices, ends.tolist())]
 
@@ -98,7 +100,8 @@ class Rollout:
 
         New prompts wait until an eighth of the places is free: a prefill of several costs less than several.
         """
-        free, entering, cached = self.max_rows - len(self.rows), [], {slot.prompt for slot in self.slots}
+        free = self.static.free() if self.static else self.max_rows - len(self.rows)
+        entering, cached = [], {slot.prompt for slot in self.slots}
         patient = self.rows and free < self.max_rows // 8
         while self.waiting and len(entering) < free and not (patient and self.waiting[0][0] not in cached):
             entering.append(self.waiting.popleft())
@@ -112,6 +115,7 @@ class Rollout:
             row = Row(p, i, noise(self.sampling.seed, self.prompts[p].id, number, self.sampling.max_tokens))
             row.draft = self.speculation.draft(p, i, row.tokens) if self.speculation else None
             self.rows.append(row)
+            self.drawing.append(row)
         entered = torch.stack([hidden_of[p] for p, _ in entering])
         self.hidden = entered if self.hidden is None else torch.cat([self.hidden, entered])
         self.layout = None
@@ -121,16 +125,20 @@ class Rollout:
         that end are evicted. Returns the number of tokens kept."""
         weight, sampling = self.policy.model.lm_head.weight[: self.policy.vocabulary], self.sampling
         logits = token_logits(self.hidden, weight, sampling.temperature or 1.0, self.policy.banned)
-        numbers = [n for row in self.rows for n in row.noise[len(row.tokens) : len(row.tokens) + len(row.guess) + 1]]
+        numbers = [n for row in self.drawing for n in row.noise[len(row.tokens) : len(row.tokens) + len(row.guess) + 1]]
         uniform = torch.tensor(numbers, dtype=torch.float64).to(logits.device)
         tokens, logps = draw_tokens(logits, uniform, sampling)
         # one transfer from the device a step; float64 holds every token id exactly
         drawn = zip(*torch.stack([tokens.double(), logps.double()]).tolist())
-        kept = sum(self.keep(row, [next(drawn) for _ in range(len(row.guess) + 1)]) for row in self.rows)
+        kept = sum(self.keep(row, [next(drawn) for _ in range(len(row.guess) + 1)]) for row in self.drawing)
+        self.evict_ended()
+        return kept
+
+    def evict_ended(self) -> None:
         for place in reversed(range(len(self.rows))):
             if self.ended(self.rows[place]):
                 self.evict(place)
-        return kept
+        self.hidden, self.drawing = None, []
 
     def keep(self, row: Row, drawn: list[tuple[float, float]]) -> int:
         """The tokens and log-probabilities that a row takes over: how many."""
@@ -153,9 +161,8 @@ class Rollout:
         row, last = self.rows[place], len(self.rows) - 1
         self.done[row.prompt][row.index] = row
         self.spared += self.sampling.max_tokens - len(row.tokens)
-        for cache in self.caches if place != last else ():
-            cache.suffix_key[place] = cache.suffix_key[last]
-            cache.suffix_value[place] = cache.suffix_value[last]
+        if not self.static:
+            move(self.caches, last, place, "suffix")
         self.rows[place] = self.rows[last]
         self.rows.pop()
         self.layout = None
@@ -163,22 +170,17 @@ class Rollout:
         self.slots[at].left -= 1
         if self.slots[at].left == 0:
             last = len(self.slots) - 1
-            for cache in self.caches if at != last else ():
-                cache.prompt_key[at] = cache.prompt_key[last]
-                cache.prompt_value[at] = cache.prompt_value[last]
+            move(self.caches, last, at, "prompt", *["suffix"] * bool(self.static))
             self.slots[at] = self.slots[last]
             self.slots.pop()
 
-    def build_layout(self) -> Decode:
-        """The layout of the decode steps for the rows that live now; kept until one comes or goes."""
-        slot_of = {slot.prompt: at for at, slot in enumerate(self.slots)}
-        first = [int(self.prompts[row.prompt].positions.max()) + 1 for row in self.rows]
-        return Decode(self.caches, [len(self.prompts[slot.prompt]) for slot in self.slots],
-                      [slot_of[row.prompt] for row in self.rows], first)
-
-    def decode_step(self) -> None:
-        """Feed every live row's last token and its guess; the new hidden states predict the next tokens."""
-        self.layout = self.layout or self.build_layout()
+    def decode_step(self) -> int:
+        """Feed every live row's last token and its guess; the new hidden states predict the next tokens. Where shapes
+        are static: several steps. Returns the tokens kept meanwhile."""
+        if self.static:
+            return self.static.decode_steps()
+        self.layout = self.layout or Decode(self.caches, self.prompts, [slot.prompt for slot in self.slots],
+            [row.prompt for row in self.rows])  # until a row comes or goes
         if self.speculation:
             self.speculation.guess(self.rows, self.sampling.max_tokens)
         tokens = torch.tensor([token for row in self.rows for token in (row.tokens[-1], *row.guess)])
@@ -186,7 +188,8 @@ class Rollout:
             [1 + len(row.guess) for row in self.rows])
         embedded = self.policy.model.get_input_embeddings()(tokens.to(self.policy.device))
         self.turn(True)
-        self.hidden = self.policy.trunk(embedded[None], positions, self.layout)[0]
+        self.hidden, self.drawing = self.policy.trunk(embedded[None], positions, self.layout)[0], list(self.rows)
+        return 0
 
     def groups(self) -> list[Group]:
         ended = self.sampling.end_tokens
@@ -214,13 +217,10 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sam
     while rollout and (rollout.waiting or rollout.rows):
         rollout.admit()
         live, spared = len(rollout.rows), rollout.spared
-        written = rollout.sample_tokens()
+        written = rollout.sample_tokens() if rollout.drawing else 0
+        written += rollout.decode_step() if rollout.rows else 0
         if on_tokens:
             on_tokens(written, live - len(rollout.rows), rollout.spared - spared)
-        if rollout.rows:
-            rollout.decode_step()
-        else:
-            rollout.hidden = None
     while turn and turn(False):
         dummy_forward(policy)
     return rollout.groups() if rollout else []

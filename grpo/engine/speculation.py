@@ -25,6 +25,7 @@ ORDERS = (3, 1)  # so many last tokens are looked for, the longer first
 MEMORY = 1 << 24  # tokens of a history: 64 MB
 CANDIDATES = 64  # places of the same last tokens that are kept
 LONGEST = 32  # tokens of a guess
+WIDTHS = (0, 1, 3, 7, 15)  # tokens of a guess where shapes are static
 FIRST_CHANCE, PACE = 0.8, 0.1  # that a prediction is right: before any was checked; a new one's weight
 # A decode step's fixed cost in tokens: what it costs to read the weights, and to launch a layer's operations times the
 # model's parameters. CPU: measured by benchmarks/speculation.py; CUDA: bandwidth and peak of an H100, not measured.
@@ -160,9 +161,16 @@ class Speculation:
             row.guess = row.draft.guess(share, max_tokens - len(row.tokens) - 1)
             self.counts["guessed"] += len(row.guess)
 
-    def observe(self, row, kept: int) -> None:
-        """A row has kept so many tokens of a step."""
+    def width(self, rows: list, places: int) -> int:
+        """Guessed tokens where every place of a step has as many, live or not: those that give most for its cost."""
+        chances = [min(row.draft.chance, 0.999) if row.draft.at else 0.0 for row in rows]
+        tokens = lambda guessed: sum((1 - c ** (guessed + 1)) / (1 - c) for c in chances)
+        return max(WIDTHS, key=lambda guessed: tokens(guessed) / (self.fixed + places * (guessed + 1)))
+
+    def observe(self, row, kept: int, steps: int = 1, guessed: int = 0) -> None:
+        """A row has kept so many tokens, of a step or of several with `guessed` tokens each."""
         row.draft.observe(kept)
-        self.counts["steps"] += 1
+        self.counts["steps"] += steps
         self.counts["tokens"] += kept
-        self.counts["accepted"] += sum(map(eq, row.tokens[-kept:], row.guess))
+        self.counts["guessed"] += steps * guessed
+        self.counts["accepted"] += kept - steps if guessed else sum(map(eq, row.tokens[-kept:], row.guess))

@@ -1,0 +1,109 @@
+"""Rollouts of a second epoch with and without speculation, in one run: the same tokens, how many steps, how long.
+
+    python -m benchmarks.speculation --model DEMO/stage_1/model --data DEMO/world/MORE --text_model FOLDER [--record]
+
+The first epoch's completions, drawn with another seed from the same weights, are the guesses. (In training the weights
+have moved a little by then; so the shares here are the upper end.) The text model, of any size, answers the questions
+below. Each side runs `--repeats` times, in turn, and its fastest run counts: ratios of one run bear a busy machine.
+"""
+
+import argparse
+import time
+
+from benchmarks.record import append
+
+QUESTIONS = [f"Explain in a few sentences {topic}." for topic in (
+    "why the sky is blue", "how bread is baked", "what a library is for", "how a bicycle stays upright", "why leaves fall",
+    "how to boil an egg", "what a bridge has to bear", "why the sea is salt", "how a letter reaches its reader",
+    "what makes a good neighbour", "how glass is made", "why we sleep", "how a clock keeps time", "what clouds are",
+    "how birds find their way", "why iron rusts")]
+
+
+def load(model: str, data: str | None, settings):
+    """Policy, prompts and end tokens."""
+    import torch
+
+    from data.task import load_samples, resolve_task
+    from grpo.engine.encode import Encoder
+    from grpo.engine.weights import load_policy
+    from grpo.runtime.answer import Prompts
+
+    encoder, policy = Encoder(model, settings.max_pixels), load_policy(model).requires_grad_(False)
+    policy.vocabulary = encoder.vocabulary
+    policy.to(getattr(torch, settings.dtype))
+    if data:
+        task = resolve_task(settings.task)
+        samples = load_samples(task, settings, settings.split, encoder.seen_size)[: settings.prompts]
+        prompts = list(map(Prompts(encoder, task, settings.reasoning), samples))
+    else:
+        prompts = [encoder.encode([], question, None, question) for question in QUESTIONS[: settings.prompts]]
+    with torch.no_grad():
+        policy.keep_image_features(prompts)
+    return policy, prompts, encoder.end_tokens
+
+
+def compare(policy, prompts: list, ends: tuple[int, ...], rows: int, settings) -> dict:
+    from grpo.engine.rollout import Sampling, sample
+    from grpo.engine.speculation import Speculation
+
+    prompts = prompts[: max(2, 2 * rows // settings.group_size)]
+    sampling = lambda seed: Sampling(settings.max_completion_tokens, ends, settings.temperature, rows=rows, seed=seed)
+    before, seconds, drawn = sample(policy, prompts, settings.group_size, sampling("epoch 1")), {}, {}
+    for side in ("off", "auto") * settings.repeats:
+        speculation = Speculation() if side == "auto" else None
+        for group in before if speculation else ():
+            speculation.remember(group.prompt.id, group.completions)
+        start = time.perf_counter()
+        groups = sample(policy, prompts, settings.group_size, sampling("epoch 2"), speculation=speculation)
+        seconds[side] = min(seconds.get(side, float("inf")), time.perf_counter() - start)
+        drawn[side] = [completion.tolist() for group in groups for completion in group.completions]
+    counts = speculation.counts
+    equal = sum(map(list.__eq__, drawn["off"], drawn["auto"])) / len(drawn["off"])
+    return {"rows": rows, "completions": len(drawn["off"]), "tokens": sum(map(len, drawn["off"])),
+            "seconds": seconds["auto"], "seconds_without": seconds["off"], "ratio": seconds["off"] / seconds["auto"],
+            "tokens_per_step": counts["tokens"] / counts["steps"],
+            "accepted": counts["accepted"] / max(1, counts["guessed"]), "equal_completions": equal}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model's folder; it answers the dataset's samples")
+    parser.add_argument("--data", help="the dataset's folder")
+    parser.add_argument("--text_model", help="a text model's folder; it answers the questions of this file")
+    parser.add_argument("--task", default="more")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--reasoning", type=lambda word: word == "True", default=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 64], help="live rows, one comparison for each")
+    parser.add_argument("--text_rows", type=int, nargs="+", default=[1, 4, 16], help="the same with the text model")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--max_completion_tokens", type=int, default=96)
+    parser.add_argument("--max_pixels", type=int)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl")
+    settings = parser.parse_args()
+    if bool(settings.model) != bool(settings.data) or not (settings.model or settings.text_model):
+        parser.error("expected --model and --data, --text_model, or all three")
+    print(f"{'parameters':>10}{'rows':>6}{'completions':>13}{'tokens':>8}{'seconds':>9}{'without':>9}{'ratio':>7}{'tokens a step':>15}"
+          f"{'accepted':>10}{'equal':>7}")
+    figures = []
+    cases = [(settings.model, settings.data, rows) for rows in settings.rows if settings.model]
+    cases += [(settings.text_model, None, rows) for rows in settings.text_rows if settings.text_model]
+    for model, data, rows in cases:
+        policy, prompts, ends = load(model, data, settings)
+        size = sum(parameter.numel() for parameter in policy.parameters())
+        figures.append({"parameters": size, **compare(policy, prompts, ends, rows, settings)})
+        print("{parameters:10}{rows:6}{completions:13}{tokens:8}{seconds:9.2f}{seconds_without:9.2f}{ratio:7.2f}{tokens_per_step:15.2f}"
+              "{accepted:10.0%}{equal_completions:7.0%}".format(**figures[-1]), flush=True)
+    summary = "; ".join(f"{one['parameters'] / 1e6:.0f}M, {one['rows']} rows: {one['tokens_per_step']:.1f} tokens a "
+                        f"step and row, ratio {one['ratio']:.2f}" for one in figures)
+    print(summary)
+    if settings.record:
+        kept = ("task", "group_size", "temperature", "max_completion_tokens", "dtype", "repeats")
+        append("speculation", {name: getattr(settings, name) for name in kept}, figures, summary)
+
+
+if __name__ == "__main__":
+    main()
