@@ -1,4 +1,4 @@
-"""What is trained on: a file per task, and what prepares its samples. Plain Python; torch only where a .pth is read.
+"""What is trained on: a file per task, its prompts in prompts/. Plain Python; torch only where a .pth is read.
 
 `data` and `rewards` are everybody's names. So each package here imports the next lower one from beside itself, whatever
 stands before it on the path; folders of these names elsewhere on the path are searched after ours."""

@@ -64,7 +64,7 @@ def check_split(folder: Path, split: str, *, decode: bool = False) -> tuple[Coun
         except (ValueError, FileNotFoundError) as fault:
             if isinstance(fault, more.BoxFault):
                 problem = "bad box"
-                counts[fault.label] += 1
+                counts[more.dictionary(line, where)["relation"]] += 1
             counts[problem] += 1
             offenders.append(str(fault))
     if not counts["samples"]:

@@ -36,7 +36,7 @@ class Sample:
 
 
 class BoxFault(ValueError):
-    """A box that is missing or is none, in a line that is fine otherwise and has the label `label`."""
+    """A box that is missing or is none, in a line that is fine otherwise."""
 
 
 def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
@@ -140,7 +140,7 @@ class SplitReader:
 
     def sample(self, line: str, where: str) -> Sample:
         """The line as a sample, with its image's path; the image itself is not looked at."""
-        fields = _dictionary(line, where)
+        fields = dictionary(line, where)
         text, entity = " ".join(words_field(fields, "token", where)), field(fields, "h.name", str, where)
         # A lone surrogate can be written in JSON but is refused by every tokenizer.
         text, entity = (words.encode("utf-8", "replace").decode() for words in (text, entity))
@@ -152,9 +152,7 @@ class SplitReader:
         try:
             box = _four_numbers(self._stored_box(image, name) if box is None else box)
         except ValueError as problem:
-            fault = BoxFault(f"{where}: {problem}")
-            fault.label = label
-            raise fault from None
+            raise BoxFault(f"{where}: {problem}") from None
         number = int(where.rpartition(":")[2]) - 1
         return Sample(f"{self.split}/{number}", self.folder / "img_org" / self.split / image, box, text, entity, label,
                       self.labels)
@@ -217,7 +215,8 @@ def read_labels(folder) -> tuple[str, ...]:
     return tuple(sorted(ids, key=ids.get))
 
 
-def _dictionary(line: str, where: str) -> dict:
+def dictionary(line: str, where: str) -> dict:
+    """A line's content. ValueError for what is no dictionary."""
     # JSON first: every line that is both means the same in both, and JSON's own escapes are no Python.
     for read in (json.loads, ast.literal_eval):
         try:

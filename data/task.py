@@ -105,12 +105,9 @@ def _import(module: str, name: str, complaint: str = "") -> ModuleType:
                              f"of that name, which needs another one") from None
     except (ValueError, TypeError):  # an empty name, or one that begins with a dot
         pass
-    raise ValueError(complaint or f"unknown task {name!r}: no module {module}; {_nearest(name)}")
-
-
-def _nearest(name: str) -> str:
-    here = Path(__file__).parent
-    rewards = here.parent / "rewards"
-    known = sorted(path.stem for path in here.glob("[!_]*.py") if (rewards / path.name).exists() and path.stem != name)
+    here, rewards = ({path.stem for path in Path(__file__).parent.parent.glob(f"{package}/[!_]*.py")}
+                     for package in ("data", "rewards"))
+    known = sorted(here & rewards - {name})
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}, or a module of yours"
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}, or a module of yours"
+    raise ValueError(complaint or f"unknown task {name!r}: no module {module}; {hint}")

@@ -13,18 +13,18 @@ writes beside each other
 JMERE-R1's data has several candidates a sample and two filters more (sft/filters.py, docs/jmere-r1.md)."""
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
 from data.curriculum import stratified_draw
-from data.read import read_json_lines, shown
+from data.read import fill_in, read_json_lines, shown
 from data.task import Task, load_samples, resolve_task, sample_hash
 from grpo.runtime.files import write_json
 from grpo.runtime.log import say, table
 from grpo.runtime.settings import TaskSettings, read_settings, required, run_program, setting
-from sft.experts import ask_all, endpoint_from_environment, fill_template, local_expert, read_template
+from sft.experts import ask_all, endpoint_from_environment, local_expert
 from sft.filters import (Ask, Candidate, Fallen, best_of_each, candidates_of, filter_responses, repredict_filter,
                          score_filter)
 
@@ -103,16 +103,34 @@ def find_expert(settings: Settings) -> Ask:
     return lambda requests: ask_all(expert, requests, path, template)
 
 
+def read_template(path: str) -> str:
+    """"" without a path; ValueError where there is no template, or one that would not show the expert the text."""
+    if not path:
+        return ""
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"--template {path}: {problem}; a text file in UTF-8 expected") from None
+    if "{text}" not in template and "{question}" not in template:
+        raise ValueError(f"--template {path}: no {{text}} or {{question}} in it; the expert would not see the text")
+    return template
+
+
 def prompt_maker(settings: Settings, task: Task):
-    """A function sample → (images, text): what the expert is asked for a candidate."""
+    """A function sample → (images, text): what the expert is asked for a candidate. In a template {question} is the
+    task's, {answer} the gold one, {text} and so on the sample's."""
     template = read_template(settings.template)
     if not template and not hasattr(task.data, "expert_prompt") and not settings.expert.startswith("file:"):
         raise ValueError(f"task {settings.task} has no expert prompt of its own; --template FILE expected")
 
     def prompt_of(sample):
         images, question = task.data.build_prompt(sample)
-        return images, (fill_template(template, sample, question, task.data.target(sample)) if template else
-                        task.data.expert_prompt(sample))
+        if not template:
+            return images, task.data.expert_prompt(sample)
+        values = {part.name: getattr(sample, part.name) for part in fields(sample)}
+        texts = {name: ", ".join(map(str, value)) for name, value in values.items() if isinstance(value, tuple)}
+        answer = task.data.target(sample)
+        return images, fill_in(template, **{**values, **texts, "question": question, "answer": answer})
 
     return prompt_of
 

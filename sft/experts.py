@@ -18,10 +18,10 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.read import fill_in, read_json_lines, shown
+from data.read import read_json_lines, shown
 from grpo.runtime.files import append_line
 from grpo.runtime.log import progress, say
 
@@ -276,23 +276,3 @@ def read_answers(path: Path, request: str) -> dict[str, dict]:
                              "move the file away to ask anew")
         answers[answer["id"]] = answer
     return answers
-
-
-def fill_template(template: str, sample, question: str, answer: str) -> str:
-    """A user's own prompt: {question} is the task's, {answer} the gold one, {text} and so on the sample's."""
-    values = {part.name: getattr(sample, part.name) for part in fields(sample)}
-    texts = {name: ", ".join(map(str, value)) for name, value in values.items() if isinstance(value, tuple)}
-    return fill_in(template, **{**values, **texts, "question": question, "answer": answer})
-
-
-def read_template(path: str) -> str:
-    """"" without a path; ValueError where there is no template, or one that would not show the expert the text."""
-    if not path:
-        return ""
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"--template {path}: {problem}; a text file in UTF-8 expected") from None
-    if "{text}" not in template and "{question}" not in template:
-        raise ValueError(f"--template {path}: no {{text}} or {{question}} in it; the expert would not see the text")
-    return template
