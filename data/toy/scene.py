@@ -43,8 +43,12 @@ CITIES = ("Paris", "Oslo", "Rome", "Lima", "Cairo", "Delhi")
 # kind: how often, in percent
 KINDS = {"match": 58, "pair": 14, "award": 10, "site": 10, "home": 8}
 HARD = 0.35  # share of hard scenes
+WORLD = json.loads(Path(__file__).with_name("world.json").read_text(encoding="utf-8"))
 # by the dataset's layout, the kind and whether the scene is easy or hard; the names' places are {in braces}
-CAPTIONS = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8"))
+CAPTIONS = WORLD["captions"]
+# What is painted, from back to front: a colour ("own": the shirt's or logo's) and the forms of that colour, whose
+# corners are x and y from the centre, in shares of the size. A wall is behind a logo, a doorway around a person.
+FIGURES = WORLD["figures"]
 
 
 @dataclass
@@ -223,7 +227,7 @@ def paint(scene, rng):
 
     def colour(name):
         """A name of the palette, or red, green and blue, as it comes out of the pot this time."""
-        wanted = rng.choice(WALLS) if name == "wall" else RGB.get(name, name)
+        wanted = rng.choice(WALLS) if name == "wall" else RGB[name] if isinstance(name, str) else name
         return tuple(min(255, max(0, value + rng.randint(-spread, spread))) for value in wanted)
 
     def figure(what, thing):
@@ -254,26 +258,6 @@ def paint(scene, rng):
         top, reach = one.y - 0.5 * one.size, 0.3 * one.size
         draw.chord((left - reach, top, right + reach, top + 0.5 * one.size), 180, 360, fill=colour("umbrella"))
     return image
-
-
-# What is painted, from back to front: a colour ("own": the shirt's or logo's) and the forms of that colour, whose
-# corners are x and y from the centre, in shares of the size. A wall is behind a logo, a doorway around a person.
-FIGURES = {
-    "person": [("skin", ("ellipse", -0.12, -0.36, 0.12, -0.12)),
-               ("hat", ("rectangle", -0.13, -0.5, 0.13, -0.3), ("rectangle", -0.22, -0.35, 0.22, -0.3)),
-               ("trousers", ("rectangle", -0.14, 0.18, 0.14, 0.5)),
-               ("own", ("rectangle", -0.2, -0.12, 0.2, 0.2))],
-    "logo": [("own", ("polygon", 0, -0.4, 0.4, 0, 0, 0.4, -0.4, 0))],
-    "building": [("wall", ("rectangle", -0.55, -0.25, 0.55, 0.5)),
-                 ("door", ("polygon", -0.55, -0.25, 0, -0.5, 0.55, -0.25)),
-                 (SKIES[0], ("rectangle", -0.3575, 0, -0.1925, 0.15)),
-                 (SKIES[0], ("rectangle", 0.1925, 0, 0.3575, 0.15))],
-    "wall": [("wall", ("rectangle", -0.8, -0.7, 0.8, 0.7))],
-    "doorway": [("wall", ("rectangle", -0.64, -0.7, 0.64, 0.7)), ("door", ("rectangle", -0.4, -0.5, 0.4, 0.7))],
-    "decoy": [("own", ("ellipse", -0.5, -0.5, 0.5, 0.5))],
-    "ball": [("ball", ("ellipse", -0.5, -0.5, 0.5, 0.5))],
-    "cup": [("gold", ("polygon", -0.5, -0.5, 0.5, -0.5, 1 / 6, 0.25, -1 / 6, 0.25),
-             ("rectangle", -0.125, 0, 0.125, 0.5), ("rectangle", -0.5 / 1.4, 0.35, 0.5 / 1.4, 0.5))]}
 
 
 def span(words, text):
