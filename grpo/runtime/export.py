@@ -32,7 +32,7 @@ from grpo.runtime.files import sync, write_json
 from grpo.runtime.log import say
 
 FILE_LIMIT = 5 * 10**9  # bytes
-PIECE = 2**26  # numbers that are on their way at once
+PIECE = 2**24  # numbers that are on their way at once; a merge holds five times as many
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of --export_dtype
 COPIED = (
