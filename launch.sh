@@ -11,8 +11,9 @@
 #   ./launch.sh jmere-r1 --model MODEL --data DIR [--stage NAME[,NAME…]] …
 #                                         JMERE-R1 with the paper's settings, see docs/recipes/jmere-r1.sh; likewise
 #   ./launch.sh check [--json FILE] [--rates FILE]
-#                                         two minutes on this machine's own device before a long run: every fast path against
-#                                         its plain form, a run and its resume, memory, rates. An issue begins with what it says
+#                                         two minutes on this machine's own device before a long run: every fast path
+#                                         against its plain form, a run and its resume, memory, rates. An issue begins
+#                                         with what it says
 #   ./launch.sh test [pytest arguments]   the tests but those that are heavy; -m heavy: these alone; -h lists pytest's own
 #                                         arguments. PROCESSES of them share the files, where none is named
 #
@@ -157,8 +158,8 @@ reasoning() { # name of the data, settings: the expert's, filtered
 }
 
 run() { # folder of the result, program, the recipe's file, settings
-    once "$output/$1" many "$2" --config "$(settings "$3")" --data "$data" --seed "$seed" --missing_images "$missing_images" \
-        --output "$output/$1" "${@:4}" "${more[@]}"
+    once "$output/$1" many "$2" --config "$(settings "$3")" --data "$data" --seed "$seed" \
+        --missing_images "$missing_images" --output "$output/$1" "${@:4}" "${more[@]}"
 }
 
 train() { # name, program, the recipe's file, that of its test, settings: trained and tested
@@ -167,8 +168,8 @@ train() { # name, program, the recipe's file, that of its test, settings: traine
     evaluate "$1" "$4" "${weights[@]}"
 }
 
-weights_of() { # stage: `weights` names what it has trained, a checkpoint or --model's adapter. Merged into a checkpoint and
-    # rounded to bfloat16, as frozen weights are, most of an adapter's update would be lost.
+weights_of() { # stage: `weights` names what it has trained, a checkpoint or --model's adapter. Merged into a checkpoint
+    # and rounded to bfloat16, as frozen weights are, most of an adapter's update would be lost.
     weights=(--model "$output/$1/model")
     [ ! -d "$output/$1/adapter" ] || weights=(--model "$model" --adapter "$output/$1/adapter")
 }
@@ -207,6 +208,6 @@ case $command in
         processes_and_threads
         if [ "$processes" -gt 1 ]; then many benchmarks.check "$@"; else one benchmarks.check "$@"; fi ;;
     test) setup; cd "$here"; unset PYTHONSAFEPATH; "$python" -m pytest $(side_by_side "$@") "$@" ;;
-    "" | -h | --help | help) sed -n '2,21p' "$here/launch.sh" | cut -c3-; [ -n "$command" ] || exit 2 ;;
+    "" | -h | --help | help) sed -n '2,22p' "$here/launch.sh" | cut -c3-; [ -n "$command" ] || exit 2 ;;
     *) fail "no command $command; did you mean ./launch.sh $(nearest "$command" $commands)?" ;;
 esac

@@ -342,7 +342,8 @@ def check(settings: Settings, folder: Path) -> bool:
     paths = chosen(settings.only, device, settings.dtype)
     say("\n".join(f"{name:18}{value}" for name, value in about.items()) + "\n")
     every, fault, found = [attempt(path, subject) for path in paths], "", {}
-    say(outcome(every))
+    if every:
+        say(outcome(every))
     try:
         found = measured_rates(settings, about, device)
     except Exception as error:

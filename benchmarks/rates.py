@@ -7,11 +7,13 @@ memory_efficiency  of that, what decode steps reach in such layers; launches and
 link, network      bytes that each rank receives a second in an all-gather, within a machine and between machines
 host_link          bytes a second from pinned host memory to a GPU
 
-On a CPU the layers are narrower, or it would take minutes; weights that its cache holds make memory_efficiency too good.
+On a CPU the layers are narrower, or it would take minutes; that its cache holds them makes decoding look better.
 """
 
 import os
+import statistics
 import time
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -25,9 +27,8 @@ from grpo.runtime.fsdp import compute_dtype, encode_images_unsharded, sample_uns
 from grpo.runtime.optim import backward, packed_pass
 
 LAYERS = {
-    "cuda": dict(
-        gpu.SHAPES["3b"], layers=2, vocabulary=16_384, vision_hidden=320, vision_depth=4, vision_intermediate=640
-    ),
+    "cuda": {**gpu.SHAPES["3b"], "layers": 2, "vocabulary": 16_384, "vision_hidden": 320, "vision_depth": 4,
+             "vision_heads": 4, "vision_intermediate": 640},
     "cpu": dict(gpu.SHAPES["tiny"], hidden=512, intermediate=2752, layers=2, heads=4, key_value_heads=2),
 }
 SIZES = {"cuda": (4, 1000, 64), "cpu": (1, 560, 12)}  # prompts, their tokens, new tokens of each completion
@@ -55,13 +56,15 @@ def layers_reach(device: torch.device, dtype: torch.dtype, products: float, copi
     prompts, sampling = gpu.make_prompts(count, tokens), Sampling(new, (), 0.8, rows=count * gpu.G)
     shard(policy, dtype, device)
     encode_images_unsharded(policy, prompts)
-    groups = []
+    groups, stamps = [], []
 
     def roll_out():
-        groups[:] = sample_unsharded(policy, prompts, gpu.G, sampling)
+        stamps.clear()
+        groups[:] = sample_unsharded(policy, prompts, gpu.G, sampling, lambda *_: stamps.append(time.perf_counter()))
 
-    rollout = best(device, roll_out)
-    prefill = best(device, lambda: sample_unsharded(policy, prompts, gpu.G, Sampling(1, (), 0.8, rows=count * gpu.G)))
+    best(device, roll_out, 1)
+    # of a step, for whose tokens the host waits
+    step = statistics.median(after - before for before, after in pairwise(stamps))
     (pack, *_), work = make_packs(groups, 10**9, device), gpu.score_operations(policy, groups)
 
     def update():
@@ -69,8 +72,8 @@ def layers_reach(device: torch.device, dtype: torch.dtype, products: float, copi
             backward(-policy.score(pack.groups).logp.mean())
 
     passed = best(device, update)
-    reading = gpu.rollout_bytes(policy, prompts, new - 1, dtype.itemsize) / copies
-    return 3 * work / products / passed, reading / max(rollout - prefill, 1e-9)
+    reading = gpu.rollout_bytes(policy, prompts, new, dtype.itemsize) / new / copies
+    return 3 * work / products / passed, reading / step
 
 
 def gathered(device: torch.device) -> float:

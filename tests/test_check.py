@@ -1,6 +1,7 @@
 """./launch.sh check: green on this machine, and red, with what to do, wherever a fast path is broken."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,23 @@ def test_a_checkpoint_that_loses_a_bit_is_red(attempt, monkeypatch):
     monkeypatch.setattr(checkpoints, "read_parts", damaged)
     checked = attempt("run")["run, checkpoint, resume"]
     assert not checked.ok and {one.what for one in checked.found if not one.fits} >= {"read back"}
+
+
+@pytest.mark.parametrize("measured,green", [(95e6, True), (80e6, False), (125e6, False)])
+def test_a_plan_that_is_far_from_the_measured_peak_is_red_and_both_are_said(attempt, monkeypatch, measured, green):
+    monkeypatch.setattr(check, "write_model", lambda folder, shape: folder)
+    monkeypatch.setattr(check.plan_check, "planned", lambda *_: SimpleNamespace(peak=100e6))
+    monkeypatch.setattr(check.plan_check, "measure_apart", lambda *_: measured)
+    checked = attempt("memory")["memory"]
+    said = check.outcome([checked])
+    assert checked.ok == green and checked.found[0].differs == pytest.approx(abs(100e6 / measured - 1))
+    both = f"(100 MB planned, {measured / 1e6:.0f} measured)"
+    assert green or f"{both}. grpo.plan is wrong here: leave it more --spare." in said
+
+
+@pytest.mark.heavy
+def test_the_planned_peak_of_a_real_step_is_the_measured_one(attempt):
+    assert attempt("memory")["memory"].ok
 
 
 def test_what_raises_is_red_by_its_message_and_what_comes_after_it_is_tried(subject, capsys):

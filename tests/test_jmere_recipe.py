@@ -126,11 +126,14 @@ def test_the_text_demo_is_grpo_alone_on_a_model_that_is_given(tmp_path):
 def test_an_adapter_goes_from_stage_to_stage_as_it_is(tmp_path):
     for name in ("cot_sft", "grpo", "warm_up_without_score"):
         (tmp_path / "out" / name / "adapter").mkdir(parents=True)
-    status, text, calls = launch(tmp_path, *GIVEN, "--stage", "data,grpo,vote,groups,without_score,cot_sft_without_score")
+    stages = "data,grpo,vote,groups,without_score,cot_sft_without_score"
+    status, text, calls = launch(tmp_path, *GIVEN, "--stage", stages)
     assert status == 0, text
-    begun = {settings.output: (settings.model, settings.adapter) for _, settings in settings_of(calls) if hasattr(settings, "adapter")}
+    begun = {settings.output: (settings.model, settings.adapter) for _, settings in settings_of(calls)
+             if hasattr(settings, "adapter")}
     adapter = lambda name: ("a/model", f"out/{name}/adapter")
-    assert begun["out/grpo"] == begun["out/groups_4"] == adapter("cot_sft") and begun["out/cot_sft_without_score"] == ("a/model", "")
+    assert begun["out/grpo"] == begun["out/groups_4"] == adapter("cot_sft")
+    assert begun["out/cot_sft_without_score"] == ("a/model", "")
     assert begun["out/test/grpo"] == begun["out/test/grpo_greedy"] == begun["out/test/grpo_vote"] == adapter("grpo")
     assert begun["out/without_score"] == adapter("warm_up_without_score")
     assert begun["out/test/groups_4"] == ("out/groups_4/model", "")  # nothing but a checkpoint there

@@ -250,8 +250,8 @@ def test_every_row_of_the_paper_has_a_stage_that_fills_it_and_every_tested_stage
 ADAPTER = {"lora_rank": 64}
 CARDS = {  # recipe: config of its model, GPUs, GiB of each, what differs from the paper's settings in each file
     "more-r1-24gb": ("3b", 1, 24.0, {
-        **dict.fromkeys(("stage_1", "label_only"), ADAPTER | {"rollout_rows": 32}), **dict.fromkeys(("test", "answer"), {
-            "rollout_rows": 32}), "stage_2": ADAPTER | {"rollout_rows": 32, "learning_rate": 1e-5}}),
+        **dict.fromkeys(("stage_1", "label_only"), ADAPTER | {"rollout_rows": 32}),
+        **dict.fromkeys(("test", "answer"), {"rollout_rows": 32}), "stage_2": ADAPTER | {"rollout_rows": 32, "learning_rate": 1e-5}}),
     "more-r1-80gb": ("7b", 1, 80.0, {
         **dict.fromkeys(("stage_1", "label_only"), ADAPTER), "stage_2": ADAPTER | {"learning_rate": 1e-5}}),
     "more-r1-2x80gb": ("7b", 2, 80.0, {
@@ -273,8 +273,9 @@ def test_a_recipe_is_taken_by_its_name_and_its_adapter_is_what_the_next_stage_be
     assert status == 0, said
     config = lambda call: re.search(r"--config (\S+)|paper_table (\S+)", call)
     by_output = dict(zip((name for _, name in programs(calls)), calls))
-    for output, file in (("stage_1", "more-r1-24gb/stage_1"), ("cold_start.jsonl", "more-r1/data"), ("table", "more-r1/paper"),
-                         ("split", "more-r1-24gb/test"), ("test/zero_shot", "more-r1-24gb/answer")):
+    for output, file in (
+            ("stage_1", "more-r1-24gb/stage_1"), ("cold_start.jsonl", "more-r1/data"), ("table", "more-r1/paper"),
+            ("split", "more-r1-24gb/test"), ("test/zero_shot", "more-r1-24gb/answer")):
         found = config(by_output[output])
         assert (found[1] or found[2]).endswith(f"docs/recipes/{file}.json"), output
     beginning = {name: re.search(r"--model (\S+)(?: --adapter runs/more-r1/(\S+)/adapter)?", call).groups()
@@ -295,7 +296,8 @@ def test_settings_are_taken_from_a_folder_and_what_it_lacks_is_the_papers(launch
 
 
 @pytest.mark.parametrize("typed,message", [
-    ("more-r1-24", "--recipe more-r1-24: neither a folder nor one of"), ("no/folder", "--recipe no/folder: no such folder")])
+    ("more-r1-24", "--recipe more-r1-24: neither a folder nor one of"),
+    ("no/folder", "--recipe no/folder: no such folder")])
 def test_a_recipe_that_is_not_there_is_named_before_anything_runs(launch, typed, message):
     status, said, calls = launch(*MODEL, "--recipe", typed)
     assert status == 2 and message in said and not calls
@@ -303,15 +305,15 @@ def test_a_recipe_that_is_not_there_is_named_before_anything_runs(launch, typed,
 
 
 def planned(shape, recipe: str, name: str) -> float:
-    """GiB of one of its programs. SFT is Stage 2 without a reference and with one completion a prompt; evaluation is the
-    rollout of that, all weights frozen, with twice as many prompts encoded at once as are answered at once."""
+    """GiB of one of its programs. SFT is Stage 2 without a reference and with one completion a prompt; evaluation is
+    the rollout of that, all weights frozen, with twice as many prompts encoded at once as are answered at once."""
     _, gpus, gib, _ = CARDS[recipe]
     folder = next(folder for folder in (recipe, "more-r1") if (RECIPES / folder / f"{name}.json").exists())
     settings = json.loads((RECIPES / folder / f"{name}.json").read_text())
     if name != "stage_2":
         rows = settings.get("rollout_rows", PlanSettings.rollout_rows)
-        settings |= {"group_size": 1, "beta": 0.0, "updates": 1, "prompts_per_rollout": max(2 * rows * gpus, settings.get(
-            "batch_size", 0))} | (ADAPTER if name in ("test", "answer") else {})
+        prompts = max(2 * rows * gpus, settings.get("batch_size", 0))
+        settings |= {"group_size": 1, "beta": 0.0, "updates": 1, "prompts_per_rollout": prompts} | (ADAPTER if name in ("test", "answer") else {})
     ours = {f.name for f in fields(PlanSettings)}
     one = plan(shape, replace(PlanSettings(model="m", gpus=[gpus], gpu_memory=gib), **{
         key: value for key, value in settings.items() if key in ours}), gpus)
@@ -324,10 +326,11 @@ def test_every_stage_of_a_recipe_fits_its_card_and_the_page_says_how_tightly(rea
     size, gpus, gib, differences = CARDS[recipe]
     shape = read_shape(str(real_data / "qwen2.5-vl" / f"config-{size}.json"))
     peaks = {name: planned(shape, recipe, name) for name in ("stage_1", "label_only", "test", "answer", "stage_2")}
-    # Stage 2 validates as Stage 1 does, and keeps what is not planned: the adapter that it began with, and the one of now
-    # while the first stands in its place
+    # Stage 2 validates as Stage 1 does, and keeps what is not planned: the adapter that it began with, and the one of
+    # now while the first stands in its place
     begun = 2 * 4 / GIB * Costs(shape, replace(PlanSettings(model="m"), **differences["stage_1"]), gpus).adapter
     assert max(peaks.values()) + begun < gib - PlanSettings.spare, peaks
     row = re.search(rf"^\| `{recipe}` \|.*", (ROOT / "docs" / "more-r1.md").read_text(), re.MULTILINE)[0]
     written = [float(figure) for figure in row.split("|")[-5:-1]]
-    assert written == [gib - PlanSettings.spare, *(pytest.approx(peaks[name], rel=0.05) for name in ("stage_1", "test", "stage_2"))]
+    near = [pytest.approx(peaks[name], rel=0.05) for name in ("stage_1", "test", "stage_2")]
+    assert written == [gib - PlanSettings.spare, *near]

@@ -302,7 +302,8 @@ def test_the_program_says_what_fits_and_writes_the_numbers(tmp_path, monkeypatch
 
 def test_measured_rates_take_the_places_of_assumed_ones_but_not_of_given_ones(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SEVEN))
-    (tmp_path / "rates.json").write_text(json.dumps({"device": "a card", "rates": {"tflops": 989.0 / 2, "bandwidth": 3350 / 2}}))
+    measured = {"device": "a card", "rates": {"tflops": 989.0 / 2, "bandwidth": 3350 / 2}}
+    (tmp_path / "rates.json").write_text(json.dumps(measured))
     seconds = {}
     for name, words in {"assumed": [], "measured": ["--rates", tmp_path / "rates.json"],
                         "given": ["--rates", tmp_path / "rates.json", "--tflops", 98900]}.items():
@@ -315,8 +316,10 @@ def test_measured_rates_take_the_places_of_assumed_ones_but_not_of_given_ones(tm
 
 
 @pytest.mark.parametrize("content,expected", [
-    ("[1]", "found None for its rates; expected what ./launch.sh check --rates writes"), ('{"rates": {"tflops": "fast"}}', "found {'tflops': 'fast'}"),
-    ('{"rates": {"speed": 1}}', "found {'speed': 1}"), ('{"rates": {"tflops": 0}}', "--tflops is 0.0; it must be above 0"), ("{", "rates.json")])
+    ("[1]", "found None for its rates; expected what ./launch.sh check --rates writes"),
+    ('{"rates": {"tflops": "fast"}}', "found {'tflops': 'fast'}"),
+    ('{"rates": {"speed": 1}}', "found {'speed': 1}"), ("{", "rates.json"),
+    ('{"rates": {"tflops": 0}}', "--tflops is 0.0; it must be above 0")])
 def test_rates_that_are_none_are_refused_with_the_files_name(tmp_path, monkeypatch, content, expected):
     (tmp_path / "config.json").write_text(json.dumps(SEVEN))
     (tmp_path / "rates.json").write_text(content)

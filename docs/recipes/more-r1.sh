@@ -7,9 +7,9 @@
 #   --expert KIND:NAME     who writes the reasoning: openai:gpt-4o (the default), local:CHECKPOINT, file:JSONL
 #   --template FILE        the prompt that the expert gets, instead of the built-in one
 #   --missing_images WHAT  samples without an image: stop, drop or blank
-#   --recipe NAME|DIR      other settings than the paper's, which hold where the folder has no such file: more-r1-24gb (3B,
-#                          an adapter, one 24-GB card), more-r1-80gb (7B, an adapter, one 80-GB card), more-r1-2x80gb (7B,
-#                          all weights, two of them), or a folder of yours
+#   --recipe NAME|DIR      other settings than the paper's, which hold where the folder has no such file: more-r1-24gb
+#                          (3B, an adapter, one 24-GB card), more-r1-80gb (7B, an adapter, one 80-GB card),
+#                          more-r1-2x80gb (7B, all weights, two of them), or a folder of yours
 #   --seed N               0
 #
 # What was done is not done again: <result>.done holds the command that made it; it and <result> are removed to repeat it.
