@@ -58,13 +58,18 @@ def layers_reach(device: torch.device, dtype: torch.dtype, products: float, copi
     encode_images_unsharded(policy, prompts)
     groups, stamps = [], []
 
+    def note(written, *_):
+        stamps.append((time.perf_counter(), written))
+
     def roll_out():
         stamps.clear()
-        groups[:] = sample_unsharded(policy, prompts, gpu.G, sampling, lambda *_: stamps.append(time.perf_counter()))
+        groups[:] = sample_unsharded(policy, prompts, gpu.G, sampling, note)
 
     best(device, roll_out, 1)
-    # of a step, for whose tokens the host waits
-    step = statistics.median(after - before for before, after in pairwise(stamps))
+    # of one token of every row; the host reads the tokens of one step or of several at once
+    step = statistics.median(
+        (after - before) * sampling.rows / written for (before, _), (after, written) in pairwise(stamps) if written
+    )
     (pack, *_), work = make_packs(groups, 10**9, device), gpu.score_operations(policy, groups)
 
     def update():

@@ -55,13 +55,9 @@ def sees_too_much(self, rows, columns, like):
     return like.new_zeros(rows, columns)
 
 
-def forgets_the_suffix(self, layer, query, key, value, scaling):
-    cache, groups = self.caches[layer], len(self.prompt_bias)
-    q = (query[0].transpose(0, 1) * scaling).unflatten(1, (self.heads, -1))
-    out, _ = decode.partial_attention(
-        self.by_group.spread(q), cache.prompt_key[:groups], cache.prompt_value[:groups], self.prompt_bias
-    )
-    return self.by_group.collect(out).to(value.dtype).flatten(1, 2)[None]
+def weighs_both_alike(*arguments):
+    out, lse = partial_attention(*arguments)
+    return out, torch.zeros_like(lse)
 
 
 def keeps_every_guess(self, row, drawn):
@@ -84,10 +80,10 @@ BROKEN = {  # what is broken: (where, attribute, by what, the paths that must be
         ["packed pass", "attention in a pack"],
         "head in tiles",
     ),
-    "decoding forgets what it wrote": (
-        decode.Decode,
-        "attend",
-        forgets_the_suffix,
+    "decoding weighs prompt and suffix alike": (
+        decode,
+        "partial_attention",
+        weighs_both_alike,
         ["decoding, one prefill"],
         "packed pass",
     ),
@@ -130,7 +126,7 @@ BROKEN = {  # what is broken: (where, attribute, by what, the paths that must be
         "head in tiles",
     ),
 }
-grpo_loss = check_paths.grpo_loss
+grpo_loss, partial_attention = check_paths.grpo_loss, decode.partial_attention
 
 
 @pytest.mark.parametrize("what", BROKEN)
