@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import PeakMemory, append
-from benchmarks.shapes import MODELS, images, words_for, write_model
+from benchmarks.shapes import MODELS, images, whole_vocabulary, words_for, write_model
 from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling, sample
 from grpo.engine.weights import load_policy
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl and draw growth.svg")
     settings = parser.parse_args()
     folder = str(write_model(MODELS / settings.shape, settings.shape))
+    whole_vocabulary()
     encoder, policy = Encoder(folder), load_policy(folder)
     policy.freeze_vision()
     rows = []

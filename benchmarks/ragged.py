@@ -15,7 +15,7 @@ import time
 import torch
 
 from benchmarks.record import append
-from benchmarks.shapes import MODELS, images, words_for, write_model
+from benchmarks.shapes import MODELS, images, whole_vocabulary, words_for, write_model
 from grpo.engine.encode import Encoder
 from grpo.engine.rollout import Sampling, sample
 from grpo.engine.weights import load_policy
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl")
     settings = parser.parse_args()
     folder = write_model(MODELS / settings.shape, settings.shape)
+    whole_vocabulary()
     policy, encoder = load_policy(str(folder)).requires_grad_(False), Encoder(str(folder))
     weight = policy.model.lm_head.weight
     weight.zero_()

@@ -63,12 +63,13 @@ def count_images(visual, counter: list) -> None:
 
 def our_trainer(folder: Path, case: str):
     """The product's own trainer, and the samples of one rollout."""
-    from benchmarks.shapes import words_for
+    from benchmarks.shapes import whole_vocabulary, words_for
     from grpo.engine.encode import Encoder
     from grpo.runtime.run import Run
     from grpo.train import Settings, Trainer
     from grpo.variants import resolve
 
+    whole_vocabulary()
     _, tokens, side, completion = CASES[case]
     text = words_for(Encoder(str(folder)), tokens, side)
     settings = Settings(

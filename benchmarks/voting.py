@@ -13,7 +13,7 @@ import time
 import torch
 
 from benchmarks.record import append, without_vision_operators
-from benchmarks.shapes import MODELS, images, words_for, write_model
+from benchmarks.shapes import MODELS, images, whole_vocabulary, words_for, write_model
 
 PROMPTS, SAMPLES, TOKENS, PROMPT_TOKENS, SIDE = 4, 100, 100, 800, 448
 
@@ -64,6 +64,7 @@ def main() -> None:
     from grpo.engine.weights import load_policy
 
     folder = str(write_model(MODELS / settings.shape, settings.shape))
+    whole_vocabulary()
     encoder, policy = Encoder(folder), load_policy(folder).requires_grad_(False)
     text = words_for(encoder, PROMPT_TOKENS, SIDE)
     prompts = [encoder.encode(images(i, SIDE), text, None, f"prompt/{i}") for i in range(PROMPTS)]
