@@ -15,6 +15,14 @@ def read_json(path, expected: str):
         raise ValueError(f"{path}: {one_line(problem)}; expected {expected}") from None
 
 
+def read_object(path, expected: str) -> dict:
+    """A file's JSON object; ValueError with what was found, and what was `expected`, for anything else."""
+    found = read_json(path, expected)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: found {shown(found)}; expected {expected}")
+    return found
+
+
 def read_json_lines(path, expected: str, blank_lines: bool = False) -> Iterator[tuple[str, dict]]:
     """("file:line", the object in it) for every line. expected: what a line should hold; blank_lines: or nothing."""
     with open(path, "rb") as file:  # its own lines: str.splitlines() would cut at U+2028 too

@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.read import read_json, shown
+from data.read import read_object, shown
 from grpo.runtime.files import write_json
 from grpo.runtime.log import table
 from grpo.runtime.settings import read_settings, run_program, setting
@@ -27,25 +27,23 @@ def read_metrics(folder: str) -> dict[str, float]:
     path, expected = Path(folder) / "metrics.json", "what grpo.evaluate writes: accuracy at least"
     if not path.is_file():
         raise ValueError(f"{path} is missing; expected {expected}")
-    found = read_json(path, expected)
-    there = [name for name in HEADLINE if name == "accuracy" or isinstance(found, dict) and name in found]
-    for name in there:
-        value = found.get(name) if isinstance(found, dict) else None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    found = read_object(path, expected)
+    metrics = {name: found.get(name) for name in HEADLINE if name == "accuracy" or name in found}
+    for name, value in metrics.items():
+        if type(value) not in (int, float) or not 0 <= value <= 1:
             raise ValueError(f"{path}: found {shown(value)} for {name}, a share between 0 and 1; expected {expected}")
-    return {name: found[name] for name in there}
+    return metrics
 
 
 def main(words: list[str] | None = None) -> None:
     settings = read_settings(Settings, words)
     folders = {name: folder for name, _, folder in (word.partition("=") for word in settings.evaluations)}
     if len(folders) < len(settings.evaluations) or not all(folders.values()):
-        raise ValueError(f"found {' '.join(settings.evaluations)}; expected name=folder [name=folder …], each name "
-                         "once")
+        raise ValueError(f"found {' '.join(settings.evaluations)}; expected name=folder …, each name once")
     results = {name: read_metrics(folder) for name, folder in folders.items()}
     metrics = [name for name in HEADLINE if all(name in row for row in results.values())]
-    print(table([["%", *metrics], *([name, *(f"{100 * row[m]:.2f}" for m in metrics)]
-        for name, row in results.items())]))
+    rows = [[name, *(f"{100 * row[metric]:.2f}" for metric in metrics)] for name, row in results.items()]
+    print(table([["%", *metrics], *rows]))
     for name, folder in folders.items():
         print(f"{name}: {folder}/predictions.jsonl")
     if settings.output:

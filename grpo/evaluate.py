@@ -3,14 +3,14 @@
     torchrun --nproc-per-node 8 -m grpo.evaluate --model runs/stage-1/model --data MORE --split test --output runs/test
 
 writes <output>/predictions.jsonl, one {id, completion, correct, reward parts, votes} a sample, <output>/metrics.json,
-and <output>/per_label.json where the task counts by label.
-"""
+and <output>/per_label.json where the task counts by label."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.runtime.settings import CommonSettings, parse_options, read_settings, refuse_early, run_program, setting
+from grpo.runtime.settings import (CommonSettings, parse_options, read_settings, refuse_early, run_program, setting,
+                                   speed)
 
 
 @dataclass
@@ -24,9 +24,8 @@ class Settings(CommonSettings):
     samples: int = setting(1, "completions a sample; of several the most frequent answer counts", top=True, least=1)
     top_p: float = setting(1.0, "keep the smallest set of tokens this likely", group="sampling", above=0, most=1)
     top_k: int = setting(0, "keep this many tokens; 0 for all", group="sampling", least=0)
-    guesses: str = setting("", "predictions.jsonl of an earlier evaluation of these samples, to guess from: fewer "
-                               "decode "
-                               "steps", group="memory and speed", path="file", resume="free")
+    guesses: str = speed("", "predictions.jsonl of an earlier evaluation of these samples, to guess from: fewer "
+                             "decode steps", path="file")
     reward_options: str = setting("", "options of the task's reward, name=number[,name=number]", group="reward")
 
     def check(self) -> None:
@@ -49,10 +48,11 @@ from grpo.engine.rollout import Sampling
 from grpo.engine.speculation import Speculation
 from grpo.runtime.answer import Prompts, answer, check_reward_options, remember_predictions
 from grpo.runtime.dist import finish, rank, start
-from grpo.runtime.files import write_json
+from grpo.runtime.files import write_json, write_whole
 from grpo.runtime.fsdp import compute_dtype
 from grpo.runtime.log import Stopwatch, say, table
-from grpo.runtime.run import load_frozen, read_ids, record_settings
+from grpo.runtime.provenance import what_ran
+from grpo.runtime.run import load_frozen, read_ids
 from rewards.vote import majority
 
 
@@ -68,16 +68,11 @@ def chosen_samples(settings: Settings, task, encoder: Encoder) -> list:
 
 
 def write_predictions(path: Path, task, samples: list, voted: list[tuple[str, int]], options: dict) -> None:
-    """One JSON line a sample, in the split's order, with the votes for it; written beside and renamed."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        for sample, (text, votes) in zip(samples, voted):
-            parts = task.rewards.reward(text, sample, **options)
-            line = {"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)),
-                "reward": parts,
-                    "votes": votes, "sample": sample_hash(task, sample)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    new.replace(path)
+    """One JSON line a sample, in the split's order, with the votes for it."""
+    lines = [{"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)),
+              "reward": task.rewards.reward(text, sample, **options), "votes": votes,
+              "sample": sample_hash(task, sample)} for sample, (text, votes) in zip(samples, voted)]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def report_by_label(path: Path, task, samples: list, texts: list[str]) -> None:
@@ -101,14 +96,13 @@ def main() -> None:
     sampling = settings.sampling(encoder)
     device, watch = start(), Stopwatch()
     policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device,
-        encoder.vocabulary)
+                         encoder.vocabulary)
     speculation = Speculation() if settings.speculate == "auto" else None
     if settings.guesses:
         remember_predictions(speculation, settings.guesses, samples, encoder)
     several = answer(policy, Prompts(encoder, task, settings.reasoning), samples, sampling, group_size=settings.samples,
                      speculation=speculation)
     if rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
         voted = [majority(task.rewards, texts, sample) for texts, sample in zip(several, samples)]
         texts = [text for text, _ in voted]
         metrics = {**task.rewards.metrics(texts, samples), "samples": len(samples), "seconds": round(watch.total(), 1)}
@@ -116,7 +110,7 @@ def main() -> None:
         if hasattr(task.rewards, "per_label"):
             report_by_label(output / "per_label.json", task, samples, texts)
         write_json(output / "metrics.json", metrics)
-        record_settings(settings, output)
+        write_json(output / "settings.json", what_ran(settings))  # so that it can be run again
         say(table([["metric", settings.split], *([name, f"{value:.4g}"] for name, value in metrics.items())]))
         say(f"wrote {output / 'predictions.jsonl'} and {output / 'metrics.json'}")
     finish()

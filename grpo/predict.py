@@ -44,7 +44,7 @@ refuse_early(Settings, __name__)
 import torch
 
 from data.images import upright_copy
-from data.read import read_json, shown
+from data.read import read_object, shown
 from data.task import Task, resolve_task
 from grpo.engine.encode import Encoder
 from grpo.engine.files import reasoning_of
@@ -59,37 +59,31 @@ def trained_with(model: str) -> dict:
     if not Path(model).is_dir() or not path.is_file():
         return {}
     expected = "the settings of a training run; --task and --data take their place where it is moved away"
-    found = read_json(path, expected)
-    settings = found.get("settings") if isinstance(found, dict) else None
-    kinds = {"task": str, "data": str, "max_pixels": int}
-    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, kind()), kind)
-            for name, kind in kinds.items()):
-        raise ValueError(f"{path}: expected {expected}; found {shown(found)}")
+    settings, kinds = read_object(path, expected).get("settings"), {"task": str, "data": str, "max_pixels": int}
+    if not (isinstance(settings, dict) and all(isinstance(settings.get(name, kind()), kind)
+                                               for name, kind in kinds.items())):
+        raise ValueError(f"{path}: found {shown(settings)} for settings; expected {expected}")
     return settings
 
 
 def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "", before: dict = {}):
     """The task's sample of what was given; ValueError for what it needs and did not get, or got and cannot use.
 
-    usual_data takes the place of --data where the task reads one and none is given; before: the training run's
-    settings.
-    """
+    usual_data: --data where the task reads one and none is given; before: the training run's settings."""
     if not hasattr(task.data, "sample_from"):
         raise ValueError(f"task {name} makes no samples of one's own: {task.data.__name__} has no sample_from(image, "
-                         "text, …), "
-                         f"see docs/your-own-task.md; grpo.evaluate answers the samples of its dataset")
+                         "text, …), see docs/your-own-task.md; grpo.evaluate answers the samples of its dataset")
     parameters = inspect.signature(task.data.sample_from).parameters
     takes = f"task {name} takes {', '.join(f'--{part}' for part in parameters if part in PARTS)}"
     for part, value in given.items():
         if value and part not in parameters:
             raise ValueError(f"--{part}: {takes}")
-    given = {**given, "data": given["data"] or usual_data}
+    given = given | {"data": given["data"] or usual_data}
     for part, parameter in parameters.items():
         if parameter.default is parameter.empty and not given.get(part):
             raise ValueError(f"--{part} expected; {takes}")
-    before = {name: value for name, value in before.items() if name not in PARTS}
-    return task.data.sample_from(**{name: value for name, value in {**before, **given}.items() if name in parameters
-        and value})
+    words = {name: value for name, value in before.items() if name not in PARTS} | given
+    return task.data.sample_from(**{name: word for name, word in words.items() if name in parameters and word})
 
 
 def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
@@ -100,7 +94,7 @@ def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature,
                         seed=f"{settings.seed}/predict")
     policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device,
-        encoder.vocabulary)
+                         encoder.vocabulary)
     group, = sample(policy, [encoder.encode(images, text, one, one.id)], 1, sampling)
     return encoder.decode(group.completions[0]), group.finished[0]
 

@@ -2,10 +2,8 @@
 
 from types import SimpleNamespace
 
-import torch
-
 from grpo.engine.rollout import Sampling, sample
-from grpo.runtime.answer import Ended, Prompts, answer
+from grpo.runtime.answer import Prompts, answer
 from tiny import END, tiny_policy, tiny_prompt
 
 SAMPLING = Sampling(max_tokens=6, end_tokens=(END, *range(20)), temperature=0.8, rows=4, seed="3")
@@ -88,11 +86,3 @@ def test_features_without_room_are_forgotten_and_the_pixels_stay_with_the_prompt
     prompts_of.release_features(prompts)
     assert not prompts_of.kept and prompts_of.room == 100
     assert all(prompt.pixels is not None and prompt.features is None for prompt in prompts)
-
-
-def test_the_bar_moves_by_whole_samples():
-    moved = []
-    ended = Ended(SimpleNamespace(update=moved.append), 3)
-    for count in (2, 2, 5, 0):
-        ended(9, count, 0)
-    assert moved == [0, 1, 2, 0]

@@ -265,10 +265,10 @@ def test_an_adapters_folder_gives_the_policy_that_wrote_it(base):
 
 @pytest.mark.parametrize("change,expected", [
     (lambda w: {n: t[:, :-1].contiguous() if "up_proj.lora_A" in n else t for n, t in w.items()},
-     r".*up_proj.lora_A has the shape \[4, 31\]; \[4, 32\] expected"),
-    (lambda w: {n: t for n, t in w.items() if "layers.1.mlp.up_proj.lora_B" not in n}, "it has no .*layers.1.mlp.up_proj.lora_B"),
+     r".*up_proj.lora_A has the shape \[4, 31\] in the weights; the model's is \[4, 32\]"),
+    (lambda w: {n: t for n, t in w.items() if "layers.1.mlp.up_proj.lora_B" not in n}, "1 tensors are missing from the weights, .*layers.1.mlp.up_proj.lora_B first"),
     (lambda w: w | {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)},
-     "the language model has no model.layers.7.mlp.up_proj.lora_A"),
+     "1 tensors in the weights have no place in the model, model.layers.7.mlp.up_proj.lora_A first"),
 ])
 def test_an_adapter_of_another_model_is_refused_by_what_does_not_fit(base, change, expected):
     folder, _, adapter = base

@@ -122,8 +122,8 @@ BAD = {
 @pytest.mark.parametrize("line,expected", [
     ("{broken", "2: found '{broken'; expected a JSON object with id and correct"),
     ('{"id": "test/0", "correct": null}', "2: found .*; expected a JSON object with id and correct"),
-    ('{"id": "test/0"}', "2: no 'correct'; expected a JSON object with id and correct"),
-    ('{"id": "test/99", "correct": true}', "2: no 'test/99'; .* of a sample of the split"),
+    ('{"id": "test/0"}', "2: found None for 'correct'; expected a JSON object with id and correct"),
+    ('{"id": "test/99", "correct": true}', "2: found 'test/99'; expected the id of a sample of the split"),
 ])
 def test_a_line_about_no_sample_is_refused_by_its_number(tmp_path, line, expected):
     path = tmp_path / "predictions.jsonl"

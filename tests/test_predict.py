@@ -103,5 +103,5 @@ def test_what_does_not_fit_is_one_line(folder, monkeypatch, capsys, changes, exp
 
 def test_settings_that_are_none_are_named(folder):
     (folder / "run" / "settings.json").write_text("[]")
-    with pytest.raises(ValueError, match="settings.json: expected the settings of a training run"):
+    with pytest.raises(ValueError, match="settings.json: found .*; expected the settings of a training run"):
         predict.main(words(folder))

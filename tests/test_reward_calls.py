@@ -90,4 +90,4 @@ def test_a_reward_that_holds_the_interpreter_is_named_too_and_its_process_ended(
     done = subprocess.run([sys.executable, "-c", hold], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert done.stderr == ("error: train/7, completion 2: its reward holds the interpreter for 0.4 seconds and cannot be interrupted; "
-                           "the process is ended (--reward_seconds)\n")
+                           "the rank is ended (--reward_seconds)\n")

@@ -108,7 +108,7 @@ def test_training_rollouts_refuse_a_truncated_distribution():
 
 
 def test_a_completion_limit_of_zero_is_refused():
-    with pytest.raises(ValueError, match="at least 1 token"):
+    with pytest.raises(ValueError, match="max_tokens is 0; at least 1 expected"):
         sampling(max_tokens=0)
 
 
@@ -175,7 +175,7 @@ def test_improbable_tokens_of_a_large_vocabulary_are_told_apart():
 
 @pytest.mark.parametrize("changes,expected", [
     ({"temperature": -0.1}, "temperature is -0.1"),
-    ({"rows": 0}, "rollout rows is 0"),
+    ({"rows": 0}, "rows is 0"),
     ({"top_p": 0.0}, "top_p is 0.0"),
     ({"top_p": 1.1}, "top_p is 1.1"),
     ({"top_k": -1}, "top_k is -1"),

@@ -159,10 +159,10 @@ def test_the_same_name_means_what_the_program_has():
     ("journal_megabytes", "rollout_log_megabytes"), ("flat_groups", "zero_variance_groups"),
 ])
 def test_a_renamed_setting_is_refused_with_its_new_name(tmp_path, old, new):
-    with pytest.raises(ValueError, match=f"setting {old} has a new name: {new}"):
+    with pytest.raises(ValueError, match=f"no setting --{old}=1; did you mean {new}\\?"):
         parse(GRPOSettings, [*GIVEN, f"--{old}=1"])
     (tmp_path / "recipe.json").write_text(json.dumps({old: 1}))
-    with pytest.raises(ValueError, match=f"recipe.json: setting {old} has a new name: {new}"):
+    with pytest.raises(ValueError, match=f"recipe.json: no setting {old}; did you mean {new}\\?"):
         parse(GRPOSettings, [*GIVEN, "--config", str(tmp_path / "recipe.json")])
     assert new in as_dict(GRPOSettings())
 
@@ -357,7 +357,7 @@ def test_an_error_stands_on_torchruns_own_page_too(tmp_path, monkeypatch, capsys
 
 def test_a_ctrl_c_outside_of_training_is_one_word(monkeypatch, capsys):
     ends = []
-    monkeypatch.setattr("grpo.runtime.settings.leave", ends.append)
+    monkeypatch.setattr("grpo.runtime.program.leave", ends.append)
 
     def main():
         raise KeyboardInterrupt

@@ -42,7 +42,7 @@ def test_patience_counts_validations_not_epochs(monkeypatch):
 
 
 @pytest.mark.parametrize("content, expected", [
-    ('["train/0", "test/9"]', "found 'test/9'; expected ids of samples of the split"), ("[[1]]", r"found \[1\]"),
+    ('["train/0", "test/9"]', "found 'test/9'; expected the id of a sample of the split"), ("[[1]]", r"found \[1\]"),
     ('[{"id": 1}]', "found {'id': 1}"), ("3", "found 3; expected a JSON list of sample ids"), ("[1", "ids.json: .*expected a JSON list"),
 ])
 def test_a_file_of_ids_that_does_not_fit_is_named_with_what_was_found(tmp_path, content, expected):

@@ -18,13 +18,11 @@ BLOCK = 512
 class Sampling:
     """How to continue a prompt.
 
-    temperature 0 is greedy. `seed`, the prompt's id and the completion's number make its own noise, so that it depends
-    neither on who else is in the batch nor on the number of ranks. `earlier` says of each prompt how often it came
-    before in the same rollout (empty: never): its completions are then numbered on, from G or 2G. `rows` live at
-    once (memory, not result). What is drawn is read by the host once in `read_every` decode steps of static shapes; 0
-    is 8 on an accelerator, and on a CPU every step, whose shapes then follow the rows. top_p and top_k are for
-    evaluation: in training rollouts they are refused (see `check_training`).
-    """
+    temperature 0 is greedy. `seed`, the prompt's id and the completion's number make its own noise. `earlier` says of
+    each prompt how often it came before in the same rollout (empty: never): its completions are then numbered on, from
+    G or 2G. `rows` live at once; it changes memory use only. What is drawn is read by the host once in `read_every`
+    decode steps of static shapes; 0 is 8 on an accelerator, and on a CPU every step, whose shapes then follow the rows.
+    top_p and top_k: for evaluation, see `check_training`."""
 
     max_tokens: int
     end_tokens: tuple[int, ...]
@@ -37,16 +35,11 @@ class Sampling:
     earlier: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ValueError(f"max completion tokens is {self.max_tokens}; a completion needs at least 1 token")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
-        if self.rows < 1:
-            raise ValueError(f"rollout rows is {self.rows}; it must be at least 1")
-        if self.read_every < 0:
-            raise ValueError(f"read_every is {self.read_every}; it must be 0 (by the device) or at least 1 step")
-        if not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"top_p is {self.top_p}, top_k is {self.top_k}; expected 0 < top_p <= 1 and top_k >= 0")
+        for name, least in (("max_tokens", 1), ("temperature", 0), ("rows", 1), ("read_every", 0), ("top_k", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least {least} expected")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; above 0 and at most 1 expected")
 
     def steps(self, device: torch.device) -> int:
         """Between two readings; 0: shapes follow the rows."""
@@ -101,8 +94,7 @@ def invert(masses: Tensor, uniform: Tensor) -> Tensor:
     ends = blocks.sum(-1).double().cumsum(-1)  # of the blocks
     block, before = first_beyond(ends, uniform * ends[:, -1])
     inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
-    # The number lies within the block's own sum, which this sum may miss by a rounding: scaled from the one to the
-    # other.
+    # The number lies within the block's own sum, which this sum may miss by a rounding: scaled from one to the other.
     share = (uniform * ends[:, -1] - before) / (ends.gather(1, block[:, None])[:, 0] - before)
     return block * BLOCK + first_beyond(inside, share * inside[:, -1])[0]
 
@@ -111,8 +103,7 @@ def first_beyond(cumulative: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """(B, n) running sums, (B,) numbers → the first place whose sum exceeds the number, and the sum before it.
 
     right=True: *exceeds*, so never a place that adds nothing. A number that rounding has made the whole sum, which no
-    place exceeds, is taken one step below it.
-    """
+    place exceeds, is taken one step below it."""
     whole = cumulative[:, -1:]
     wanted = torch.minimum(wanted[:, None], whole.nextafter(torch.zeros_like(whole)))
     place = torch.searchsorted(cumulative, wanted, right=True)

@@ -5,14 +5,14 @@ for videos, so the two are loaded by themselves and the image's run of image tok
 What differs between models stands in grpo/engine/backbones/.
 
 Content is text: a post or a response that spells a special token (`<|im_end|>`) gets the tokens of its letters, for
-only the chat template may end a turn or place an image. Text without one is tokenised as `apply_chat_template` does.
-"""
+only the chat template may end a turn or place an image. Text without one is tokenised as `apply_chat_template` does."""
 
 import re
 
 import torch
 from PIL import Image
 from tokenizers import AddedToken
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from grpo.engine.backbones import backbone
@@ -25,20 +25,19 @@ DATE = "26 Jul 2024"  # Llama 3's template would write today's into every prompt
 class Encoder:
     """Tokenizer, image processor and chat template of a checkpoint.
 
-    model: folder or hub name. max_pixels bounds each image's area: 28 × 28 pixels become one token.
-    """
+    model: folder or hub name. max_pixels bounds each image's area: 28 × 28 pixels become one token."""
 
     def __init__(self, model: str, max_pixels: int | None = None):
         self.model_type = read_json(model, "config.json").get("model_type")
         self.backbone = backbone(self.model_type, model)
         self.tokenizer = load_tokenizer(model)
         self.sees = self.backbone.IMAGE_TOKEN is not None
+        self.text_alone = f"a model of type {self.model_type} reads text alone"
         self.image_processor = self.backbone.load_image_processor(model, max_pixels) if self.sees else None
         self.image_token = self.token_id(self.backbone.IMAGE_TOKEN)
         if self.sees and self.image_token is None:
-            raise ValueError(f"{model}: the tokenizer has no {self.backbone.IMAGE_TOKEN} token, which its "
-                             "config.json's "
-                             f"model_type promises")
+            raise ValueError(f"{model}: the tokenizer has no {self.backbone.IMAGE_TOKEN} token; its config.json's "
+                             f"model_type {self.model_type} expects one")
         if not self.tokenizer.chat_template:
             raise ValueError(f"{model}: no chat template; expected chat_template.jinja, chat_template.json or one in "
                              f"tokenizer_config.json")
@@ -51,28 +50,27 @@ class Encoder:
         self.special = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
         self.special_pattern = re.compile(f"({'|'.join(longest_first)})")
-        self.prefilled = prefilled_thinking(self.render([], ""))
+        _, tag, rest = self.render([], "").rpartition("<think>")  # which the template may have opened already
+        self.prefilled = "" if rest.strip() else tag + rest
 
     def token_id(self, token: str | None) -> int | None:
         """None for what is no token of its own, where the tokenizer would answer with the unknown one's id."""
         return self.tokenizer.get_vocab().get(token)
 
     def encode(self, images: list[Image.Image], text: str, sample: object = None, id: str = "") -> Prompt:
-        """One user turn, images first, behind the system turn of a sample that has a `system`. ValueError, naming the
-        sample, for what cannot be tokenised or preprocessed."""
+        """One user turn, images first, behind the sample's `system`. ValueError, by id, if it cannot be encoded."""
+        name, texts = id or "prompt", (text, getattr(sample, "system", "") or "")
         if images and not self.sees:
-            raise ValueError(f"{id or 'prompt'}: has {len(images)} images; a model of type {self.model_type} reads "
-                             "text alone")
-        texts = text, getattr(sample, "system", "") or ""
-        if not all(map(is_unicode, texts)):
-            raise ValueError(f"{id or 'prompt'}: its text holds half of a surrogate pair, which is no character")
+            raise ValueError(f"{name}: has {len(images)} images; {self.text_alone}")
+        if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):  # JSON can spell it
+            raise ValueError(f"{name}: its text holds half of a surrogate pair, which is no character")
         stand_ins = self.stand_ins("".join(texts))
         rendered = self.render(images, *(self.special_pattern.sub(lambda found: stand_ins[found[0]], t) for t in texts))
         tokens = self.tokenize_rendered(rendered, {mark: token for token, mark in stand_ins.items()})
         if tokens.count(self.image_token) != len(images):
-            raise ValueError(f"{id or 'prompt'}: the chat template writes {tokens.count(self.image_token)} "
+            raise ValueError(f"{name}: the chat template writes {tokens.count(self.image_token)} "
                              f"{self.backbone.IMAGE_TOKEN} tokens for {len(images)} images")
-        pixels, grids = self.preprocess(images, id)
+        pixels, grids = self.preprocess(images, name)
         runs = iter([] if grids is None else self.backbone.image_token_counts(self.image_processor, grids))
         expanded = [t for token in tokens for t in ([token] * next(runs) if token == self.image_token else [token])]
         tokens = torch.tensor(expanded)
@@ -80,19 +78,17 @@ class Encoder:
         return Prompt(tokens, positions, pixels, grids, None, sample, id)
 
     def render(self, images: list, text: str, system: str = "") -> str:
-        turns = [("system", [], system)] * bool(system) + [("user", images, text)]
-        # templates of text-only models expect a string
-        content = lambda images, text: [*({"type": "image"} for _ in images), {"type": "text",
-            "text": text}] if self.sees else text
-        return self.tokenizer.apply_chat_template([{"role": role, "content": content(*parts)} for role,
-            *parts in turns],
-                                                  tokenize=False, add_generation_prompt=True, date_string=DATE)
+        def turn(role: str, images: list, text: str) -> dict:
+            parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+            return {"role": role, "content": parts if self.sees else text}  # text-only models' templates want a string
+
+        turns = [turn("system", [], system)] * bool(system) + [turn("user", images, text)]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=DATE)
 
     def stand_ins(self, text: str) -> dict[str, str]:
         """{special token in the text: a private character that the text does not have}.
 
-        The template is given these characters: whatever special token it then writes is its own.
-        """
+        The template is given these characters: whatever special token it then writes is its own."""
         unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
         return {token: next(unused) for token in dict.fromkeys(self.special_pattern.findall(text))}
 
@@ -113,52 +109,37 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def seen_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of an image as the model sees it. ValueError if that sees nothing, or not an image so
-        shaped."""
+        """(width, height) of an image as the model sees it; ValueError if it cannot see an image so shaped, or any."""
         if not self.sees:
-            raise ValueError(f"has images; a model of type {self.model_type} reads text alone")
+            raise ValueError(f"has images; {self.text_alone}")
         return self.backbone.seen_size(self.image_processor, width, height)
 
-    def preprocess(self, images: list[Image.Image], id: str = "") -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def preprocess(self, images: list[Image.Image], name: str = "image") -> tuple[Tensor | None, Tensor | None]:
         """Images → pixels, in the backbone's own shape, and (images, 3) grids."""
         if not images:
             return None, None
         try:
             return self.backbone.preprocess(self.image_processor, images)
         except ValueError as error:  # the processor's own, e.g. more elongated than 200:1
-            raise ValueError(f"{id or 'image'}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
 
-    def completion(self, text: str) -> torch.Tensor:
+    def completion(self, text: str) -> Tensor:
         """A given response as a completion: its tokens and the end token, which is trained like any other.
 
-        Where the template has opened <think> already the response goes on behind it; one without thoughts closes it.
-        """
+        Where the template has opened <think> already the response goes on behind it; one without thoughts closes it."""
         if self.prefilled:
             thinks = text.lstrip().startswith("<think>")
             text = text.lstrip().removeprefix("<think>").lstrip() if thinks else f"</think>\n\n{text}"
         return torch.tensor(self.tokenize_text(text) + [self.end_tokens[0]])
 
-    def decode(self, completion: torch.Tensor) -> str:
+    def decode(self, completion: Tensor) -> str:
         """The response: what the template has prefilled of it and the completion's text without its end token.
 
-        Any other special token stays visible to the reward.
-        """
+        Any other special token stays visible to the reward."""
         ids = completion.tolist()
-        if ids and ids[-1] in self.end_tokens:
-            ids = ids[:-1]
+        ids = ids[:-1] if ids and ids[-1] in self.end_tokens else ids
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return self.prefilled + text
-
-
-def is_unicode(text: str) -> bool:
-    """JSON can spell half of a surrogate pair, and a command line can hold one; no tokenizer and no file takes it."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def prefilled_thinking(rendered: str) -> str:
-    """The <think> that a rendered prompt ends in, with the white space behind it; empty where it ends otherwise."""
-    _, tag, rest = rendered.rpartition("<think>")
-    return "" if rest.strip() else tag + rest
 
 
 def vocabulary_size(tokenizer) -> int:

@@ -1,20 +1,19 @@
 """The small files of a checkpoint, from a folder or the hub."""
 
-import json
 import os
-import shutil
 import urllib.error
 import urllib.request
 from functools import cache
 from pathlib import Path
+
+from data.read import read_object
 
 TRAINING = "training.json"  # beside exported weights: how the next stage is to ask
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def hub_options(model: str) -> dict:
-    """How transformers is to look for a hub's model: only among what was downloaded before where there is no
-    network."""
+    """Where transformers is to look for a hub's model: without a network, only among what was downloaded before."""
     return {} if Path(model).is_dir() or hub_answers() else {"local_files_only": True}
 
 
@@ -36,11 +35,11 @@ def model_file(model: str, name: str) -> Path:
     """Path of one small file of a checkpoint, local or from the hub; ValueError with the expected name if absent."""
     if Path(model).is_dir():
         path = Path(model) / name
-        if not path.is_file() and (Path(model) / "adapter_config.json").is_file():
+        if path.is_file():
+            return path
+        if (Path(model) / "adapter_config.json").is_file():
             raise ValueError(f"{model}: holds an adapter; its base is the model, it goes to --adapter")
-        if not path.is_file():
-            raise ValueError(f"{path}: missing; a checkpoint needs config.json, tokenizer and {name}")
-        return path
+        raise ValueError(f"{path}: missing; a checkpoint needs config.json, tokenizer and {name}")
     from transformers.utils import cached_file  # here, for it brings transformers along
 
     options = hub_options(model)
@@ -57,25 +56,11 @@ def model_file(model: str, name: str) -> Path:
 
 
 def read_json(model: str, name: str) -> dict:
-    """A checkpoint's JSON file; ValueError with its path if it holds anything else."""
-    path = model_file(model, name)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    """A checkpoint's JSON object; ValueError with its path if it holds anything else."""
+    return read_object(model_file(model, name), f"a checkpoint's {name}")
 
 
 def reasoning_of(model: str, given: bool | None = None) -> bool:
     """Whether <think>…</think> is asked for: as given, else as the model was trained (of an export here), else yes."""
     path = Path(model) / TRAINING
     return given if given is not None else read_json(model, TRAINING).get("reasoning", True) if path.is_file() else True
-
-
-def replace_folder(new: Path, place: Path) -> None:
-    """`new` becomes `place`; what stood there is moved aside first and removed last."""
-    old = place.with_name(place.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)

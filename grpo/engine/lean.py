@@ -1,9 +1,8 @@
 """What MLPs and norms keep for the backward pass: nothing that a pass over memory makes again.
 
 As transformers writes them, a gated MLP keeps gate, silu(gate), up and their product, and an RMSNorm beside its input
-what it made of it (in bf16 two float32 copies and one more). That is two fifths of all that an update's packed pass
-keeps. Here an MLP keeps gate and up, a norm its input and one number a token. Values are the same to the bit, gradients
-up to rounding.
+what it made of it (in bf16 two float32 copies and one more): two fifths of what an update's packed pass keeps. Here an
+MLP keeps gate and up, a norm its input and one number a token. Values are the same to the bit, gradients to rounding.
 """
 
 import torch

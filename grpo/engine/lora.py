@@ -5,8 +5,7 @@ ordinary checkpoint. The next stage may begin with either. With --adapter it goe
 reference is the same network with A and B as they were. From the merged checkpoint it begins with a fresh adapter, and
 the reference is the network with the adapter off. Neither costs a second copy of the weights.
 
-The language model alone is adapted, never the vision encoder, whose MLP has matrices of the same names.
-"""
+The language model alone is adapted, never the vision encoder, whose MLP has matrices of the same names."""
 
 import math
 from contextlib import contextmanager
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 from grpo.engine.files import model_file, read_json
 from grpo.engine.policy import Policy
 from grpo.engine.sizes import target_names
-from grpo.engine.weights import local, network_name, open_weights, rows_of
+from grpo.engine.weights import copy_rows, local, match, open_weights, rows_of
 
 PEFT = "base_model.model."  # before every name in PEFT's files
 # What PEFT can do besides: what it stands at where it is not used.
 UNUSED = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None,
-    "rank_pattern": {},
-          "alpha_pattern": {}}
+          "rank_pattern": {}, "alpha_pattern": {}}
 
 
 class LoraLinear(nn.Linear):
@@ -32,8 +30,7 @@ class LoraLinear(nn.Linear):
 
     lora_A (r, in) begins Kaiming-uniform as in PEFT, lora_B (out, r) zero: before training the layer is the base's,
     to the bit. Dropout falls on the update's input, and only where a gradient is recorded: in the update pass, not
-    in sampling, reference or evaluation. (`training` cannot tell: gradient checkpointing wants it on throughout.)
-    """
+    in sampling, reference or evaluation. (`training` cannot tell: gradient checkpointing wants it on throughout.)"""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -54,8 +51,7 @@ def add_adapter(policy: Policy, rank: int, alpha: float, targets: str, dropout: 
     """Freeze everything and put an update beside each matrix whose name ends in one of `targets` (comma-separated).
 
     Before sharding. On the meta device `begin_adapter` or `AdapterFile.fill` gives it numbers once there is memory.
-    ValueError names a target that is no linear layer of the language model.
-    """
+    ValueError names a target that is no linear layer of the language model."""
     policy.requires_grad_(False)
     layers = policy.language_model
     linear = {name: module for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
@@ -66,7 +62,7 @@ def add_adapter(policy: Policy, rank: int, alpha: float, targets: str, dropout: 
         parent, _, end = name.rpartition(".")
         if end in wanted:
             setattr(layers.get_submodule(parent), end, LoraLinear(module, rank, alpha, dropout))
-    if not policy.device.type == "meta":
+    if policy.device.type != "meta":
         begin_adapter(policy, seed)
     return policy
 
@@ -84,73 +80,57 @@ def begin_adapter(policy: Policy, seed: int) -> None:
 
 
 class AdapterFile:
-    """A folder in PEFT's format: rank, alpha and targets of an adapter, and its rows. ValueError where it holds more
-    than a plain adapter of linear layers."""
+    """A folder in PEFT's format: an adapter's rank, alpha, targets and rows. ValueError for more than linear layers."""
 
     def __init__(self, folder: str):
         config, self.folder = read_json(folder, "adapter_config.json"), folder
         for name, unused in UNUSED.items():
-            if config.get(name) not in (unused, None):
-                raise ValueError(f"{folder}: an adapter with {name} {config[name]!r}; expected a plain one "
-                                 f"({unused!r})")
+            if (found := config.get(name)) not in (unused, None):
+                raise ValueError(f"{folder}: an adapter with {name} {found!r}; expected a plain one ({unused!r})")
         try:
             self.rank, self.alpha = int(config["r"]), float(config["lora_alpha"])
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{folder}: adapter_config.json: expected numbers r and lora_alpha, as PEFT writes "
-                             "them") from None
+            raise ValueError(f"{folder}: adapter_config.json: expected numbers r and lora_alpha") from None
         file = open_weights(model_file(folder, "adapter_model.safetensors"))
         self.slices = {name.removeprefix(PEFT).removesuffix(".weight"): file.get_slice(name) for name in file.keys()}
         self.targets = ",".join(sorted({name.rpartition(".")[0].rpartition(".")[2] for name in self.slices}))
 
-    @torch.no_grad()
     def fill(self, policy: Policy) -> None:
         """This rank's rows of A and B. ValueError names what does not fit the model."""
-        wanted = {f"{name}.{part}": getattr(layer, part) for name, layer in adapted(policy.model).items()
-                  for part in ("lora_A", "lora_B")}
-        found = {network_name(name, wanted): name for name in self.slices}
-        if None in found or len(found) < len(self.slices):
-            raise ValueError(f"{self.folder}: an adapter of another model: the language model has no "
-                             f"{found.get(None, 'such names')}")
-        for name, parameter in wanted.items():
-            if name not in found:
-                raise ValueError(f"{self.folder}: an adapter of another model: it has no {name}")
-            rows, (start, stop) = self.slices[found[name]], rows_of(parameter)
-            if rows.get_shape() != list(parameter.shape):
-                raise ValueError(f"{self.folder}: an adapter of another model: {found[name]} has the shape "
-                                 f"{rows.get_shape()}; "
-                                 f"{list(parameter.shape)} expected")
-            if start < stop:
-                local(parameter).copy_(rows[start:stop])
+        tensors = adapter_tensors(policy.model)
+        copy_rows(self.slices, match(self.slices, tensors, f"{self.folder}: an adapter of another model"), tensors)
 
 
 def adapted(model: nn.Module) -> dict[str, LoraLinear]:
-    """The adapted layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of every adapted layer by name."""
+    return {f"{name}.{part}": getattr(layer, part) for name, layer in adapted(model).items()
+            for part in ("lora_A", "lora_B")}
 
 
 def keep_start(policy: Policy) -> None:
     """From here on `adapter_off` goes back to the adapter as it is now, not to the base."""
-    parameters = [parameter for layer in adapted(policy).values() for parameter in (layer.lora_A, layer.lora_B)]
-    policy.adapter_start = {parameter: local(parameter).detach().clone() for parameter in parameters}
+    tensors = adapter_tensors(policy.model).values()
+    policy.adapter_start = {parameter: local(parameter).detach().clone() for parameter in tensors}
 
 
 @contextmanager
 def adapter_off(policy: Policy):
     """Inside, the policy is what the run began with; a policy without an adapter is left as it is."""
-    layers, start = adapted(policy).values(), policy.adapter_start
+    start = policy.adapter_start
     now = {parameter: local(parameter).detach().clone() for parameter in start}
-    exchange(start)
-    for layer in layers:
-        layer.on = bool(start)
+
+    def switch(values: dict[Tensor, Tensor], on: bool) -> None:
+        for parameter, value in values.items():
+            local(parameter).detach().copy_(value)
+        for layer in adapted(policy).values():
+            layer.on = on
+
+    switch(start, bool(start))
     try:
         yield policy
     finally:
-        exchange(now)
-        for layer in layers:
-            layer.on = True
-
-
-@torch.no_grad()
-def exchange(values: dict[Tensor, Tensor]) -> None:
-    for parameter, value in values.items():
-        local(parameter).copy_(value)
+        switch(now, True)

@@ -2,8 +2,7 @@
 
 A group's prompt and images are computed once however many continuations follow. `sample`, the other verb
 that needs the network, is in rollout.py and uses the same three pieces: `embed`, `trunk`, `head`. What differs between
-models stands in grpo/engine/backbones/.
-"""
+models stands in grpo/engine/backbones/."""
 
 from dataclasses import dataclass
 
@@ -31,8 +30,7 @@ class Scores:
 class Policy(nn.Module):
     """One network as policy, reference or old policy.
 
-    `forward` is `score`, because sharding hooks onto the root's forward; see grpo/runtime/fsdp.py.
-    """
+    `forward` is `score`, because sharding hooks onto the root's forward; see grpo/runtime/fsdp.py."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -72,14 +70,12 @@ class Policy(nn.Module):
         return not any(parameter.requires_grad for parameter in self.visual.parameters())
 
     def freeze_vision(self) -> None:
-        """Vision encoder and projector stay fixed."""
         self.visual.requires_grad_(False)
 
     def encode_images(self, prompts: list[Prompt]) -> list[Tensor | None]:
         """Image features of each prompt, (image tokens, width): one call of the vision encoder for all images.
 
-        Features already kept on the prompt are taken from there; images of a trained encoder never are.
-        """
+        Features already kept on the prompt are taken from there; images of a trained encoder never are."""
         unseen = [prompt for prompt in prompts if prompt.pixels is not None and prompt.features is None]
         if not unseen:
             return [prompt.features for prompt in prompts]
@@ -104,10 +100,9 @@ class Policy(nn.Module):
         return F.pad(vectors, (0, self.backbone.width(self.config) - vectors.shape[-1]))
 
     def embed(self, prompts: list[Prompt]) -> Tensor:
-        """(ΣP, width) input embeddings of the prompts end to end, their image tokens replaced by the images'
-        features."""
-        return self.scatter_image_features(self.embed_tokens(torch.cat([prompt.tokens for prompt in prompts])), prompts,
-            [len(p) for p in prompts])
+        """(ΣP, width) input embeddings of the prompts end to end, image features in their image tokens' places."""
+        vectors = self.embed_tokens(torch.cat([prompt.tokens for prompt in prompts]))
+        return self.scatter_image_features(vectors, prompts, [len(prompt) for prompt in prompts])
 
     def scatter_image_features(self, vectors: Tensor, prompts: list[Prompt], lengths: list[int]) -> Tensor:
         """`vectors` with the prompts' features in their places; each prompt begins a stretch of the given length."""
@@ -121,15 +116,14 @@ class Policy(nn.Module):
 
     def trunk(self, embedded: Tensor, positions: Tensor, layout) -> Tensor:
         """(B, T, width) embeddings and (3, B, T) positions → (B, T, hidden), attention as the layout says."""
-        return self.backbone.trunk(self.model, embedded, positions, layout)
+        return self.backbone.trunk(self.language_model, embedded, positions, layout)
 
     def forward(self, groups: list[Group], temperature: float = 1.0) -> Scores:
         """Log-probability of every completion token, in one packed pass: P + ΣC_i tokens a group.
 
         Token j of a completion is predicted at the place before it: the prompt's last for j = 0 (one place
-        for all G), its own token j − 1 after that. A completion's last token is predicted, never read.
-        """
-        words, positions, segments, targets, places, start = [], [], [], [], [], 0
+        for all G), its own token j − 1 after that. A completion's last token is predicted, never read."""
+        words, positions, segments, places, start = [], [], [], [], 0
         for group in groups:
             words.append(group.prompt.tokens)
             positions.append(group.prompt.positions.to(self.device))
@@ -140,15 +134,20 @@ class Policy(nn.Module):
                 positions.append(torch.arange(first, first + read, device=self.device).expand(3, -1))
                 places += [prompt_end - 1, *range(start, start + read)]
                 start += read
-            targets += group.completions
             words += [completion[:-1] for completion in group.completions]
             segments.append((len(group.prompt), [length - 1 for length in group.lengths]))
         # one lookup: the gradient of each would be a tensor as large as the whole table
         vectors = self.scatter_image_features(self.embed_tokens(torch.cat(words)), [group.prompt for group in groups],
-            [p + sum(c) for p, c in segments])
+                                              [p + sum(c) for p, c in segments])
         hidden = self.trunk(vectors[None], torch.cat(positions, 1)[:, None], Packed(segments))[0]
-        logp, entropy = completion_logp(hidden[torch.tensor(places, device=self.device)], self.model.lm_head.weight,
-            torch.cat(targets).to(self.device), temperature, self.banned, vocabulary=self.vocabulary)
+        return self.scores_at(hidden, places, groups, temperature)
+
+    def scores_at(self, hidden: Tensor, places: list[int], groups: list[Group], temperature: float) -> Scores:
+        """Of all completion tokens, in order, each predicted by the (T, hidden) state at its place."""
+        tokens = torch.cat([completion for group in groups for completion in group.completions])
+        logp, entropy = completion_logp(
+            hidden[torch.tensor(places, device=self.device)], self.model.lm_head.weight, tokens.to(self.device),
+            temperature, self.banned, vocabulary=self.vocabulary)
         return Scores(logp + self.zero(), entropy, [length for group in groups for length in group.lengths])
 
     def zero(self) -> Tensor | float:

@@ -1,7 +1,6 @@
 """Rope positions of a Qwen2.5-VL prompt: text counts along all three axes, an image spans a grid.
 
-Source: Qwen2-VL (arXiv 2409.12191, section 2.1, "M-RoPE"); pinned to transformers' `get_rope_index` by a test.
-"""
+Source: Qwen2-VL (arXiv 2409.12191, section 2.1, "M-RoPE"); pinned to transformers' `get_rope_index` by a test."""
 
 import torch
 from torch import Tensor
@@ -18,21 +17,12 @@ def rope_positions(tokens: Tensor, grids: Tensor | None, image_token: int, merge
     """(P,) token ids → (3, P) positions: time, height, width.
 
     After an image the count goes on from its longer side, max(h, w) / merge, not from its number of
-    tokens: this is why positions cannot be an arange. Continuations go on from `positions.max() + 1`.
-    """
-    is_image = (tokens == image_token).tolist()
-    pieces, start, index, image = [], 0, 0, 0
-    while index < len(tokens):
-        if is_image[index]:
-            piece = image_positions(grids[image], merge, start)
-            start += int(grids[image][1:].max()) // merge
-            image += 1
-        else:
-            end = index
-            while end < len(tokens) and not is_image[end]:
-                end += 1
-            piece = torch.arange(end - index).expand(3, -1) + start
-            start += end - index
-        pieces.append(piece)
-        index += piece.shape[1]
+    tokens: this is why positions cannot be an arange. Continuations go on from `positions.max() + 1`."""
+    pieces, start, place = [], 0, 0
+    for grid in grids if grids is not None else ():
+        words = (tokens[place:] == image_token).nonzero()[0].item()  # before the image
+        pieces += [torch.arange(words).expand(3, -1) + start, image_positions(grid, merge, start + words)]
+        start += words + int(grid[1:].max()) // merge
+        place += words + pieces[-1].shape[1]
+    pieces.append(torch.arange(len(tokens) - place).expand(3, -1) + start)
     return torch.cat(pieces, dim=1)

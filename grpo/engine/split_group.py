@@ -3,8 +3,7 @@
 Keys and values of a prompt depend on the prompt alone. Its pass keeps its graph; every further pass reads its keys,
 values and last hidden states as leaves, in which the gradients of all these passes add up; at the end one backward goes
 from there through the prompt (schedule-level prefix reuse, arXiv 2606.01143). Memory is that of the prompt's
-activations and of one pass over completions, however many there are.
-"""
+activations and of one pass over completions, however many there are."""
 
 from dataclasses import replace
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from grpo.engine.attention import Packed
-from grpo.engine.head import completion_logp
 from grpo.engine.policy import Policy, Scores
 from grpo.group import Group, Pack, Prompt, row_mask, within
 
@@ -26,8 +24,8 @@ def split(packs: list[Pack], budget: int) -> list[Pack]:
         if several or pack.packed_tokens <= budget:
             parts.append(pack)
             continue
-        for some in within(max(1, budget - len(group.prompt)), range(len(group.completions)),
-                group.lengths.__getitem__):
+        room = max(1, budget - len(group.prompt))
+        for some in within(room, range(len(group.completions)), group.lengths.__getitem__):
             rows = slice(some[0], some[-1] + 1)
             known = {name: value[rows] for name, value in vars(group).items() if isinstance(value, (list, Tensor))}
             part = replace(group, whole=group, **known)
@@ -49,19 +47,20 @@ class SharedPrompts:
             self.leaves = [t.detach().to(torch.promote_types(t.dtype, torch.float32)).requires_grad_(t.requires_grad)
                            for t in self.tensors]
         last, *kept = (leaf.to(tensor.dtype) for leaf, tensor in zip(self.leaves, self.tensors))
-        keys_values = {id(prompt): (last[i], kept[2 * i :: 2 * len(self.prompts)],
-            kept[2 * i + 1 :: 2 * len(self.prompts)])
+        step = 2 * len(self.prompts)  # from layer to layer
+        keys_values = {id(prompt): (last[i], kept[2 * i :: step], kept[2 * i + 1 :: step])
                        for i, prompt in enumerate(self.prompts)}
         # within a function: sharding would take tensors among the arguments for the layers' own inputs
         return self.policy.call_inside(lambda policy: score_behind(policy, groups, keys_values, temperature))
 
     def backward(self) -> None:
         """Through the prompts, with what the chain's backward passes have left in the leaves."""
-        learning = [(t, leaf) for t, leaf in zip(self.tensors, self.leaves) if t.requires_grad]
-        if learning:
-            gradients = [(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).to(t.dtype)
-                for t, leaf in learning]
-            torch.autograd.backward([t for t, _ in learning], gradients)
+        tensors = [tensor for tensor in self.tensors if tensor.requires_grad]
+        leaves = [leaf for leaf in self.leaves if leaf.requires_grad]
+        if tensors:
+            gradients = [torch.zeros_like(t) if leaf.grad is None else leaf.grad.to(t.dtype)
+                         for t, leaf in zip(tensors, leaves)]
+            torch.autograd.backward(tensors, gradients)
 
 
 def run_prompts(policy: Policy, prompts: list[Prompt]) -> list[Tensor]:
@@ -93,18 +92,13 @@ def score_behind(policy: Policy, groups: list[Group], prompts: dict, temperature
     positions = torch.cat(positions).expand(3, 1, -1).to(policy.device)
     hidden = policy.trunk(policy.embed_tokens(torch.cat(words))[None], positions, layout)[0]
     hidden = torch.cat([torch.stack([prompts[id(group.prompt)][0] for group in groups]), hidden])
-    logp, entropy = completion_logp(
-        hidden[torch.tensor(places, device=policy.device)], policy.model.lm_head.weight,
-        torch.cat([completion for group in groups for completion in group.completions]).to(policy.device),
-        temperature, policy.banned, vocabulary=policy.vocabulary)
-    return Scores(logp, entropy, [length for group in groups for length in group.lengths])
+    return policy.scores_at(hidden, places, groups, temperature)
 
 
 class Behind(Packed):
     """Completions end to end, each behind its prompt's keys and values, which a pass before has made.
 
-    prompts: per group its keys and its values, layer by layer; lengths: per group those of its completions.
-    """
+    prompts: per group its keys and its values, layer by layer; lengths: per group those of its completions."""
 
     def __init__(self, prompts: list[tuple[list[Tensor], list[Tensor]]], lengths: list[list[int]]):
         super().__init__([])

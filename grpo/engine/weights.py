@@ -51,18 +51,15 @@ def weight_files(model: str) -> list[Path]:
     if single := find(model, SINGLE):
         return [single]
     if find(model, INDEX):
-        index = read_json(model, INDEX)
-        if not isinstance(index, dict) or not index.get("weight_map"):
+        if not (places := read_json(model, INDEX).get("weight_map")):
             raise ValueError(f"{find(model, INDEX)}: no weight_map; expected which file holds which tensor")
-        return [model_file(model, name) for name in sorted(set(index["weight_map"].values()))]
+        return [model_file(model, name) for name in sorted(set(places.values()))]
     for name in PICKLED:
         if path := find(model, name):
             raise ValueError(f"{path}: a pickle, which may run code when it is read; where you trust it, convert it: "
-                             "python -c "
-                             "\"from transformers import AutoModelForImageTextToText as M; "
+                             "python -c \"from transformers import AutoModelForImageTextToText as M; "
                              f"M.from_pretrained({model!r}).save_pretrained('NEW')\"")
-    model_file(model, SINGLE)  # says what a checkpoint needs
-    raise AssertionError
+    return [model_file(model, SINGLE)]  # which says what a checkpoint needs
 
 
 def open_weights(path: Path):
@@ -77,8 +74,7 @@ class Checkpoint:
     """The tensors of a checkpoint's files; only headers are read until rows are asked for.
 
     files  {file's path: {tensor's name in it: its lazily read rows}}
-    names  {the network's name: the file's}, once it is known to fit a network
-    """
+    names  {the network's name: the file's}, once it is known to fit a network"""
 
     def __init__(self, model: str):
         self.model, self.names = model, {}
@@ -87,33 +83,43 @@ class Checkpoint:
         self.slices = {name: rows for file in self.files.values() for name, rows in file.items()}
 
     def fit(self, network: nn.Module) -> "Checkpoint":
-        """ValueError that names a tensor which is missing, too many or of another shape than config.json makes it."""
+        """Gives `names`. ValueError where the files are not those of the network that config.json makes."""
         wanted = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items()
                   if not name.endswith((".lora_A", ".lora_B"))}
-        extra = []
-        for name in self.slices:
-            own = network_name(name, wanted)
-            if own and own not in self.names:
-                self.names[own] = name
-            elif not COMPUTED.search(name):
-                extra.append(name)
-        there = {id(wanted[own]) for own in self.names}  # a tied head is there by its other name
-        missing = [own for own, tensor in wanted.items() if id(tensor) not in there]
-        if missing:
-            raise ValueError(f"{self.model}: {len(missing)} tensors are missing from the weights, {missing[0]} first")
-        if extra:
-            raise ValueError(f"{self.model}: {len(extra)} tensors in the weights that its config.json has no place "
-                             f"for, {extra[0]} first")
-        for own, name in self.names.items():
-            found, expected = list(self.slices[name].get_shape()), list(wanted[own].shape)
-            if found != expected:
-                raise ValueError(f"{self.model}: {name} has the shape {found} in the weights; config.json makes it "
-                                 f"{expected}")
+        self.names = match(self.slices, wanted, self.model)
         return self
 
-    def rows(self, own: str, start: int, stop: int) -> Tensor:
-        """[start, stop) of the first dimension of the network's tensor `own`: a view of the mapped file."""
-        return self.slices[self.names[own]][start:stop]
+
+def match(slices: dict, wanted: dict[str, Tensor], where: str) -> dict[str, str]:
+    """Name of each tensor of a network → name of its rows in a file. ValueError, behind `where`, names a tensor which
+    is missing, too many or of another shape."""
+    names, extra = {}, []
+    for name in slices:
+        own = network_name(name, wanted)
+        if own and own not in names:
+            names[own] = name
+        elif not COMPUTED.search(name):
+            extra.append(name)
+    there = {id(wanted[own]) for own in names}  # a tied head is there by its other name
+    if missing := [own for own, tensor in wanted.items() if id(tensor) not in there]:
+        raise ValueError(f"{where}: {len(missing)} tensors are missing from the weights, {missing[0]} first")
+    if extra:
+        raise ValueError(f"{where}: {len(extra)} tensors in the weights have no place in the model, {extra[0]} first")
+    for own, name in names.items():
+        found, made = slices[name].get_shape(), list(wanted[own].shape)
+        if found != made:
+            raise ValueError(f"{where}: {name} has the shape {found} in the weights; the model's is {made}")
+    return names
+
+
+@torch.no_grad()
+def copy_rows(slices: dict, names: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """This rank's rows of those tensors that have some in the files, cast to the tensors' type."""
+    for own, name in names.items():
+        if own in tensors:
+            start, stop = rows_of(tensors[own])
+            if start < stop:
+                local(tensors[own]).copy_(slices[name][start:stop])
 
 
 # ── networks ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -133,8 +139,7 @@ def empty_policy(model: str, vocabulary: int | None = None) -> Policy:
     """Folder or hub name → the policy's shapes, float32, on the meta device; its buffers are real.
 
     Ids from `vocabulary` on, the checkpoint's tokenizer's unless an encoder has counted it, can be neither sampled nor
-    scored: they decode to nothing, and a head's rows for them were never trained.
-    """
+    scored: they decode to nothing, and a head's rows for them were never trained."""
     content = read_json(model, "config.json")
     network_class = backbone(content.get("model_type"), model).Network
     with WithoutMemory():
@@ -171,17 +176,14 @@ def rows_of(parameter: Tensor) -> tuple[int, int]:
     return start, start + len(local(parameter))
 
 
-@torch.no_grad()
 def fill(policy: Policy, checkpoint: Checkpoint, device: torch.device) -> Policy:
     """Memory on `device` for what is on the meta device, and this rank's rows of every tensor, cast to their type."""
     checkpoint.fit(policy.model)
     replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=device))
     for module in policy.modules():
         module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
-    for name, tensor in [*policy.model.named_parameters(), *policy.model.named_buffers()]:
-        start, stop = rows_of(tensor)
-        if name in checkpoint.names and start < stop:
-            local(tensor).copy_(checkpoint.rows(name, start, stop))
+    copy_rows(checkpoint.slices, checkpoint.names,
+              dict([*policy.model.named_parameters(), *policy.model.named_buffers()]))
     return policy
 
 

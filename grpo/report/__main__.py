@@ -2,8 +2,7 @@
 
     python -m grpo.report runs/stage-2                     writes runs/stage-2/report.html
     python -m grpo.report runs/demo --output demo.html     all runs and evaluations in a folder
-    python -m grpo.report runs/stage-2 --live              serves the page on 127.0.0.1 and keeps it up to date; it
-                                                           waits for a run that is not there yet"""
+    python -m grpo.report runs/stage-2 --live              serves the page on 127.0.0.1, up to date as runs go on"""
 
 import time
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from grpo.report.images import Images
 from grpo.report.page import render, report_data
 from grpo.report.read import find_runs, read_run, short_names
 from grpo.report.serve import server
+from grpo.runtime.files import write_whole
 from grpo.runtime.settings import read_settings, run_program, setting
 
 
@@ -31,10 +31,7 @@ def write(words: list[str], output: Path | None) -> Path:
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders))]
     output = output or Path(words[0]) / "report.html"
     page = render(report_data(runs, Images(), time.strftime("%Y-%m-%d %H:%M")))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    new = output.with_name(output.name + ".new")
-    new.write_text(page, encoding="utf-8", errors="replace")
-    new.replace(output)
+    write_whole(output, page.encode(errors="replace"))
     return output
 
 

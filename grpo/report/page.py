@@ -17,11 +17,10 @@ SCRIPTS = ("dom.js", "curves.js", "charts.js", "rollouts.js", "completions.js", 
 
 
 def run_data(run: Run) -> dict:
-    return {"name": run.name, "kind": run.kind, "folder": str(run.folder), "columns": run.columns,
-            "rollouts": run.rollouts, "recorded": run.recorded, "evaluation": run.evaluation, "best": run.best,
-            "warnings": run.warnings,
-            **{name: run.what_ran.get(name) for name in
-               ("settings", "versions", "commit", "data_hash", "model_hash", "ranks", "started")}}
+    own = ("name", "kind", "columns", "rollouts", "recorded", "evaluation", "best", "warnings")
+    ran = ("settings", "versions", "commit", "data_hash", "model_hash", "ranks", "started")
+    return {"folder": str(run.folder), **{name: getattr(run, name) for name in own},
+            **{name: run.what_ran.get(name) for name in ran}}
 
 
 def image_data(runs: list[Run], images: Images) -> dict[str, dict]:
@@ -42,7 +41,6 @@ def as_json(data) -> str:
 
 
 def render(data: dict) -> str:
-    """The whole page."""
     script = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     asks = "'self'" if data["live"] else "'none'"

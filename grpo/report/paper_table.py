@@ -1,16 +1,15 @@
 """What was tested beside the figures of the paper, as Markdown and JSON.
 
-    python -m grpo.report.paper_table docs/recipes/jmere-r1/paper.json --runs runs/jmere-r1/test --output
-    runs/jmere-r1/table
+    python -m grpo.report.paper_table docs/recipes/jmere-r1/paper.json --runs runs/jmere-r1/test --output TABLE
 
 The recipe names the metrics and, for each row, the folder under --runs where grpo.evaluate wrote its metrics.json (none
 for a row that is only the paper's), and the paper's figures where it gives any. A row not run yet shows a dash;
 `<folder>_greedy` stands in a column of its own where any was run. Writes <output>.md and <output>.json."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.read import read_object
 from grpo.runtime.files import write_json
 from grpo.runtime.settings import read_settings, required, run_program, setting
 
@@ -24,23 +23,12 @@ class Settings:
     output: str = required("where to write, without .md and .json")
 
 
-def read_object(path: Path) -> dict:
-    """A JSON object; ValueError with its path for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: found a {type(content).__name__}; a JSON object expected")
-    return content
-
-
 def measured(runs: Path, name: str | None, metric: str) -> float | None:
     """A metric of one evaluation in percent; None where there is no such evaluation."""
     path = runs / (name or "") / "metrics.json"
     if not name or not path.exists():
         return None
-    metrics = read_object(path)
+    metrics = read_object(path, "a JSON object of metrics")
     if metric not in metrics:
         raise ValueError(f"{path}: no {metric}; found {', '.join(metrics)}")
     return 100 * metrics[metric]
@@ -48,12 +36,13 @@ def measured(runs: Path, name: str | None, metric: str) -> float | None:
 
 def rows_of(paper: dict, runs: Path) -> list[dict]:
     """One {"title", metric: {"ours", "paper", "greedy"}} a row."""
-    rows = []
-    for row in paper["rows"]:
+    def figures(row: dict, metric: str) -> dict:
         name = row.get("folder")
-        rows.append({"title": row["title"], **{metric: {"ours": measured(runs, name, metric), "paper": row.get(metric),
-            "greedy": measured(runs, name and f"{name}_greedy", metric)} for metric in paper["metrics"]}})
-    return rows
+        greedy = measured(runs, name and f"{name}_greedy", metric)
+        return {"ours": measured(runs, name, metric), "paper": row.get(metric), "greedy": greedy}
+
+    return [{"title": row["title"], **{metric: figures(row, metric) for metric in paper["metrics"]}}
+            for row in paper["rows"]]
 
 
 def markdown(paper: dict, rows: list[dict]) -> str:
@@ -71,7 +60,7 @@ def markdown(paper: dict, rows: list[dict]) -> str:
 def main() -> None:
     settings = read_settings(Settings)
     recipe, output = Path(settings.recipe), Path(settings.output)
-    paper = read_object(recipe)
+    paper = read_object(recipe, "a JSON object of the paper's rows")
     if missing := [name for name in ("source", "metrics", "rows") if name not in paper]:
         raise ValueError(f"{recipe}: no {missing[0]}; source, metrics and rows expected")
     rows = rows_of(paper, Path(settings.runs))

@@ -14,9 +14,7 @@ class Run:
     """One folder that grpo.train, sft.train or grpo.evaluate wrote.
 
     columns   {name: one value or None a line of metrics.jsonl}; `step` is always there
-    rollouts  records of rollouts.jsonl, as grpo/runtime/rollout_log.py describes them; of `recorded` ones those
-              that are shown
-    """
+    rollouts  the records of rollouts.jsonl (see grpo/runtime/rollout_log.py) that are shown, of `recorded` ones"""
 
     name: str
     folder: Path
@@ -35,8 +33,7 @@ class Run:
 
 
 def find_runs(words: list[str], wait: bool = False) -> list[Path]:
-    """The folders named, or the runs directly inside them. ValueError names one that holds neither; with `wait` it
-    is left out, for it may come yet."""
+    """The folders named, or the runs directly inside them. ValueError names one that holds neither, unless `wait`."""
     folders = []
     for word in words:
         folder = Path(word)
@@ -134,25 +131,19 @@ def is_number(value) -> bool:
 
 def is_record(record: dict) -> bool:
     """Whether the page can show it: another program's line must not break the page."""
-    groups = record.get("groups")
-    return is_number(record.get("step")) and isinstance(groups, list) and all(map(is_group, groups))
-
-
-def is_group(group) -> bool:
-    if not isinstance(group, dict) or not isinstance(group.get("id"), str):
+    words, numbers = [], [record.get("step")]
+    try:
+        for group in record["groups"]:
+            words += [group["id"], *(group.get(name) or "" for name in ("prompt", "target", "text", "entity"))]
+            words += group.get("images") or []
+            cx, cy, width, height = group.get("box") or [0, 0, 0, 0]
+            numbers += [cx, cy, width, height, group["completions"][0]["reward"]]
+            for completion in group["completions"]:
+                words += [*completion["pieces"]]
+                numbers += [completion["advantage"], completion["reward"]]
+    except (AttributeError, LookupError, TypeError, ValueError):
         return False
-    words = [group.get(name) or "" for name in ("prompt", "target", "text", "entity")] + list(group.get("images") or ())
-    box, completions = group.get("box") or [0, 0, 0, 0], group.get("completions")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        return False
-    return (all(isinstance(word, str) for word in words)
-            and isinstance(completions, list) and len(completions) > 0 and all(map(is_completion, completions)))
-
-
-def is_completion(completion) -> bool:
-    return (isinstance(completion, dict) and isinstance(completion.get("pieces"), list)
-            and all(isinstance(piece, str) for piece in completion["pieces"])
-            and is_number(completion.get("advantage")) and is_number(completion.get("reward")))
+    return all(isinstance(word, str) for word in words) and all(map(is_number, numbers))
 
 
 def spread(records: list[dict], budget: int) -> list[dict]:

@@ -1,6 +1,7 @@
 """Answer every sample of a split, over all ranks: evaluation, validation and the hard/easy split are this."""
 
 import json
+from typing import Callable
 
 from grpo.engine.encode import Encoder
 from grpo.engine.policy import Policy
@@ -18,11 +19,10 @@ class Prompts:
 
     cache_bytes bounds what is kept, pixels or features; what came first stays. With keep_features, what a frozen
     vision encoder has seen is kept in the pixels' place and it sees no image twice in the whole run; features then
-    come from whichever batch was first, which may change their last bits from one run to another.
-    """
+    come from whichever batch was first, which may change their last bits from one run to another."""
 
     def __init__(self, encoder: Encoder, task, reasoning: bool = True, cache_bytes: float = 0,
-            keep_features: bool = False):
+                 keep_features: bool = False):
         self.encoder, self.task, self.reasoning, self.keep_features = encoder, task, reasoning, keep_features
         self.room, self.kept = cache_bytes, {}  # by the sample itself: ids may begin anew in another split
         self.too_long, self.longest = 0, 0  # prompts left out since the run began, tokens of the longest seen
@@ -39,8 +39,7 @@ class Prompts:
         return prompt
 
     def short_enough(self, samples: list, most: int) -> list[Prompt]:
-        """The samples' prompts of at most so many tokens; longer ones are counted and left out, never cut: that
-        would split an image's tokens."""
+        """The samples' prompts of at most so many tokens; longer ones are counted and left out, never cut."""
         encoded = [self(sample) for sample in samples]
         self.too_long += sum(len(prompt) > most for prompt in encoded)
         self.longest = max([self.longest, *map(len, encoded)])
@@ -56,8 +55,7 @@ class Prompts:
         return True
 
     def release_features(self, prompts: list[Prompt]) -> None:
-        """After use: features leave the accelerator; they are forgotten, or kept in host memory instead of the
-        pixels."""
+        """After use: features leave the accelerator; they are forgotten, or kept in host memory instead of pixels."""
         for prompt in prompts:
             features, prompt.features = prompt.features, None
             if features is None or not self.keep_features:
@@ -69,25 +67,19 @@ class Prompts:
                 prompt.pixels, prompt.features = pixels, None
 
 
-def answer(policy: Policy, prompts_of: Prompts, samples: list, sampling: Sampling, *,
-    group_size: int = 1, what: str = "evaluate", speculation: Speculation | None = None,
-) -> list[list[str]]:
+def answer(policy: Policy, prompts_of: Prompts, samples: list, sampling: Sampling, *, group_size: int = 1,
+           what: str = "evaluate", speculation: Speculation | None = None) -> list[list[str]]:
     """`group_size` completions' texts for every sample, in the samples' order, on every rank.
 
-    Nothing is dropped: a prompt may be as long as it is, its images are scaled to the pixel limit.
-    """
+    Nothing is dropped: a prompt may be as long as it is, its images are scaled to the pixel limit."""
     mine, texts = split_across_ranks(samples), []
     turns = -(-len(samples) // world_size())  # of the longest share: every turn is a collective
-    # Encoded images are large: twice what is written at once keeps most rows busy.
-    stretch = max(1, 2 * sampling.rows // group_size)
-    with progress(len(mine), what, "sample") as bar:
+    stretch = max(1, 2 * sampling.rows // group_size)  # images are large: twice what is written at once
+    with progress(len(mine) * group_size, what, "answer") as bar:
+        moved = lambda written, ended, spared: bar.update(ended)
         for start in range(0, turns, stretch):
             prompts = [prompts_of(sample) for sample in mine[start : start + stretch]]
-            if policy.vision_is_frozen:
-                encode_images_unsharded(policy, prompts)
-            ended = Ended(bar, group_size)
-            groups: list[Group] = sample_unsharded(policy, prompts, group_size, sampling, ended, speculation)
-            remember(speculation, groups)
+            groups = draw(policy, prompts, group_size, sampling, speculation, moved)
             prompts_of.release_features(prompts)
             texts += [[prompts_of.encoder.decode(completion) for completion in group.completions] for group in groups]
     return merge_from_ranks(all_gather(texts))
@@ -95,15 +87,26 @@ def answer(policy: Policy, prompts_of: Prompts, samples: list, sampling: Samplin
 
 def roll_out(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling,
              speculation: Speculation | None = None) -> list[Group]:
-    """`sample` for training, with a bar of tokens: images are encoded once, for rollout, reference and all updates."""
-    if policy.vision_is_frozen:
-        encode_images_unsharded(policy, prompts)
+    """`sample` for training, with a bar of tokens."""
     with progress(len(prompts) * group_size * sampling.max_tokens, "rollout", "token") as bar:
-        def count(written: int, ended: int, spared: int) -> None:
-            heartbeat()
+        def moved(written: int, ended: int, spared: int) -> None:
             bar.total -= spared  # what ended early will not be written: time left is an upper bound that sinks
             bar.update(written)
-        groups = sample_unsharded(policy, prompts, group_size, sampling.check_training(), count, speculation)
+
+        return draw(policy, prompts, group_size, sampling.check_training(), speculation, moved)
+
+
+def draw(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling, speculation: Speculation | None,
+         moved: Callable[[int, int, int], None]) -> list[Group]:
+    """`sample`; images are encoded once, for all that comes after it, and the completions remembered. moved: called
+    after each pass with the tokens written, the completions ended, the tokens that these will not need."""
+    def on_tokens(written: int, ended: int, spared: int) -> None:
+        heartbeat()
+        moved(written, ended, spared)
+
+    if policy.vision_is_frozen:
+        encode_images_unsharded(policy, prompts)
+    groups = sample_unsharded(policy, prompts, group_size, sampling, on_tokens, speculation)
     remember(speculation, groups)
     return groups
 
@@ -117,8 +120,7 @@ def remember(speculation: Speculation | None, groups: list[Group]) -> None:
 
 
 def remember_predictions(speculation: Speculation | None, path: str, samples: list, encoder: Encoder) -> None:
-    """The completions in a file of predictions, to guess from. Lines that fit no sample are said once and cost
-    nothing."""
+    """The completions in a file of predictions, to guess from. Lines that fit no sample are said once, and ignored."""
     if not speculation:
         return
     known, unfit = {sample.id for sample in samples}, 0
@@ -141,16 +143,3 @@ def check_reward_options(task, samples: list, options: dict) -> None:
         task.rewards.reward("", samples[0], **options)
     except TypeError as error:
         raise ValueError(f"--reward_options: {error}") from None
-
-
-class Ended:
-    """Moves a bar of samples by the completions that end."""
-
-    def __init__(self, bar, group_size: int):
-        self.bar, self.group_size, self.count = bar, group_size, 0
-
-    def __call__(self, written: int, ended: int, spared: int) -> None:
-        heartbeat()
-        before = self.count // self.group_size
-        self.count += ended
-        self.bar.update(self.count // self.group_size - before)

@@ -7,8 +7,7 @@
 
 A folder is written beside its place and renamed when every part is on disk: what stands there is whole. Only what
 trains is saved; the rest is in --model. Nothing is ever unpickled. A part names the rows that it holds of each tensor,
-so any number of ranks can read what any other number has written.
-"""
+so any number of ranks can read what any other number has written."""
 
 import hashlib
 import json
@@ -18,21 +17,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo.engine.files import replace_folder
 from grpo.engine.policy import Policy
 from grpo.engine.weights import local, rows_of
-from grpo.runtime.dist import all_gather, broadcast_from_rank_0, rank, world_size
-from grpo.runtime.files import sync, write_json
+from grpo.runtime.dist import all_gather, broadcast_from_rank_0, rank, split_across_ranks, world_size
+from grpo.runtime.files import sha256, sync, write_json
+from grpo.runtime.folder import FolderWriter
 from grpo.runtime.fsdp import is_first_replica
 from grpo.runtime.liveness import heartbeat_during
 from grpo.runtime.log import say
 from grpo.runtime.provenance import FILES
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpoints:
@@ -49,45 +48,24 @@ class Checkpoints:
              history: dict[str, Tensor] | None = None) -> None:
         """Write the run after `step` updates; `state` is what else it needs, as JSON, `history` what all ranks hold
         alike. OSError if that fails, and then everything that was there before still is."""
-        place = self.folder / f"step-{step:08}"
-        new = place.with_name(place.name + ".new")
+        writer = FolderWriter(self.folder / f"step-{step:08}", "the checkpoint", self.last_good())
+        parts = dict(writer.do(lambda: write_part(writer.new, policy, optimizer, history or {}), everywhere=True))
 
-        def begin():
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-
-        def end():
-            parts = {name: {"bytes": size, "sha256": digest} for name, size, digest in written}
+        def write_state():
             content = {"format": FORMAT, "step": step, "parts": parts, **state}
-            write_json(new / "state.json", {**content, "sha256": seal(content)})
-            sync(new / "state.json")
-            replace_folder(new, place)
-            sync(self.folder)
+            write_json(writer.new / "state.json", {**content, "sha256": seal(content)})
+            sync(writer.new / "state.json")
+
+        def remove_others():
             # those beyond were passed over as damaged; beside this one they would be the future of another run
-            beyond = [other for other in self.found() if other > place]
+            beyond = [other for other in self.found() if other > writer.place]
             for old in [*beyond, *self.found()[len(beyond) + self.kept:]]:
                 shutil.rmtree(old)
 
-        self.attempt(new, begin if rank() == 0 else lambda: None)
-        written = self.attempt(new, lambda: write_part(new, policy, optimizer, history or {}))
-        self.attempt(new, end if rank() == 0 else lambda: None)
-        self.good = place
-
-    def attempt(self, new: Path, action) -> list:
-        """Do it on every rank; where it failed on any, all raise and nothing half-written stays."""
-        try:
-            with heartbeat_during():
-                outcome = [(None, action())]
-        except (OSError, SafetensorError) as error:
-            outcome = [(f"rank {rank()}: {error}", None)]
-        outcomes = all_gather(outcome)
-        faults = [fault for fault, _ in outcomes if fault]
-        if faults:
-            if rank() == 0:
-                shutil.rmtree(new, ignore_errors=True)
-            place = new.with_suffix("")
-            raise OSError(f"{place}: the checkpoint cannot be written ({faults[0]}); {self.last_good()}")
-        return [value for _, value in outcomes]
+        writer.do(write_state)
+        writer.end()
+        writer.do(remove_others)
+        self.good = writer.place
 
     def last_good(self) -> str:
         return f"the last good one is {self.good}" if self.good else "there is none before it"
@@ -114,15 +92,15 @@ class Checkpoints:
 
     def damage(self, place: Path, parts: dict) -> str:
         """What is wrong with the parts, "" if nothing; each rank reads its share of them."""
+        is_whole = lambda path: path.is_file() and sha256(path) == parts[path.name]
         with heartbeat_during():
-            mine = [fault for name in sorted(parts)[rank() :: world_size()]
-                if (fault := part_fault(place / name, parts[name]))]
+            mine = [name for name in split_across_ranks(sorted(parts)) if not is_whole(place / name)]
         faults = all_gather(mine)
-        return faults[0] if faults else ""
+        return f"{faults[0]} is missing or not what was written" if faults else ""
 
     def load(self, policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> dict[str, Tensor]:
-        """Weights, optimizer and random states of the newest good checkpoint into this run. on_host: the optimizer's
-        state into host memory. Returns the run's history."""
+        """Weights, optimizer (on_host: into host memory) and random states of the newest good checkpoint into this run.
+        Returns the run's history."""
         with heartbeat_during():
             read_parts([self.good / name for name in self.parts], policy, optimizer, on_host)
             first = safe_open(self.good / self.parts[0], "pt")
@@ -139,59 +117,52 @@ class Checkpoints:
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
-    """"kind/parameter's name" → (parameter, tensor) for every weight that trains and all that the optimizer keeps
-    of it."""
+    """"kind/parameter's name" → (parameter, tensor): what trains, and all that the optimizer keeps of it."""
     found = {}
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
-            found[f"weight/{name}"] = parameter, parameter.detach()
-            for kind, tensor in optimizer.state.get(parameter, {}).items():
-                found[f"{kind}/{name}"] = parameter, tensor
+            tensors = {"weight": parameter.detach(), **optimizer.state.get(parameter, {})}
+            found |= {f"{kind}/{name}": (parameter, tensor) for kind, tensor in tensors.items()}
     return found
 
 
-def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, history: dict[str, Tensor]) -> tuple[str,
-        int, str]:
-    """This rank's rows; (file name, bytes, sha256). Of hybrid sharding's copies the first one writes the rows, and
-    rank 0 the history."""
+def write_part(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, history: dict) -> tuple[str, str]:
+    """This rank's rows, of hybrid sharding's copies those of the first; rank 0 the history too. (File name, hash.)"""
     path = folder / f"part-{rank():05}-of-{world_size():05}.safetensors"
     tensors, rows = {}, {}
     for key, (parameter, tensor) in state_tensors(policy, optimizer).items() if is_first_replica(policy) else ():
         if tensor.ndim:  # a number stands for itself
             rows[key] = rows_of(parameter)
         tensors[key] = local(tensor).cpu().contiguous()
-    tensors |= {f"random/{name}": state for name, state in random_states().items()}
     tensors |= {f"history/{name}": tensor for name, tensor in history.items() if rank() == 0}
-    save_file(tensors, path, metadata={"rows": json.dumps(rows)})
+    save_file(tensors, path, metadata={"rows": json.dumps(rows), "random": json.dumps(random_states())})
     sync(path)
-    return path.name, path.stat().st_size, sha256(path)
+    return path.name, sha256(path)
 
 
 def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> None:
     """The rows that this rank holds, from whichever parts have them."""
     parts = [safe_open(path, "pt") for path in paths]
-    rows = [json.loads(part.metadata()["rows"]) for part in parts]
-    holders_of: dict[str, dict[str, list[int]]] = {}  # parameter → kind → the parts that have rows of it
-    for i, part in enumerate(parts):
+    holders: dict[str, list[tuple]] = {}  # "kind/parameter's name" → (rows, part) of each part that has some
+    for part in parts:
+        rows = json.loads(part.metadata()["rows"])
         for key in part.keys():
-            kind, _, name = key.partition("/")
-            holders_of.setdefault(name, {}).setdefault(kind, []).append(i)
-    for name, parameter in policy.named_parameters():
-        if not parameter.requires_grad:
+            holders.setdefault(key, []).append((rows.get(key), part))
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    for key, pieces in holders.items():
+        kind, _, name = key.partition("/")
+        if (parameter := trained.get(name)) is None:
             continue
-        for kind, holders in holders_of.get(name, {}).items():
-            key = f"{kind}/{name}"
-            if key not in rows[holders[0]]:  # a number, Adam's count of steps
-                optimizer.state[parameter][kind] = parts[holders[0]].get_tensor(key).to(local(parameter).device)
-                continue
-            target = parameter.detach() if kind == "weight" else torch.zeros_like(parameter, device="cpu" if on_host
-                else parameter.device)
-            fill(local(target), rows_of(parameter), [(rows[i][key], parts[i].get_slice(key)) for i in holders], key)
-            if kind != "weight":
-                optimizer.state[parameter][kind] = target
+        if pieces[0][0] is None:  # a number, Adam's count of steps
+            optimizer.state[parameter][kind] = pieces[0][1].get_tensor(key).to(local(parameter).device)
+            continue
+        target = parameter.detach()
+        if kind != "weight":
+            target = torch.zeros_like(target, device="cpu" if on_host else target.device)
+            optimizer.state[parameter][kind] = target
+        fill(local(target), rows_of(parameter), [(rows, part.get_slice(key)) for rows, part in pieces], key)
     if world_size() == len(parts):
-        set_random_states({key.partition("/")[2]: parts[rank()].get_tensor(key)
-                           for key in parts[rank()].keys() if key.startswith("random/")})
+        set_random_states(json.loads(parts[rank()].metadata()["random"]))
 
 
 def fill(target: Tensor, wanted: tuple[int, int], pieces: list, key: str) -> None:
@@ -206,35 +177,24 @@ def fill(target: Tensor, wanted: tuple[int, int], pieces: list, key: str) -> Non
         raise ValueError(f"{key}: rows {wanted[0]} to {wanted[1]} wanted, the checkpoint has {filled} of them")
 
 
-def random_states() -> dict[str, Tensor]:
+def random_states() -> dict[str, list]:
     """Of every generator that a task, a fork or dropout may draw from; our own draws have generators of their own."""
     kind, keys, *rest = np.random.get_state()
-    _, words, gauss = random.getstate()
-    states = {"torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(keys.astype(np.int64)), "numpy_rest": torch.tensor(rest, dtype=torch.float64),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64)}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    states = {"torch": torch.get_rng_state().tolist(), "numpy": [kind, keys.tolist(), *rest],
+              "python": random.getstate()}
+    return states | ({"cuda": torch.cuda.get_rng_state().tolist()} if torch.cuda.is_available() else {})
 
 
-def set_random_states(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["torch"])
-    place, has_gauss, cached = states["numpy_rest"].tolist()
-    np.random.set_state(("MT19937", states["numpy"].numpy().astype(np.uint32), int(place), int(has_gauss), cached))
-    gauss = states["python_gauss"].item()
-    random.setstate((3, tuple(states["python"].tolist()), None if gauss != gauss else gauss))
+def set_random_states(states: dict[str, list]) -> None:
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    np.random.set_state(tuple(states["numpy"]))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
 # ── is it whole, and is it ours ──────────────────────────────────────────────────────────────────────────────────
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(content: dict) -> str:
@@ -250,25 +210,16 @@ def read_state(place: Path) -> dict | str:
         if state["format"] != FORMAT or not isinstance(state["parts"], dict) or not state["parts"]:
             return f"{path.name} is of format {state['format']}, {FORMAT} expected"
         if state.pop("sha256") != seal(state):
-            return f"the contents of {path.name} are not what was written"
+            return f"{path.name} is not what was written"
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path.name}: {type(error).__name__}: {error}"
 
 
-def part_fault(path: Path, expected: dict) -> str:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if (size := path.stat().st_size) != expected["bytes"]:
-        return f"{path.name} has {size} bytes, {expected['bytes']} expected"
-    return "" if sha256(path) == expected["sha256"] else f"the contents of {path.name} are not what was written"
-
-
 def differences(before: dict, now: dict, rules: dict[str, str]) -> dict[str, tuple]:
     """Name → (before, now) of everything in two runs' provenance that decides what is learned; see provenance.what_ran.
 
-    `rules` says of a setting's name whether it is "free" to differ (settings.resume_rules).
-    """
+    `rules` says of a setting's name whether it is "free" to differ (settings.resume_rules)."""
     def deciding(ran: dict) -> dict:
         settings = {name: value for name, value in ran["settings"].items() if rules.get(name) != "free"}
         files = {name: ran["file_hashes"].get(name) for name in FILES}  # None: not given, which is a difference too
@@ -279,8 +230,7 @@ def differences(before: dict, now: dict, rules: dict[str, str]) -> dict[str, tup
 
 
 def refusal(changed: dict[str, tuple], place: Path, resume: str, rules: dict[str, str]) -> str:
-    """Why a run must not go on from `place`, "" if it may. Another model, or a setting that "never" may differ, is
-    another run."""
+    """Why a run must not go on from `place`, "" if it may."""
     forbidden = {name: pair for name, pair in changed.items() if name == "model_hash" or rules.get(name) == "never"}
     if not changed or resume == "changed" and not forbidden:
         return ""

@@ -13,24 +13,21 @@ from grpo.runtime.rendezvous import connect, rendezvous
 
 
 def start(hang_minutes: float = 30.0) -> torch.device:
-    """Join the ranks that torchrun has started (one alone without it) and take this one's device.
-
-    Where no rank makes progress for `hang_minutes` the run ends and says who is missing, see
-    grpo/runtime/liveness.py; a collective would wait twice as long.
-    """
+    """Join the ranks that torchrun has started (one alone without it) and take this one's device. Where no rank makes
+    progress for `hang_minutes` liveness.py ends the run and says who is missing."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local >= torch.cuda.device_count():
         raise ValueError(f"rank {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-                         f"expected at most as many ranks (--nproc-per-node)")
+                         "expected at most as many ranks (--nproc-per-node)")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         mine, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         store, restart = rendezvous(mine, world, hang_minutes) if "RANK" in os.environ else (dist.HashStore(), "")
-        dist.init_process_group(backend, store=store, rank=mine, world_size=world,
-            timeout=timedelta(minutes=2 * hang_minutes))
+        timeout = timedelta(minutes=2 * hang_minutes)
+        dist.init_process_group(backend, store=store, rank=mine, world_size=world, timeout=timeout)
         Watchdog(connect(timedelta(minutes=hang_minutes)) if world > 1 else store, restart, mine, world, hang_minutes)
     if rank():
         logging.disable(logging.WARNING)  # every rank finds the same; rank 0 says it
@@ -52,17 +49,14 @@ def world_size() -> int:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank."""
     return bool(all_reduce_max(torch.tensor(float(flag), device=device)))
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum of a small tensor over all ranks."""
     return _all_reduce(values, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(values: Tensor) -> Tensor:
-    """Maximum of a small tensor over all ranks."""
     return _all_reduce(values, dist.ReduceOp.MAX)
 
 
@@ -96,9 +90,5 @@ def split_across_ranks(items: list) -> list:
 
 def merge_from_ranks(items: list) -> list:
     """The way back: parts in the order of ranks, as `all_gather` gives them → the original order."""
-    parts, start = [], 0
-    for r in range(world_size()):
-        length = len(range(r, len(items), world_size()))
-        parts.append(items[start : start + length])
-        start += length
-    return [parts[i % world_size()][i // world_size()] for i in range(len(items))]
+    places = [place for r in range(world_size()) for place in range(r, len(items), world_size())]
+    return [item for _, item in sorted(zip(places, items), key=lambda pair: pair[0])]

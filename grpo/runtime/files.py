@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -10,15 +11,14 @@ import socket
 import time
 from pathlib import Path
 
-_locks = []  # open as long as this process lives: closing any handle of a locked file would release it
+_locks = []  # open as long as this interpreter lives: closing any handle of a locked file would release it
 
 
 def hold_lock(path: Path) -> tuple[bool, str]:
     """(whether this process holds the file `path` until it ends, who holds it). OSError where there are no locks.
 
     The kernel's own lock: it ends with the process, however that ends, and is seen from other hosts of a shared file
-    system, where a pid means nothing.
-    """
+    system, where a pid means nothing."""
     handle = path.open("a+")
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -35,21 +35,32 @@ def hold_lock(path: Path) -> tuple[bool, str]:
     return True, me
 
 
-def link_folder(source: Path, new: Path) -> None:
+def link_folder(source: Path, place: Path) -> None:
     """A copy of hard links, or of files where the file system has none: weights take no room twice."""
+    new = place.with_name(place.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     try:
         shutil.copytree(source, new, copy_function=os.link)
     except OSError:
         shutil.copytree(source, new, dirs_exist_ok=True)
+    replace_folder(new, place)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """`new` becomes `place`; what stood there is moved aside first and removed last."""
+    old = place.with_name(place.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(new, place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def append_line(path: Path, content: dict) -> None:
     """One JSON object as one whole line: a single write at the file's end, so that a reader who comes in between finds
     only whole lines, or a last one without its end (a write under way, a full disk), which is to be left out."""
-    # a mean of nothing is not a number, and JSON has no word for that but null
-    missing = {name for name, value in content.items() if isinstance(value, float) and not math.isfinite(value)}
-    content = {name: None if name in missing else value for name, value in content.items()}
+    not_a_number = lambda value: isinstance(value, float) and not math.isfinite(value)  # a mean of nothing: null
+    content = {name: None if not_a_number(value) else value for name, value in content.items()}
     line = json.dumps(content).encode() + b"\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -61,21 +72,28 @@ def append_line(path: Path, content: dict) -> None:
 
 
 def keep_lines(path: Path, count: int) -> None:
-    """The file's first `count` lines, written beside and renamed. ValueError where it has fewer: some were lost."""
+    """The file's first `count` lines stay. ValueError where it has fewer: some were lost."""
     kept = path.read_bytes().splitlines(keepends=True)[:count] if count else []
     if len(kept) < count:
         raise ValueError(f"{path}: {len(kept)} lines; {count} expected, as the checkpoint says: some are lost")
+    write_whole(path, b"".join(kept))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Written beside and renamed, so that a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    new.write_bytes(b"".join(kept))
+    new.write_bytes(content)
     new.replace(path)
 
 
 def write_json(path: Path, content) -> None:
-    """Whole or not at all: written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -1,16 +1,15 @@
 """Shard the weights over the ranks, and gather them for the rollout. The only file that knows of FSDP.
 
 Order of wrapping: gradient checkpointing is a flag of the layers, then every decoder layer is sharded, then the
-root (embeddings, vision encoder, norm, head). One rank in float32 needs none of it and gets none.
-"""
+root (embeddings, vision encoder, norm, head). One rank in float32 needs none of it and gets none."""
 
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard,
-    register_fsdp_forward_method)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from grpo.engine.policy import Policy
@@ -38,15 +37,12 @@ def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: boo
     """Split float32 masters over all ranks; compute in `dtype`; gradients are reduced in float32.
 
     What is frozen is kept in `dtype`: a float32 copy would be cast to the same numbers in every layer. On one rank it
-    is left as it is, whole, and FSDP only casts what trains.
+    is left as it is, whole, and FSDP only casts what trains. Weights on the meta device stay there, see weights.fill.
     offload: on a GPU, the weights wait in host memory and each layer's visit the device for its turn.
     shard_size: hybrid sharding, weights split over so many ranks and the same again in the next so many, which
     exchange gradients alone: for a fast link within a machine and a slow one between machines. 0: over all.
-    rollout_weights: how `sample_unsharded` and `encode_images_unsharded` hold the weights, see `unsharded_fits`.
-    mesh: of `make_mesh`, whose making every rank must join; with one given there is no collective here.
-
-    Weights on the meta device stay there and are filled afterwards, see weights.fill.
-    """
+    rollout_weights: how `sample_unsharded` holds the weights, see `unsharded_fits`.
+    mesh: of `make_mesh`, whose making every rank must join; with one given there is no collective here."""
     policy.rollout_weights, policy.compute_dtype = rollout_weights, dtype
     offload, parameters = offload and device.type == "cuda", set(policy.parameters())
     frozen = {parameter for parameter in parameters if not parameter.requires_grad}
@@ -109,8 +105,7 @@ def unsharded_fits(policy: Policy, more_bytes: int) -> bool:
     """Whether every rank gathers all weights for a rollout, or layer by layer in every pass.
 
     Whole is faster and takes the weights' room in compute precision, `more_bytes` of caches beside them; layer by layer
-    each token of a rollout gathers every layer once. "auto": whole where it fits on every rank.
-    """
+    each token of a rollout gathers every layer once. "auto": whole where it fits on every rank."""
     if policy.rollout_weights != "auto" or policy.device.type != "cuda":
         return policy.rollout_weights != "layers"
     free, _ = torch.cuda.mem_get_info(policy.device)
@@ -121,8 +116,7 @@ def unsharded_fits(policy: Policy, more_bytes: int) -> bool:
 
 def sample_unsharded(policy: Policy, prompts: list, group_size: int, sampling: Sampling, on_tokens=None,
                      speculation: Speculation | None = None) -> list[Group]:
-    """`sample` on sharded weights: unsharded, or layer by layer, where every rank makes as many passes as the
-    busiest."""
+    """`sample` on sharded weights: unsharded, or layer by layer, where all make as many passes as the busiest rank."""
     needed = cache_bytes(policy.text_config, prompts, group_size, sampling.rows, sampling.max_tokens,
                          policy.compute_dtype.itemsize)
     with enough_memory("in a rollout", "lower --rollout_rows or --max_completion_tokens"):
@@ -138,7 +132,7 @@ def sample_unsharded(policy: Policy, prompts: list, group_size: int, sampling: S
 
 def encode_images_unsharded(policy: Policy, prompts) -> None:
     """`keep_features` on sharded weights, where images may be distributed unequally. The encoder is the root's own,
-    and the root is whole inside `call_inside`, the layers need not be."""
+    and the root is unsharded inside `call_inside`, the layers need not be."""
     with enough_memory("in the vision encoder", "lower --max_pixels"):
         policy.call_inside(Policy.keep_image_features, prompts)
         reshard(policy)

@@ -2,8 +2,7 @@
 
     python -m grpo.runtime.launch --nproc-per-node 8 -m grpo.train …
 
-Takes torchrun's words; the exit status is that of the rank that ended first, 130 after Ctrl-C, 143 after SIGTERM.
-"""
+Takes torchrun's words; the exit status is that of the rank that ended first, 130 after Ctrl-C, 143 after SIGTERM."""
 
 import logging
 import signal
@@ -27,8 +26,7 @@ def main(words: list[str] | None = None) -> None:
         rank, failure = min(error.failures.items(), key=lambda one: (ended_by_others(one[1]), one[1].timestamp))
         if failure.exitcode < 0:  # it could not say anything itself
             print(f"error: rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}; the same command "
-                  "goes on from "
-                  f"the last checkpoint", file=sys.stderr, flush=True)
+                  "goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
 
 

@@ -1,13 +1,10 @@
 """No silent waiting: where no rank makes progress any more, the one that the others wait for is named and the run ends.
 
-Every rank counts its steps (`heartbeat`: a phase begun, a token written, a reward given). A thread of each rank
-puts the count into the store through which the ranks found each other, and reads everybody's. While any count
-moves, all is well, however long one rank waits for another. Where none has moved for `minutes`, the rank that has
-gone through the fewest phases and collectives is the one that the others wait for. Under torchrun --max-restarts
-the run then restarts from its last checkpoint.
-
-The same file hears SIGTERM and Ctrl-C, which ask a run to end after the step at hand.
-"""
+Every rank counts its steps (`heartbeat`: a phase begun, a token written, a reward given). A thread of each rank puts
+the count into the store through which the ranks found each other, and reads everybody's. While any count moves, all is
+well, however long one rank waits for another. Where none has moved for `minutes`, the others wait for the rank that has
+gone through the fewest phases and collectives. Under torchrun --max-restarts the run then restarts from its last
+checkpoint. The same file hears SIGTERM and Ctrl-C, which ask a run to end after the step at hand."""
 
 import os
 import signal
@@ -67,45 +64,36 @@ class Phases(Stopwatch):
 
 
 class Watchdog:
-    """A thread of this rank's process. `store` is a connection of its own: the main thread's may be waiting."""
+    """A thread of this rank. `store` is a connection of its own: the main thread's may be waiting."""
 
     def __init__(self, store: Store, restart: str, rank: int, world: int, minutes: float):
         global _watchdog
-        self.store, self.rank, self.world, self.seconds = PrefixStore(f"{restart}/heartbeat",
-            store), rank, world, 60 * minutes
-        self.over = threading.Event()
+        self.store = PrefixStore(f"{restart}/heartbeat", store)
+        self.rank, self.world, self.seconds, self.over = rank, world, 60 * minutes, threading.Event()
         _watchdog = self
         self.publish()
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def publish(self) -> None:
-        p = _heartbeat
+        phases, steps, phase = _heartbeat.values()
         with suppress(RuntimeError):  # the store's host is going down or gone
-            self.store.set(str(self.rank), f"{p['phases']} {p['steps']} {os.getpid()} {socket.gethostname()} "
-                                           f"{p['phase']}")
-
-    def read_all(self) -> list[list[str]]:
-        """[phases, steps, process id, host, phase] of each rank that has begun to watch."""
-        keys = map(str, range(self.world))
-        return [self.store.get(key).decode().split(" ", 4) if self.store.check([key])
-            else ["0", "0", "?", "?", "starting"]
-                for key in keys]
+            self.store.set(str(self.rank), f"{phases} {steps} {os.getpid()} {socket.gethostname()} {phase}")
 
     def watch(self) -> None:
-        moved, seen = time.monotonic(), None
+        """ranks: [phases, steps, process id, host, phase] of each; those of one that has not begun stand at zero."""
+        read = lambda key: self.store.get(key).decode() if self.store.check([key]) else "0 0 ? ? starting"
+        moved, ranks = time.monotonic(), []
         while not self.over.wait(min(10.0, self.seconds / 5)):
             self.publish()
-            try:
-                ranks = self.read_all()
-            except (RuntimeError, ValueError):
-                ranks = seen
-            if ranks != seen:
-                moved, seen = time.monotonic(), ranks
+            with suppress(RuntimeError):
+                before, ranks = ranks, [read(str(one)).split(" ", 4) for one in range(self.world)]
+                moved = moved if ranks == before else time.monotonic()
             if time.monotonic() - moved > self.seconds + 2 * self.rank:
+                spoken = 0
                 with suppress(RuntimeError):
-                    if self.store.add("spoken", 1) > 1:
-                        os._exit(EXIT_STATUS)
-                print("error: " + verdict(ranks or [], self.seconds), file=sys.stderr, flush=True)
+                    spoken = self.store.add("spoken", 1)
+                if spoken <= 1:
+                    print("error: " + verdict(ranks, self.seconds), file=sys.stderr, flush=True)
                 os._exit(EXIT_STATUS)
 
 
@@ -128,11 +116,10 @@ def verdict(ranks: list[list[str]], seconds: float) -> str:
 
 
 class StopSignals:
-    """SIGTERM and the first Ctrl-C ask for an end after the step at hand; a second Ctrl-C ends this process at once.
+    """SIGTERM and the first Ctrl-C ask for an end after the step at hand; a second Ctrl-C ends this rank at once.
 
     A thread hears them: the main thread may be waiting in a collective, where no handler of Python's runs. What comes
-    within AGAIN seconds is the first one once more: torchrun passes a Ctrl-C on that the terminal has sent already.
-    """
+    within AGAIN seconds is the first one once more: torchrun passes a Ctrl-C on that the terminal has sent already."""
 
     AGAIN = 2.0
 
@@ -143,7 +130,7 @@ class StopSignals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         if (earlier := signal.set_wakeup_fd(wakeup.detach(), warn_on_full_buffer=False)) >= 0:
-            os.close(earlier)  # another run's of this process: its thread ends
+            os.close(earlier)  # another run's of this interpreter: its thread ends
         threading.Thread(target=self.listen, name="signals", daemon=True).start()
 
     def listen(self) -> None:

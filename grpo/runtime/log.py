@@ -28,8 +28,7 @@ def progress(total: int, what: str, unit: str):
         return PlainProgress(total, what, unit)
     from transformers.utils.logging import tqdm  # here, for it brings transformers along
 
-    # says 80 × 24 where a terminal does not know its size (many containers'); left to itself the bar draws nothing
-    # there
+    # 80 × 24 where a terminal does not know its size (many containers'); left to itself the bar draws nothing there
     columns, lines = shutil.get_terminal_size()
     return tqdm(total=total, desc=what, unit=unit, leave=False, ncols=columns, nrows=lines, disable=not is_rank_0())
 
@@ -48,9 +47,6 @@ class PlainProgress:
 
     def __exit__(self, *_):
         pass
-
-    def set_postfix(self, **_) -> None:
-        """A bar shows these beside it; a log has them in the update's own line."""
 
     def update(self, count: int = 1) -> None:
         self.n += count
@@ -79,9 +75,8 @@ class Means:
         if not due and self.said and (few or now - self.said < self.SECONDS):
             return None
         told, self.since, self.said = self.since, [], now
-        names = {name: [entry[name] for entry in told if isinstance(entry.get(name), float)
-            and math.isfinite(entry[name])]
-                 for entry in told for name in entry}
+        finite = lambda value: isinstance(value, float) and math.isfinite(value)
+        names = {name: [entry[name] for entry in told if finite(entry.get(name))] for entry in told for name in entry}
         return {name: sum(values) / len(values) if values else told[-1].get(name) for name, values in names.items()}
 
 
@@ -104,16 +99,13 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
     def metrics(self) -> dict[str, float]:
-        """For a line of the metrics log."""
         seconds = {f"seconds/{phase}": round(value, 3) for phase, value in self.seconds.items()}
         return {"step_time": round(self.total(), 3), **seconds}
 
 
 def table(rows: list[list[str]]) -> str:
     """Rows of words, the first one the heading → aligned text."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in rows]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+    first, *others = (max(len(str(cell)) for cell in column) for column in zip(*rows))
+    rows = [rows[0], ["─" * width for width in (first, *others)], *rows[1:]]
+    right = lambda cells: [str(cell).rjust(width) for cell, width in zip(cells, others)]
+    return "\n".join("  ".join([str(word).ljust(first), *right(cells)]) for word, *cells in rows)

@@ -10,10 +10,8 @@ from grpo.runtime.files import append_line, keep_lines
 class MetricsLog:
     """`metrics.jsonl` in the run's folder: one JSON object an update, written by rank 0.
 
-    A run that goes on has `lines` lines already; what a killed run wrote beyond them goes away.
-    With `events` the same numbers go into TensorBoard event files in <output>/tensorboard: "on", "off", or "auto",
-    which is on where tensorboard is installed.
-    """
+    lines: that a run which goes on has already; what a killed run wrote beyond them goes away.
+    events: whether the same numbers go into <output>/tensorboard: "on", "off", "auto" (where it is installed)."""
 
     def __init__(self, output: str, name: str = "metrics.jsonl", events: str = "off", lines: int = 0, step: int = 0):
         self.path, self.lines = Path(output) / name, lines
@@ -42,18 +40,16 @@ class MetricsLog:
 def open_events(folder: Path, choice: str, step: int = 0):
     """A writer of TensorBoard events, or None; ValueError if they are asked for and tensorboard is not there.
 
-    Beyond step 0 it goes on behind what was written up to there.
-    """
+    They begin anew with the run; beyond step 0 they go on behind what was written up to there."""
     if choice == "off":
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        if choice == "on":
-            how = "pip install 'grpo-vlm[tensorboard]'"
-            raise ValueError(f"--tensorboard on: tensorboard is not installed ({how})") from None
-        return None
-    # like metrics.jsonl, they begin anew with the run
+        if choice == "auto":
+            return None
+        raise ValueError("--tensorboard on: tensorboard is not installed "
+                         "(pip install 'grpo-vlm[tensorboard]')") from None
     for old in folder.glob("events.out.tfevents.*") if not step else ():
         old.unlink()
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -1,7 +1,6 @@
 """The task's reward, called for every completion of a rollout: what hangs, raises or gives no number names its sample.
 
-A rollout is seeded: the same command meets the same failure again, so what happens then is a setting.
-"""
+A rollout is seeded: the same command meets the same failure again, so what happens then is a setting."""
 
 import contextlib
 import functools
@@ -64,14 +63,12 @@ def set_clock(line: str) -> None:
 
 
 def within_seconds(seconds: float, what: str, call: Callable):
-    """`call()`, or TookTooLong after so many seconds. Where it holds the interpreter the process is ended, after
-    twice as many, in one line that says `what`."""
+    """`call()`, or TookTooLong after so many seconds; after twice as many the rank is ended, with a line on `what`."""
     def alarm(*_):
         raise TookTooLong
 
     set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be "
-              "interrupted; the "
-              f"process is ended (--reward_seconds)")
+              "interrupted; the rank is ended (--reward_seconds)")
     before = signal.signal(signal.SIGALRM, alarm)
     try:
         try:
@@ -86,13 +83,11 @@ def within_seconds(seconds: float, what: str, call: Callable):
 
 
 class RewardCalls:
-    """Calls a task's `rewards.reward(text, sample, **options)`, which gives K named parts, for each completion of a
-    group.
+    """Calls a task's `rewards.reward(text, sample, **options)`, which gives K named parts, for a group's completions.
 
     A call fails that raises, takes more than `seconds`, or gives no finite number for a part. failures: "stop" is a
     ValueError that names sample and completion; "zero" gives it parts of 0; "mask" takes the completion out of its
-    group's mean and std and does not train it.
-    """
+    group's mean and std and does not train it."""
 
     def __init__(self, rewards, decode: Callable, names: list[str], options: dict, seconds: float, failures: str):
         self.rewards, self.decode, self.names, self.options = rewards, decode, names, options

@@ -6,8 +6,7 @@ have one entry a token. `logp` is the log-probability when the rollout begins, u
 rollouts' temperature): that of the first update's own pass, or the sampler's of groups of which no pass is made.
 `ratio` is what all μ updates of this rollout have made of it, π_after/π_before, from one more pass over the packs
 that hold a recorded group. The objective never sees that ratio: for μ = 1 its own is 1 throughout, and for μ > 1 it
-stops before the last update.
-"""
+stops before the last update."""
 
 import hashlib
 import json
@@ -21,7 +20,7 @@ from torch import Tensor
 from grpo.advantage import zero_variance_groups
 from grpo.group import Group, Pack, pad_rows
 from grpo.runtime.dist import all_gather, broadcast_from_rank_0, rank
-from grpo.runtime.files import append_line
+from grpo.runtime.files import append_line, write_whole
 from grpo.runtime.fsdp import reshard
 from grpo.runtime.log import say
 from grpo.runtime.optim import equal_passes, packed_pass, passes
@@ -35,8 +34,7 @@ class RolloutLog:
     groups  of a record, over all ranks; 0 for no rollout log
     step    rollouts that a run which goes on has behind it: records beyond are those of a killed run
     limit   bytes. A file that would outgrow it loses every second record, and from then on half as many are
-            written: what is kept is spread evenly over the whole run, however long it becomes.
-    """
+            written: what is kept is spread evenly over the whole run, however long it becomes."""
 
     def __init__(self, run: Run, temperature: float, every: int, groups: int, limit: int, step: int = 0):
         self.run, self.temperature = run, temperature
@@ -46,12 +44,11 @@ class RolloutLog:
         if rank() == 0 and not step:
             self.path.unlink(missing_ok=True)
         elif rank() == 0 and self.path.exists():
-            self.keep(lambda lines: [line for line in lines if line.endswith(b"\n")
-                and json.loads(line)["step"] <= step])
+            whole = [line for line in self.lines() if line.endswith(b"\n")]
+            write_whole(self.path, b"".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def record(self, step: int, epoch: int, packs: list[Pack], names: list[str]) -> None:
-        """After the updates of rollout `step`, from 0; nothing where it is not to be recorded. names: of the reward
-        parts."""
+        """After the updates of rollout `step`, from 0, where it is to be recorded. names: of the reward parts."""
         if not self.groups or (step % self.every and step != self.last):
             return
         chosen = self.choose(packs)
@@ -68,15 +65,13 @@ class RolloutLog:
         self.every = broadcast_from_rank_0(lambda: self.every)
 
     def choose(self, packs: list[Pack]) -> list[Group]:
-        """Groups that teach before zero-variance ones, else those with the smallest hash of their sample's id,
-        whichever rank drew them: a choice without taste, and one sample is preferred whenever it comes round, to be
-        followed."""
+        """Groups that teach before zero-variance ones, else those with the smallest hash of their sample's id: a choice
+        without taste, whichever rank drew them, in which a sample is preferred whenever it comes round."""
         # an idle pack's has no rewards, and one in parts is in several packs
         groups = [group.source for pack in packs for group in pack.groups if group.rewards is not None]
         groups = list(dict.fromkeys(groups))
-        flat = [bool(zero_variance_groups(group.rewards[None], group.counted[None])) for group in groups]
-        names = [hashlib.sha256(group.prompt.id.encode()).hexdigest() for group in groups]
-        order = [(flat[i], names[i], rank(), i) for i in range(len(groups))]
+        order = [(bool(zero_variance_groups(group.rewards[None], group.counted[None])),
+                  hashlib.sha256(group.prompt.id.encode()).hexdigest(), rank(), i) for i, group in enumerate(groups)]
         return [groups[i] for *_, owner, i in sorted(all_gather(order))[: self.groups] if owner == rank()]
 
     @torch.no_grad()
@@ -93,23 +88,19 @@ class RolloutLog:
 
     def completions(self, group: Group, pack: Pack, first: int, after: Tensor, names: list[str]) -> list[dict]:
         """A group's as the record has them: the pack's rows from `first` on."""
-        before = pack.old_logp  # None: no pass was made of it, and the sampler's own have to do
-        if before is None:
+        before, encoder, completions = pack.old_logp, self.run.encoder, []
+        if before is None:  # no pass was made of it, and the sampler's own have to do
             before = pad_rows(torch.cat([row for one in pack.groups for row in one.logps]), pack.lengths)
         before = before.cpu()
-        completions = []
-        for i, length in enumerate(group.lengths):
-            row = slice(first + i, first + i + 1), slice(length)
-            completions.append({**self.words(group, i), "parts": dict(zip(names, group.parts[i].tolist())),
+        for i, tokens in enumerate(group.completions):
+            row = first + i, slice(len(tokens))
+            completions.append({
+                "text": encoder.decode(tokens), "pieces": text_pieces(encoder.tokenizer, tokens.tolist()),
+                "finished": bool(group.finished[i]), "parts": dict(zip(names, group.parts[i].tolist())),
                 "reward": float(group.rewards[i]), "advantage": round(float(pack.advantages[first + i]), 5),
-                "logp": numbers(before[row][0], 4), "ratio": numbers((after[row] - before[row]).exp()[0], 6),
-                "ref_logp": None if pack.ref_logp is None else numbers(pack.ref_logp[row][0], 4)})
+                "logp": numbers(before[row], 4), "ratio": numbers((after[row] - before[row]).exp(), 6),
+                "ref_logp": None if pack.ref_logp is None else numbers(pack.ref_logp[row], 4)})
         return completions
-
-    def words(self, group: Group, i: int) -> dict:
-        tokens, encoder = group.completions[i], self.run.encoder
-        return {"text": encoder.decode(tokens), "pieces": text_pieces(encoder.tokenizer, tokens.tolist()),
-                "finished": bool(group.finished[i])}
 
     def write(self, record: dict) -> None:
         if rank() or not record["groups"]:
@@ -123,39 +114,29 @@ class RolloutLog:
         append_line(self.path, record)
 
     def thin(self) -> None:
-        """Every second record goes."""
-        self.keep(lambda lines: lines[::2] if len(lines) > 2 else [])
+        lines = self.lines()
+        write_whole(self.path, b"".join(lines[::2] if len(lines) > 2 else []))
         self.every *= 2
 
-    def keep(self, choose) -> None:
-        """Of the file's lines; written beside and renamed, so that a reader sees the old file or the new one."""
-        with self.path.open("rb") as file:
-            kept = choose(file.readlines())
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_bytes(b"".join(kept))
-        new.replace(self.path)
+    def lines(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines(keepends=True)
 
 
 def describe(group: Group, run: Run) -> dict:
     """What there is to show of a prompt: its text as the model reads it and, of the sample, what tasks commonly have.
 
-    A task of one's own may have none of it, or other things under these names: then the prompt's text has to do.
-    """
+    A task of one's own may have none of it, or other things under these names: then the prompt's text has to do."""
     sample, tokenizer = group.prompt.sample, run.encoder.tokenizer
     prompt = tokenizer.decode(group.prompt.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     images, box = getattr(sample, "images", None) or [getattr(sample, "image", None)], getattr(sample, "box", None)
     is_box = isinstance(box, (tuple, list)) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
     words = {name: getattr(sample, name, None) for name in ("text", "entity")}
-    return {"id": group.prompt.id, "prompt": shortened(prompt, run.encoder.backbone.IMAGE_TOKEN),
-        "target": run.task.data.target(sample),
-        "images": [str(Path(image).absolute()) for image in images if isinstance(image, (str, Path))],
-        "box": list(box) if is_box else None,
-        **{name: word if isinstance(word, str) else None for name, word in words.items()}}
-
-
-def shortened(prompt: str, image_token: str | None) -> str:
-    """Each image once and not as often as it has features; a model that reads text alone has none."""
-    return re.sub(f"({re.escape(image_token)})+", image_token, prompt) if image_token else prompt
+    if image_token := run.encoder.backbone.IMAGE_TOKEN:  # each image once and not as often as it has features
+        prompt = re.sub(f"({re.escape(image_token)})+", image_token, prompt)
+    return {"id": group.prompt.id, "prompt": prompt, "target": run.task.data.target(sample),
+            "images": [str(Path(image).absolute()) for image in images if isinstance(image, (str, Path))],
+            "box": list(box) if is_box else None,
+            **{name: word if isinstance(word, str) else None for name, word in words.items()}}
 
 
 def numbers(values: Tensor, digits: int) -> list[float | None]:

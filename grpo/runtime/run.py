@@ -14,7 +14,7 @@ import torch
 from data.read import read_json, read_json_lines, shown
 from data.task import Task, load_samples, resolve_task, sample_hash
 from grpo.engine.encode import Encoder
-from grpo.engine.files import reasoning_of, replace_folder
+from grpo.engine.files import reasoning_of
 from grpo.engine.lora import AdapterFile, add_adapter, begin_adapter, keep_start
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
@@ -37,62 +37,43 @@ from grpo.runtime.settings import CommonSettings, TrainingSettings, resume_rules
 BEST, LAST = ("model", "adapter"), ("last", "last_adapter")  # folders of the best and of the last weights in <output>
 
 
-def record_settings(settings, folder: Path) -> None:
-    """settings.json: what ran, so that it can be run again."""
-    if rank() == 0:
-        write_json(folder / "settings.json", what_ran(settings))
-
-
 def read_lines(path: str, samples: list, field: str, kind: type, task: Task | None = None) -> list[tuple]:
-    """(sample, value of `field`) of every line of a JSONL file of {id, field, …}. ValueError names the line that
-    does not fit, or, with a task, whose `sample` is the hash of another sample than has its id here."""
-    known, pairs, expected = {sample.id: sample for sample in samples}, [], f"a JSON object with id and {field}"
-    hashes = {}
+    """(sample, value of `field`) of every line of a JSONL file of {id, field, …}. ValueError for what does not fit."""
+    named, values, expected = [], [], f"a JSON object with id and {field}"
     for where, entry in read_json_lines(path, expected):
-        for name, kinds in (("id", (str, int)), (field, kind)):
-            if name not in entry:
-                raise ValueError(f"{where}: no {name!r}; expected {expected}")
-            if not isinstance(entry[name], kinds):
-                raise ValueError(f"{where}: found {shown(entry[name])} for {name!r}; expected {expected}")
-        if entry["id"] not in known:
-            raise ValueError(f"{where}: no {shown(entry['id'])}; expected {expected}, of a sample of the split")
-        pairs.append((known[entry["id"]], entry[field]))
-        hashes[f"{where}: {entry['id']}"] = known[entry["id"]], entry.get("sample")
-    if not pairs:
+        if not isinstance(value := entry.get(field), kind):
+            raise ValueError(f"{where}: found {shown(value)} for {field!r}; expected {expected}")
+        named.append((where, entry.get("id"), entry.get("sample")))
+        values.append(value)
+    if not values:
         raise ValueError(f"{path}: empty; expected {expected} a line")
-    if task:
-        check_hashes(path, task, samples, hashes)
-    return pairs
+    return list(zip(find_samples(path, samples, task, named), values))
 
 
 def read_ids(path: str, samples: list, task: Task | None = None) -> set[str]:
-    """The sample ids of a JSON list, or of an object {id: sample hash}. ValueError names the file and what does not
-    fit."""
+    """The sample ids of a JSON list, or of an object {id: sample hash}. ValueError names file and what does not fit."""
     expected = "a JSON list of sample ids, or an object of ids and sample hashes"
     ids = read_json(path, expected)
     if not isinstance(ids, (list, dict)):
         raise ValueError(f"{path}: found {shown(ids)}; expected {expected}")
-    known = {sample.id: sample for sample in samples}
-    for one in ids:
-        if not isinstance(one, (str, int)) or one not in known:
-            raise ValueError(f"{path}: found {shown(one)}; expected ids of samples of the split")
-    if task:
-        hashes = ids if isinstance(ids, dict) else dict.fromkeys(ids)
-        check_hashes(path, task, samples, {f"{path}: {one}": (known[one], digest) for one, digest in hashes.items()})
-    return set(ids)
+    named = [(path, one, ids[one] if isinstance(ids, dict) else None) for one in ids]
+    return {sample.id for sample in find_samples(path, samples, task, named)}
 
 
-def check_hashes(path: str, task: Task, samples: list, hashes: dict[str, tuple]) -> None:
-    """Says how many of the samples a file names. ValueError for {where: (sample, hash)} of another sample with that
-    id."""
-    for where, (sample, found) in hashes.items():
-        if found is not None and found != (expected := sample_hash(task, sample)):
-            raise ValueError(f"{where}: made from other data: its sample has the hash {found!r:.20}, here it is "
-                             f"{expected!r} "
-                             f"(without hashes a file is taken unchecked)")
-    unchecked = sum(found is None for _, found in hashes.values())
-    say(f"{path}: {len({sample.id for sample, _ in hashes.values()})} of {len(samples)} samples"
+def find_samples(path: str, samples: list, task: Task | None, named: list[tuple]) -> list:
+    """The samples that a file names, (where, id, sample's hash or None) each. ValueError for those of other data."""
+    known, found = {sample.id: sample for sample in samples}, []
+    for where, id, digest in named:
+        if not isinstance(id, (str, int)) or id not in known:
+            raise ValueError(f"{where}: found {shown(id)}; expected the id of a sample of the split")
+        if digest is not None and digest != (expected := sample_hash(task, known[id])):
+            raise ValueError(f"{where}: {id}: made from other data: its sample has the hash {digest!r:.20}, here it is "
+                             f"{expected!r} (without hashes a file is taken unchecked)")
+        found.append(known[id])
+    unchecked = sum(digest is None for *_, digest in named)
+    say(f"{path}: {len({sample.id for sample in found})} of {len(samples)} samples"
         + (f", {unchecked} of them without a hash of the data that they come from" if unchecked else ""))
+    return found
 
 
 def claim_folder(folder: Path) -> None:
@@ -109,26 +90,24 @@ def claim_folder(folder: Path) -> None:
     if not ours:
         raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another "
                          "--output")
-    # rank 0 must not read it: closing a file gives up this process's lock on it
-    seen = rank() == 0 or (folder / ".lock").exists() and (folder
-        / ".lock").read_text(encoding="utf-8").strip() == holder
+    lock = folder / ".lock"  # rank 0 must not read it: closing a file gives up its own lock on it
+    seen = rank() == 0 or lock.exists() and lock.read_text(encoding="utf-8").strip() == holder
     if blind := all_gather([] if seen else [rank()]):
         raise ValueError(f"{folder}: rank {blind[0]} does not see what rank 0 writes there; expected a folder that all "
-                         f"machines share")
+                         "machines share")
 
 
 def load_frozen(model: str, adapter: str, dtype: torch.dtype, device: torch.device, vocabulary: int | None = None,
                 offload: bool = False, **sharding) -> Policy:
     """A policy that does not train, in the compute type, with an adapter from a folder, "" for none."""
-    policy = empty_policy(model, vocabulary)
-    if adapter:
-        file = AdapterFile(adapter)
+    policy, file = empty_policy(model, vocabulary), AdapterFile(adapter) if adapter else None
+    if file:
         check_base(adapter, model)
         add_adapter(policy, file.rank, file.alpha, file.targets)
     shard(policy.requires_grad_(False), dtype, device, offload, **sharding)
     with heartbeat_during():
         fill(policy, Checkpoint(model), torch.device("cpu") if offload else device)
-        if adapter:
+        if file:
             file.fill(policy)
     return policy
 
@@ -155,8 +134,8 @@ class Run:
         if settings.adapter:
             take_adapter(settings)
         self.task: Task = resolve_task(settings.task, settings.rewards)
-        settings.reasoning = reasoning_of(settings.adapter or settings.model, reasoning if settings.reasoning is None
-            else settings.reasoning)
+        reasoning = reasoning if settings.reasoning is None else settings.reasoning
+        settings.reasoning = reasoning_of(settings.adapter or settings.model, reasoning)
         self.encoder = Encoder(settings.model, settings.max_pixels)
         self.valid = self.load_valid()
         self.check_metric()
@@ -167,18 +146,16 @@ class Run:
         self.mesh = make_mesh(self.device, settings.shard_size)
         self.policy = self.load_policy()
         self.prompts = Prompts(self.encoder, self.task, settings.reasoning, settings.cache_gigabytes * 2**30,
-            settings.keep_features)
-        # what samples were answered before, to guess from: by rollouts, by validations
+                               settings.keep_features)
         kinds = ("rollout", "validate") if settings.speculate == "auto" else ()
-        self.speculation = {name: Speculation() for name in kinds}
+        self.speculation = {name: Speculation() for name in kinds}  # what each answered before, to guess from
         self.step = self.saved.get("step", 0)  # updates, or rollouts, that are behind it
         self.metrics_log = MetricsLog(settings.output, events=settings.tensorboard, lines=self.saved.get("lines", 0),
-            step=self.step)
+                                      step=self.step)
         if rank() == 0:
-            write_json(self.output / "settings.json",
-                {**self.ran, **({"resumed_after": self.step} if self.step else {})})
+            write_json(self.output / "settings.json", self.ran | ({"resumed_after": self.step} if self.step else {}))
         best = self.saved.get("best")
-        self.best, self.best_step = (float("-inf"), 0) if best is None else (best, self.saved.get("best_step", 0))
+        self.best, self.best_step = (-math.inf, 0) if best is None else (best, self.saved["best_step"])
         self.bad_updates, self.bad_in_a_row = self.saved.get("bad_updates", 0), 0
 
     def load_policy(self) -> Policy:
@@ -191,17 +168,15 @@ class Run:
         if settings.lora_rank:
             self.add_adapter(policy)
         set_gradient_checkpointing(policy, settings.gradient_checkpointing)
+        shard(policy, self.dtype, self.device, rollout_weights=settings.rollout_weights, mesh=self.mesh)
         with heartbeat_during():
-            fill(self.shard(policy), Checkpoint(settings.model), self.device)
+            fill(policy, Checkpoint(settings.model), self.device)
         if settings.adapter:
             AdapterFile(settings.adapter).fill(policy)
             keep_start(policy)
         elif settings.lora_rank:
             begin_adapter(policy, settings.seed)
         return policy
-
-    def shard(self, policy: Policy) -> Policy:
-        return shard(policy, self.dtype, self.device, rollout_weights=self.settings.rollout_weights, mesh=self.mesh)
 
     # ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -240,11 +215,12 @@ class Run:
         self.step, every = step, self.settings.checkpoint_every
         stopping = int(all_reduce_max(torch.tensor(float(self.signals.number), device=self.device)))
         if stopping or last or every and step % every == 0:
-            self.checkpoints.save(self.policy, optimizer, step, {
-                "ran": self.ran, "best": self.best if math.isfinite(self.best) else None, "best_step": self.best_step,
-                "lines": self.metrics_log.lines, "bad_updates": self.bad_updates, "progress": progress()},
-                {f"{name}/{part}": tensor for name, one in self.speculation.items()
-                for part, tensor in one.state().items()})
+            state = {"ran": self.ran, "best": self.best if math.isfinite(self.best) else None,
+                     "best_step": self.best_step, "lines": self.metrics_log.lines, "bad_updates": self.bad_updates,
+                     "progress": progress()}
+            history = {f"{name}/{part}": tensor for name, one in self.speculation.items()
+                       for part, tensor in one.state().items()}
+            self.checkpoints.save(self.policy, optimizer, step, state, history)
         if stopping and not last:
             say(f"stopped after step {step} by {signal.Signals(stopping).name}; the same command goes on from "
                 f"{self.checkpoints.good}")
@@ -252,8 +228,7 @@ class Run:
             sys.exit(128 + stopping)
 
     def judge(self, norms: list[float], packs: list[Pack]) -> dict:
-        """Updates with a loss or gradient that is not finite were skipped: count them, name the samples of such a
-        loss, and end a run of them."""
+        """Count the updates that were skipped, loss or gradient not finite; name the samples; end a run of them."""
         for norm in norms:
             self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
             self.bad_updates += not math.isfinite(norm)
@@ -274,17 +249,14 @@ class Run:
         return load_samples(self.task, self.settings, split, self.encoder.seen_size)
 
     def load_valid(self) -> list:
-        settings = self.settings
-        if not settings.valid_split:
-            return []
-        samples = self.load(settings.valid_split)
-        if settings.valid_samples and settings.valid_samples < len(samples):
-            samples = random.Random(settings.seed).sample(samples, settings.valid_samples)
-        return samples
+        samples = self.load(self.settings.valid_split) if self.settings.valid_split else []
+        most = min(self.settings.valid_samples or len(samples), len(samples))
+        return samples if most == len(samples) else random.Random(self.settings.seed).sample(samples, most)
 
     def check_metric(self) -> None:
-        known = self.task.rewards.metrics([""] * len(self.valid),
-            self.valid) if self.valid else {self.settings.valid_metric: 0}
+        if not self.valid:
+            return
+        known = self.task.rewards.metrics([""] * len(self.valid), self.valid)
         self.settings.valid_metric = self.settings.valid_metric or next(iter(known))
         if self.settings.valid_metric not in known:
             raise ValueError(f"--valid_metric {self.settings.valid_metric}: the task offers {', '.join(known)}")
@@ -293,9 +265,9 @@ class Run:
         s = self.settings
         add_adapter(policy, s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_dropout, s.seed)
         parameters = list(policy.parameters())
-        trained = [p.numel() for p in parameters if p.requires_grad]
+        trained, frozen = ([p.numel() for p in parameters if p.requires_grad == trains] for trains in (True, False))
         say(f"an adapter of rank {s.lora_rank} on {len(trained) // 2} matrices: {sum(trained):,} numbers train, "
-            f"{sum(p.numel() for p in parameters) - sum(trained):,} are frozen")
+            f"{sum(frozen):,} are frozen")
 
     def reference(self, model: str) -> Policy:
         """What the run began with: the policy itself, whose adapter is off for it, or a frozen copy, sharded alike."""
@@ -311,8 +283,7 @@ class Run:
         heartbeat("validate")
         sampling = Sampling(self.settings.max_completion_tokens, self.encoder.end_tokens, temperature=0.0,
                             rows=self.settings.rollout_rows)
-        metrics = {} if step else broadcast_from_rank_0(self.validated_before)
-        if metrics:
+        if metrics := {} if step else broadcast_from_rank_0(self.validated_before):
             say(f"validation: as it was when {self.settings.model} was made")
         else:
             texts = answer(self.policy, self.prompts, self.valid, sampling, what="validate",
@@ -373,11 +344,9 @@ class Run:
             self.save(LAST)
         elif rank() == 0:
             for best, last in list(zip(BEST, LAST))[: 2 if self.settings.lora_rank else 1]:
-                link_folder(self.output / best, self.output / f"{last}.new")
-                replace_folder(self.output / f"{last}.new", self.output / last)
+                link_folder(self.output / best, self.output / last)
         which = f"step {self.best_step} of {self.step}"
-        if self.valid:
-            which += f", best {self.settings.valid_metric} {self.best:.4f}" + ("" if self.best_step
-                else ": the model that it began with")
+        which += f", best {self.settings.valid_metric} {self.best:.4f}" if self.valid else ""
+        which += "" if self.best_step else ": the model that it began with"
         say(f"wrote {self.output / 'model'} ({which}), {self.output / 'last'} (step {self.step}) and "
             f"{self.metrics_log.path}")

@@ -1,19 +1,14 @@
 """Which samples each rollout of Stage 2 holds; data/curriculum.py says how hard and easy ones are mixed."""
 
 from data.curriculum import Epoch, epoch_batches, none_share
-from data.task import Task, resolve_task
+from data.task import resolve_task
 from grpo.runtime.metrics import MetricsLog
 from grpo.runtime.run import read_lines
 
 
-def read_predictions(path: str, samples: list, task: Task) -> tuple[list, list]:
-    """(hard, easy): the samples that grpo.evaluate got wrong and right. Those it did not answer are in neither."""
-    answered = read_lines(path, samples, "correct", bool, task)
-    return [sample for sample, right in answered if not right], [sample for sample, right in answered if right]
-
-
 class Curriculum:
-    """Which samples each epoch's rollouts hold; see data/curriculum.py for how they are mixed."""
+    """Which samples each epoch's rollouts hold. hard, easy: those that grpo.evaluate got wrong and right; what it did
+    not answer is in neither, and without its predictions all are hard."""
 
     def __init__(self, settings, samples: list, is_none):
         self.settings, self.is_none = settings, is_none
@@ -21,7 +16,8 @@ class Curriculum:
         self.mixing = settings.mixing if settings.predictions else "raw"
         self.hard, self.easy = samples, []
         if settings.predictions:
-            self.hard, self.easy = read_predictions(settings.predictions, samples, resolve_task(settings.task))
+            answered = read_lines(settings.predictions, samples, "correct", bool, resolve_task(settings.task))
+            self.hard, self.easy = ([one for one, right in answered if right == easy] for easy in (False, True))
         # All epochs at once: the learning rate's schedule needs the number of rollouts, and a fault shows at once.
         self.epochs = [self.epoch(index) for index in range(settings.epochs)]
         everything = sum(len(epoch.batches) for epoch in self.epochs)
@@ -33,13 +29,14 @@ class Curriculum:
 
     def plan(self) -> list[tuple[int, list, bool]]:
         """(epoch, samples, whether they are the epoch's last) of every rollout."""
-        every = [(index, batch, batch is epoch.batches[-1]) for index, epoch in enumerate(self.epochs)
-            for batch in epoch.batches]
+        every = [(index, batch, batch is epoch.batches[-1])
+                 for index, epoch in enumerate(self.epochs) for batch in epoch.batches]
         return every[: self.rollouts]
 
     def epoch(self, index: int) -> Epoch:
         s = self.settings
-        return epoch_batches(self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
+        return epoch_batches(
+            self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
             none_share=self.none_share, decay=s.decay, mixing=self.mixing, last=s.last_batch, seed=s.seed)
 
 

@@ -4,34 +4,29 @@ Unknown or ill-typed settings are refused in one line with the nearest right nam
 from a JSON object first; the command line overrides it. Besides its help text, a field may say of itself:
 
     group     the title under which --help lists it; top=True: among those that are set first
-    choices   what it may be; a number's `least`, `most`, or what it must be `above`
-    path      "file", "data" (a folder or a file) or "model" that must be there, "output" for a folder to write
+    choices   what it may be; a number's `least`, `most`, or what it must be `above` or `below`
+    path      "file", "folder", "data" (a folder or a file) or "model" that must be there, "output" for one to write
     resume    where a run goes on: "free" may differ, "never" must not, anything else takes --resume changed
     family    a function, name → dataclass of further settings beside the program's own, with a `name` and a `source`
-    positional  given without its name
-"""
+    positional  given without its name"""
 
 import argparse
 import difflib
 import json
-import logging
 import math
-import os
 import re
-import signal
 import sys
-import time
 import typing
-import warnings
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from operator import ge, gt, le
+from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, NamedTuple, TypeVar
+from typing import Iterator, Mapping, NamedTuple, TypeVar
 
-from data.read import read_json, shown
+from data.read import read_object
 from data.task import resolve_task
+from grpo.runtime.program import run_program
 from grpo.variants import check_choice, setting
 
 T = TypeVar("T")
@@ -40,12 +35,8 @@ FIRST = "set first"
 KINDS = {bool: ("True|False", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
          str: ("TEXT", "a text")}
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-BOUNDS = {"least": (ge, "at least"), "above": (gt, "above"), "most": (le, "at most")}
-RENAMED = {
-    "journal_every": "rollout_log_every", "journal_groups": "rollout_log_groups", "picture_tokens": "image_tokens",
-    "journal_megabytes": "rollout_log_megabytes", "flat_groups": "zero_variance_groups"}
-GONE = {"load_in_turns": "every rank reads its own rows alone, and no turns are needed"}
-ELSEWHERE = {  # ours: what other trainers call it
+BOUNDS = {"least": (ge, "at least"), "above": (gt, "above"), "most": (le, "at most"), "below": (lt, "below")}
+ELSEWHERE = {  # ours: what other trainers call it, or an earlier version of this one
     "model": "model_name_or_path", "data": "dataset dataset_name", "output": "output_dir", "learning_rate": "lr",
     "prompts_per_rollout": "batch batch_size train_batch_size rollout_batch_size per_device_train_batch_size",
     "batch_size": "batch train_batch_size per_device_train_batch_size", "group_size": "num_generations n rollout_n",
@@ -55,7 +46,9 @@ ELSEWHERE = {  # ours: what other trainers call it
     "beta": "kl_coef", "clip_low": "epsilon", "clip_high": "epsilon_high", "level": "importance_sampling_level",
     "objective": "loss_type", "scale": "scale_rewards", "truncated": "mask_truncated_completions", "dtype": "bf16",
     "schedule": "lr_scheduler_type", "warmup": "warmup_ratio", "checkpoint_every": "save_steps", "lora_rank": "lora_r",
-    "validate_every": "eval_steps", "lora_targets": "lora_target_modules"}
+    "validate_every": "eval_steps", "lora_targets": "lora_target_modules", "image_tokens": "picture_tokens",
+    "rollout_log_every": "journal_every", "rollout_log_groups": "journal_groups",
+    "rollout_log_megabytes": "journal_megabytes", "zero_variance_groups": "flat_groups"}
 
 
 def required(help: str, **more):
@@ -63,35 +56,28 @@ def required(help: str, **more):
     return setting("", help, required=True, top=True, **more)
 
 
-inputs, from_file, validation, trained, optimizer = (partial(setting, group=group)
-    for group in ("data and model", "questions from a file (--task jsonl)", "validation", "what trains", "optimizer"))
-speed, saving, ranks = (
-    partial(setting, group=group, resume="free") for group in ("memory and speed", "checkpoints and logs", "ranks"))
+inputs, from_file, validation, trained, optimizer = (partial(setting, group=title) for title in (
+    "data and model", "questions from a file (--task jsonl)", "validation", "what trains", "optimizer"))
+speed, saving, ranks = (partial(setting, group=title, resume="free") for title in (
+    "memory and speed", "checkpoints and logs", "ranks"))
 
 
 @dataclass
 class TaskSettings:
     """Which samples there are, and what a right answer is."""
 
-    data: str = required("folder of the task's dataset; jsonl: a file, or a folder of one a split", path="data",
-        resume="free")
+    data: str = required("folder of the dataset; jsonl: a file, or a folder of one a split", path="data", resume="free")
     task: str = setting("more", "more, jmere, jsonl (questions and answers from a file), your own module, or "
                                 "data_module,rewards_module", top=True, resume="never")
-    rewards: str = setting("", "a module or .py file of yours whose function reward(completion, sample) takes the "
-                               "place of "
-                               "the task's; empty: the task's", group="reward")
+    rewards: str = setting("", "module or .py file of yours with reward(completion, sample); empty: the task's",
+                           group="reward")
     missing_images: str = inputs("stop", "images that are not there: stop, drop the samples, or blank (a grey one)",
                                  choices=("stop", "drop", "blank"))
-    verifier: str = from_file("auto", "how answers are compared: exact, text (case, space, punctuation ignored), "
-                                      "number, choice, "
-                                      "boxes (IoU), regex, my.module:function; auto: choice, number or text by the "
-                                      "line")
+    verifier: str = from_file("auto", "exact, text (case, space, punctuation ignored), number, choice, boxes (IoU), "
+                                      "regex, my.module:function; auto: choice, number or text by the line")
     tolerance: float = from_file(1e-6, "a number may be wrong by this share of the right one", least=0)
-    whole_answer: bool = from_file(False, "a completion with neither <answer></answer> nor \\boxed{} is an answer as "
-                                          "a whole")
-    exif_orientation: bool = from_file(True, "turn a photo as its EXIF orientation says, as whoever wrote about it "
-                                             "saw it; off: as "
-                                             "it is stored, where boxes refer to that")
+    whole_answer: bool = from_file(False, "a completion without <answer> and \\boxed{} is an answer as a whole")
+    exif_orientation: bool = from_file(True, "turn photos as EXIF says; off: as stored, where boxes refer to that")
     split_seed: int = from_file(0, "random seed that parts a single file into train, valid and test")
 
 
@@ -100,15 +86,12 @@ class CommonSettings(TaskSettings):
     """What every program that runs a model on a task asks for."""
 
     model: str = required("checkpoint folder or hub name: Llama, Qwen2.5, Qwen3, Qwen2.5-VL, Qwen3-VL, LLaVA-1.5",
-        path="model",
-                          resume="free")
+                          path="model", resume="free")
     output: str = required("folder for everything this run writes", path="output", resume="free")
     adapter: str = inputs("", "adapter of --model in PEFT's format, <output>/adapter of a stage before; training goes "
-                              "on "
-                              "with it, and GRPO's reference is the model with it", path="folder", resume="never")
+                              "on with it, and GRPO's reference is the model with it", path="folder", resume="never")
     reasoning: bool | None = setting(None, "ask for <think>…</think> before the answer; none: as the model was "
-                                           "trained, else "
-                                           "True (sft.train: whether there are --responses)", top=True)
+                                           "trained, else True (sft.train: whether there are --responses)", top=True)
     max_pixels: int = inputs(1280 * 28 * 28, "largest area of an image in pixels; 28 × 28 become one token "
                                              "(Qwen3-VL: 32 × 32; LLaVA-1.5 has one size and does not ask)")
     max_completion_tokens: int = setting(1024, "longest completion, end token included", top=True, above=0)
@@ -116,12 +99,10 @@ class CommonSettings(TaskSettings):
     speculate: str = speed("auto", "auto: guess tokens from earlier answers and check several in one pass, where that "
                                    "pays; changes the number of passes, not what is drawn", choices=("auto", "off"))
     dtype: str = inputs("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it "
-                                "natively; "
-                                "float16 is refused", choices=("auto", "float32", "bfloat16", "float16"))
+                                "natively; float16 is refused", choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = inputs(0, "random seed: data order, curriculum, sampling noise")
 
     def check(self) -> None:
-        """Refuse what cannot be run."""
         check_values(self)
 
 
@@ -143,8 +124,8 @@ class TrainingSettings(CommonSettings):
                                 "model has it merged, <output>/adapter alone", top=True, resume="never", least=0)
     lora_alpha: float = trained(64.0, "the adapter's output is scaled by α / rank", resume="never", above=0)
     lora_targets: str = trained(LORA_TARGETS, "names of the adapted matrices, separated by commas", resume="never")
-    lora_dropout: float = trained(0.0, "dropout on the adapter's input in the update pass alone, below 1; above 0 "
-                                       "GRPO's ratios past the first pass and its KL hold its noise too", least=0)
+    lora_dropout: float = trained(0.0, "on the adapter's input in the update pass alone; above 0 GRPO's ratios past "
+                                       "the first pass and its KL hold its noise too", least=0, below=1)
     tokens_per_pass: int = speed(16384, "packed tokens of one forward and backward; changes memory use only", above=0)
     gradient_checkpointing: bool = speed(False, "recompute activations by layer: less memory, more time", top=True)
     warmup: float = optimizer(0.05, "share of the updates in which the learning rate rises", least=0, most=1)
@@ -157,27 +138,21 @@ class TrainingSettings(CommonSettings):
     checkpoint_every: int = saving(20, "rollouts of GRPO, updates of SFT, between checkpoints of the training state in "
                                        "<output>/checkpoints; 0: only at the end and on SIGTERM", least=0)
     checkpoints_kept: int = saving(2, "so many stay, the newest; the best weights are in <output>/model", above=0)
-    resume: str = saving("auto", "auto: go on from the newest whole checkpoint, refuse if settings or data differ; "
-                                 "changed: go on with the new ones; never: begin anew",
-                         choices=("auto", "changed", "never"))
+    resume: str = saving("auto", "auto: from the newest whole checkpoint, refused if settings or data differ; changed: "
+                                 "with the new ones; never: begin anew", choices=("auto", "changed", "never"))
     hang_minutes: float = ranks(30.0, "end, and name the missing rank, after so long without progress", above=0)
     shard_size: int = ranks(0, "shard the weights over so many ranks and keep a copy in each further so many (hybrid "
                                "sharding, for slow links between machines); 0: over all", least=0)
-    rollout_weights: str = ranks("auto", "of sharded weights in a rollout. whole: gathered once; layers: one by one, "
-                                         "for "
-                                         "every token; auto: whole if it fits", choices=("auto", "whole", "layers"))
-    export_dtype: str = saving("auto", "type of the weights in <output>/model. auto: as in --model; float32 for a "
-                                       "merged "
-                                       "adapter, most of whose update bfloat16 rounds away",
+    rollout_weights: str = ranks("auto", "sharded weights are gathered whole for a rollout, or layers for every token; "
+                                         "auto: whole if they fit", choices=("auto", "whole", "layers"))
+    export_dtype: str = saving("auto", "type of the weights in <output>/model; auto: as in --model, float32 with an "
+                                       "adapter, most of which bfloat16 rounds away",
                                choices=("auto", "float32", "bfloat16", "float16"))
     tensorboard: str = saving("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
                               choices=("auto", "on", "off"))
 
     def check(self) -> None:
-        """Refuse what no training can be done with."""
         super().check()
-        if not self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout is {self.lora_dropout}; it must be below 1")
         if (self.lora_rank or self.adapter) and self.train_vision:
             raise ValueError(f"--train_vision with {'--adapter' if self.adapter else '--lora_rank'}: an adapter "
                              "leaves all else frozen; give one of the two")
@@ -208,9 +183,9 @@ class Option(NamedTuple):
 
 def options(settings, title: str = "settings") -> Iterator[Option]:
     """Every setting: the program's own before those that it inherits, a family's members behind the family's name."""
-    types, classes = typing.get_type_hints(type(settings)), enumerate(type(settings).__mro__)
-    depth = {name: i for i, one in classes for name in getattr(one, "__dataclass_fields__", ())}
-    for f in sorted(fields(settings), key=lambda f: depth[f.name]):
+    types = typing.get_type_hints(type(settings))
+    inherited = getattr(type(settings).__base__, "__dataclass_fields__", ())
+    for f in sorted(fields(settings), key=lambda f: f.name in inherited):
         value, about = getattr(settings, f.name), f.metadata
         if "family" in about:
             yield Option(f.name, str, about, value.name, FIRST)
@@ -232,21 +207,21 @@ def resume_rules(settings) -> dict[str, str]:
 def parse(kind: type[T], words: list[str] | None = None) -> T:
     """Command line → settings. Raises ValueError, in one line, for whatever does not fit."""
     words, settings = list(sys.argv[1:] if words is None else words), kind()
-    families = [f for f in fields(kind) if "family" in f.metadata]
-    chooser = Parser(add_help=False, allow_abbrev=False)  # of what decides which settings there are
-    for name in ("config", *(f.name for f in families)):
+    families = {f.name: f.metadata["family"] for f in fields(kind) if "family" in f.metadata}
+    chooser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in ("config", *families):  # what decides which settings there are
         chooser.add_argument(f"--{name}")
-    chosen = chooser.parse_known_args(words)[0]
-    recipe = read_recipe(chosen.config) if chosen.config is not None else {}
-    for f in families:
-        name = getattr(chosen, f.name)
-        if (name := recipe.get(f.name) if name is None else name) is not None:
-            settings = replace(settings, **{f.name: f.metadata["family"](str(name))})
+    chosen = vars(chooser.parse_known_args(words)[0])
+    path = chosen.pop("config", None)
+    recipe = {} if path is None else read_recipe(path)
+    chosen = recipe | chosen
+    for name in families.keys() & chosen.keys():
+        settings = replace(settings, **{name: families[name](str(chosen[name]))})
     known = {option.name: option for option in options(settings)}
     found, rest = make_parser(kind, settings).parse_known_args(words)
     if rest:
         raise ValueError(no_setting(rest[0], known))
-    given = {name: recipe_value(chosen.config, name, value, known) for name, value in recipe.items()} | vars(found)
+    given = {name: recipe_value(path, name, value, known) for name, value in recipe.items()} | vars(found)
     if missing := [f"--{name}" for name, option in known.items() if option.about.get("required") and name not in given]:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
     return with_values(settings, given)
@@ -254,12 +229,8 @@ def parse(kind: type[T], words: list[str] | None = None) -> T:
 
 def with_values(settings: T, given: dict) -> T:
     """`settings` with the given values, a family's members in their own dataclass."""
-    values = {}
-    for f in fields(settings):
-        if "family" in f.metadata:
-            values[f.name] = with_values(getattr(settings, f.name), given)
-        elif "help" in f.metadata and f.name in given:
-            values[f.name] = given[f.name]
+    values = {f.name: with_values(getattr(settings, f.name), given) if "family" in f.metadata else given[f.name]
+              for f in fields(settings) if "family" in f.metadata or "help" in f.metadata and f.name in given}
     return replace(settings, **values)
 
 
@@ -273,9 +244,9 @@ class Parser(argparse.ArgumentParser):
 def make_parser(kind: type, settings) -> Parser:
     """The command line of `settings`, whose values are the defaults."""
     known = sorted(options(settings), key=lambda one: not one.about.get("required"))
-    for name, count in Counter(one.name for one in known).items():
-        if count > 1:
-            raise ValueError(f"there are two settings {name}: a module's own cannot have a name of the program's")
+    (name, count), = Counter(one.name for one in known).most_common(1)
+    if count > 1:
+        raise ValueError(f"there are two settings {name}: a module's own cannot have a name of the program's")
     started = getattr(sys.modules["__main__"], "__spec__", None)
     program = (started.name if started else kind.__module__).removesuffix(".__main__")
     positional = [one.metavar for one in known if one.about.get("positional")]
@@ -298,13 +269,13 @@ def add_option(group, one: Option, flags: bool) -> None:
     (kind, _, many), name = plain_type(one.type), one.name if one.about.get("positional") else one.flag
     default = " ".join(map(str, one.value)) if many else "none" if one.value is None else str(one.value)
     end = " (required)" if one.about.get("required") else f" (default {default})" if default else ""
-    help = (one.about["help"] + end).replace("%", "%%")
+    more = {"help": (one.about["help"] + end).replace("%", "%%")}
     if flags and kind is bool:
-        group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=help)
+        more["action"] = "store_true"
     else:
-        more = {"nargs": "+"} if many else {"nargs": "?", "const": True} if kind is bool else {}
-        group.add_argument(name, type=partial(from_word, one.type), choices=one.about.get("choices"),
-                           metavar=one.metavar, help=help, **more)
+        more |= {"type": partial(from_word, one.type), "metavar": one.metavar, "choices": one.about.get("choices")}
+        more |= {"nargs": "+"} if many else {"nargs": "?", "const": True} if kind is bool else {}
+    group.add_argument(name, default=argparse.SUPPRESS, **more)
 
 
 def plain_type(kind) -> tuple[type, bool, bool]:
@@ -315,7 +286,6 @@ def plain_type(kind) -> tuple[type, bool, bool]:
 
 
 def from_word(kind, word: str):
-    """A word of the command line as a value of that type."""
     kind, optional, _ = plain_type(kind)
     if optional and word.lower() == "none":
         return None
@@ -330,15 +300,13 @@ def from_word(kind, word: str):
 
 def read_recipe(path: str) -> dict:
     """A JSON object of settings; a byte order mark, as some editors write it, is read over."""
+    expected = "a JSON object of settings"
     try:
-        recipe = read_json(path, "a JSON object of settings")
+        return read_object(path, expected)
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}; expected a JSON object of settings") from None
+        raise ValueError(f"--config {path}: {error.strerror}; expected {expected}") from None
     except ValueError as error:
         raise ValueError(f"--config {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path}: found {shown(recipe)}; expected a JSON object of settings")
-    return recipe
 
 
 def recipe_value(path: str, name: str, value, known: dict[str, Option]):
@@ -355,14 +323,10 @@ def recipe_value(path: str, name: str, value, known: dict[str, Option]):
 
 
 def no_setting(word: str, known) -> str:
-    """What to say of a name that is none: its new name, ours for another trainer's, or the nearest."""
-    name = word.lstrip("-").split("=")[0].replace("-", "_")
-    if RENAMED.get(name) in known:
-        return f"setting {name} has a new name: {RENAMED[name]}"
-    if name in GONE:
-        return f"setting {name} is gone: {GONE[name]}"
+    """What to say of a name that is none: ours for another trainer's, or the nearest."""
+    name = word.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_")
     close = [ours for ours, theirs in ELSEWHERE.items() if ours in known and name in theirs.split()]
-    close = close or difflib.get_close_matches(name.removeprefix("no_"), list(known), n=1, cutoff=0.5)
+    close = close or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"no setting {' '.join(word.split())[:60]}" + (f"; did you mean {close[0]}?" if close else "")
 
 
@@ -399,18 +363,17 @@ def check_paths(settings) -> None:
     task, rewards = getattr(settings, "task", ""), getattr(settings, "rewards", "")
     ours = not set(task) & {".", ","} and (not task or resolve_task(task, rewards).data.__name__ == f"data.{task}")
     for one in options(settings):
-        kind = one.about.get("path")
-        if not kind or not one.value or one.name == "data" and not ours:
+        if not one.value or "path" not in one.about or one.name == "data" and not ours:
             continue
         path = Path(one.value)
-        if kind == "output" and any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
-            raise ValueError(f"{one.flag} {path}: a file; a folder expected")
-        if kind == "file" and not path.is_file() or kind == "data" and not path.exists():
-            raise ValueError(f"{one.flag} {path}: no such {'file' if kind == 'file' else 'folder or file'}")
-        if kind == "folder" and not path.is_dir():
-            raise ValueError(f"{one.flag} {path}: no such folder")
-        if kind == "model" and not path.exists() and not maybe_on_hub(one.value):
-            raise ValueError(f"{one.flag} {path}: no such folder, nor a model of the hub")
+        there, missing = {
+            "file": (path.is_file(), "no such file"), "folder": (path.is_dir(), "no such folder"),
+            "data": (path.exists(), "no such folder or file"),
+            "model": (path.exists() or maybe_on_hub(one.value), "no such folder, nor a model of the hub"),
+            "output": (all(place.is_dir() for place in (path, *path.parents) if place.exists()),
+                       "a file; a folder expected")}[one.about["path"]]
+        if not there:
+            raise ValueError(f"{one.flag} {path}: {missing}")
 
 
 def maybe_on_hub(model: str) -> bool:
@@ -419,72 +382,14 @@ def maybe_on_hub(model: str) -> bool:
 
 
 def parse_options(text: str, name: str) -> dict[str, float]:
-    """"format=1,length=0.5" → {"format": 1.0, "length": 0.5}."""
+    """"format=1,length=0.5" → {"format": 1, "length": 0.5}."""
     options = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = item.partition("=")
+    for item in filter(str.strip, text.split(",")):
+        key, _, value = item.partition("=")
         try:
-            options[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            equals = ""
-        value = options.get(key.strip())
-        if not equals or isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"--{name}: found {item!r}; expected name=number, separated by commas")
+            options[key.strip()] = number = json.loads(value)
+        except ValueError:
+            number = None
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"--{name}: found {item.strip()!r}; expected name=number, separated by commas")
     return options
-
-
-def lost_rank(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone; that one's end has its own cause."""
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "have not come in"))
-
-
-def tell_torchrun(message: str) -> None:
-    """The message goes where torchrun's own page of failures shows it."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}), encoding="utf-8")
-
-
-def leave(status: int) -> None:
-    """Under torchrun all is written and the process group is closed; taking the interpreter down around what is left of
-    its communication threads aborts now and then ("terminate called without an active exception")."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def run_program(main: Callable[[], object], ends: bool = True) -> None:
-    """Run a program; what the user can mend ends in one line and exit status 2. ends=False: it goes on after `main`."""
-    if not sys.warnoptions:  # a library's warning is for who develops with it, and python -W shows it
-        warnings.simplefilter("ignore")
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        main()
-        if ends and "TORCHELASTIC_RUN_ID" in os.environ:
-            leave(0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        leave(128 + signal.SIGINT)
-    except SystemExit as end:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            leave(end.code)
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        lost, rank = lost_rank(error), int(os.environ.get("RANK", 0))
-        if os.environ.get("GRPO_TRACEBACK") or isinstance(error, RuntimeError) and not lost:
-            tell_torchrun(f"{type(error).__name__}: {error}")
-            raise
-        if lost:
-            error = f"another rank of this run is gone ({str(error).splitlines()[0][:200]})"
-        if rank:
-            # All ranks usually find the same fault and rank 0 says it; torchrun's SIGTERM then ends the others, which
-            # have nothing to add. Who is still here after that has a fault of its own.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
-        if not lost:  # whose end is the cause is the one for the page
-            tell_torchrun(f"error: {error}")
-        print(f"error: {error}" if not rank else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        sys.exit(2)

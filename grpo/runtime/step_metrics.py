@@ -1,5 +1,4 @@
-"""A step of Stage 2 in numbers: what was drawn, over all ranks, under TRL's names; and the same as one line for
-people."""
+"""A step of Stage 2 in numbers: what was drawn, over all ranks, under TRL's names; and as one line for people."""
 
 import math
 
@@ -29,49 +28,45 @@ class Sums:
 def rollout_metrics(groups: list[Group], kept: int, too_long: int, names: list[str]) -> dict:
     """Rewards and lengths of all that was drawn. kept, too_long: this rank's groups that are learned from, its prompts
     left out since the run began; names: of the reward parts."""
-    together = lambda values, *shape: torch.tensor(all_gather(values), dtype=torch.float64).reshape(-1, *shape)
     too_long, kept = (sum(all_gather([count])) for count in (too_long, kept))
-    G = max(all_gather([len(group.completions) for group in groups]), default=1)
-    rewards = together([group.rewards.tolist() for group in groups], G)
-    counted = together([group.counted.tolist() for group in groups], G).bool()
-    parts = together([row for group in groups for row in group.parts.tolist()], len(names))
-    lengths = together([length for group in groups for length in group.lengths])
-    finished = together([float(flag) for group in groups for flag in group.finished])
-    if not len(rewards):
+    every = all_gather([(group.rewards.tolist(), group.counted.tolist(), group.parts.tolist(), group.lengths,
+                         group.finished) for group in groups])
+    if not every:
         return {"prompts": 0, "prompts_too_long": too_long, "groups_dropped": 0}
-    return {"prompts": len(rewards), "prompts_too_long": too_long, "groups_dropped": len(rewards) - kept,
-        "reward": rewards[counted].mean().item(),
-        "reward_std": torch.stack([row[known].std() for row, known in zip(rewards, counted)]).nanmean().item(),
-        "frac_reward_zero_std": zero_variance_groups(rewards, counted).double().mean().item(),
-        **{f"rewards/{name}/mean": parts[counted.flatten(), k].mean().item() for k, name in enumerate(names)},
-        "completions/mean_length": lengths.mean().item(), "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": 1 - finished.mean().item()}
+    rewards, counted, parts, lengths, finished = (torch.tensor(one, dtype=torch.float64) for one in zip(*every))
+    counted = counted.bool()
+    return {"prompts": len(every), "prompts_too_long": too_long, "groups_dropped": len(every) - kept,
+            "reward": rewards[counted].mean().item(),
+            "reward_std": torch.stack([row[known].std() for row, known in zip(rewards, counted)]).nanmean().item(),
+            "frac_reward_zero_std": zero_variance_groups(rewards, counted).double().mean().item(),
+            **{f"rewards/{name}/mean": mean for name, mean in zip(names, parts[counted].mean(0).tolist())},
+            "completions/mean_length": lengths.mean().item(), "completions/max_length": lengths.max().item(),
+            "completions/clipped_ratio": 1 - finished.mean().item()}
 
 
 def sampling_metrics(packs: list[Pack]) -> dict:
     """Is the sampler the scorer? The first pass's log-probabilities against the sampler's own, over the trained
     tokens of all ranks: |log π_scorer − log π_sampler| and π_scorer / π_sampler, under TRL's names."""
-    d = [(pack.old_logp.cpu() - pad_rows(torch.cat([row for group in pack.groups for row in group.logps]),
-        pack.lengths))
-         [pack.mask.cpu()] for pack in packs if pack.mask.any()]
-    d = torch.cat(d).double() if d else torch.zeros(0, dtype=torch.float64)
-    device = packs[0].mask.device
-    count, far, ratio = all_reduce_sum(torch.stack([torch.tensor(len(d)).double(), d.abs().sum(),
-        d.exp().sum()]).to(device)).tolist()
+    device, d = packs[0].mask.device, [torch.zeros(0)]
+    for pack in packs:
+        if pack.mask.any():
+            drawn = pad_rows(torch.cat([row for group in pack.groups for row in group.logps]), pack.lengths)
+            d.append((pack.old_logp.cpu() - drawn)[pack.mask.cpu()])
+    d = torch.cat(d).double()
+    sums = torch.stack([torch.tensor(len(d)).double(), d.abs().sum(), d.exp().sum()])
+    count, far, ratio = all_reduce_sum(sums.to(device)).tolist()
     if not count:
         return {}
-    ends = torch.stack([d.abs().max(), d.max(), -d.min()]) if len(d) else torch.full((3,), -torch.inf,
-        dtype=torch.float64)
+    ends = torch.stack([d.abs().max(), d.max(), -d.min()]) if len(d) else torch.full((3,), -torch.inf).double()
     most, high, low = all_reduce_max(ends.to(device)).tolist()
     return {"sampling/sampling_logp_difference/mean": far / count, "sampling/sampling_logp_difference/max": most,
-            "sampling/importance_sampling_ratio/min": math.exp(-low), "sampling/importance_sampling_ratio/mean": ratio
-            / count,
+            "sampling/importance_sampling_ratio/min": math.exp(-low),
+            "sampling/importance_sampling_ratio/mean": ratio / count,
             "sampling/importance_sampling_ratio/max": math.exp(high)}
 
 
 def speculation_metrics(speculation: Speculation | None) -> dict:
-    """Of all rollouts since the last call, over all ranks: tokens that a decode step gave a row, share of guessed
-    tokens that were drawn."""
+    """Of all ranks since the last call: tokens a decode step and row, share of guessed tokens that were drawn."""
     if not speculation:
         return {}
     counts = {name: sum(all_gather([count])) for name, count in speculation.counts.items()}
@@ -84,19 +79,16 @@ def readable(line: dict, rollouts: int) -> str:
     """One rollout and its updates, or the mean of several, as one line for people."""
     if "loss" not in line:
         return (f"{line['step']}/{rollouts}  no group to learn from ({line['groups_dropped']} zero-variance ones "
-                "dropped, "
-                f"{line['prompts_too_long']} prompts too long so far)")
-    parts = "  ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in line.items()
-        if name.startswith("rewards/"))
+                f"dropped, {line['prompts_too_long']} prompts too long so far)")
+    parts = [f"{name.split('/')[1]} {value:.2f}" for name, value in line.items() if name.startswith("rewards/")]
     cut = f"  cut {line['completions/clipped_ratio']:.0%}" if line["completions/clipped_ratio"] else ""
-    return (f"{line['step']}/{rollouts}  reward {line['reward']:.3f} ({parts})  kl {line.get('kl', 0):.4f}  "
+    return (f"{line['step']}/{rollouts}  reward {line['reward']:.3f} ({'  '.join(parts)})  kl {line.get('kl', 0):.4f}  "
             f"tokens {line['completions/mean_length']:.0f}{cut}  zero-variance {line['frac_reward_zero_std']:.0%}  "
             f"{line['step_time']:.1f} s")
 
 
 def outcome(rewards: list[float], valid: list[float], best: str) -> str:
-    """What has become of the mean rewards of a run's rollouts, and of its validations; `best` says which was the
-    best."""
+    """What has become of the mean rewards of a run's rollouts, and of its validations; best: which was the best."""
     tenth = -(-len(rewards) // 10)
     first, last = (sum(part) / tenth for part in (rewards[:tenth], rewards[-tenth:]))
     learning = last > first or valid and max(valid) > valid[0] or len(rewards) < 10

@@ -24,10 +24,10 @@ def visual(network: nn.Module) -> nn.Module:
 
 
 def width(config) -> int:
-    return config.hidden_size
+    return config.get_text_config().hidden_size
 
 
-def trunk(network: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
+def trunk(language_model: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
     """(B, T, width) and (3, B, T) → (B, T, hidden)."""
-    return network.model(
+    return language_model(
         inputs_embeds=embedded, position_ids=positions[0], use_cache=False, layout=layout).last_hidden_state

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration as Network
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from grpo.engine.backbones.llama import positions, trunk, width  # noqa: F401  (the same in both)
 from grpo.engine.files import read_json
 
 IMAGE_TOKEN = "<image>"
@@ -17,15 +18,14 @@ def load_image_processor(model: str, max_pixels: int | None) -> LlavaImageProces
     """From the numbers of the checkpoint. max_pixels has no say: the encoder knows one size.
 
     The processor that the Hub's checkpoints name cuts a square out of an image's middle; LLaVA-1.5 itself was trained
-    on images padded to a square, where nothing is lost, and that is what happens here.
-    """
-    settings, config = read_json(model, "preprocessor_config.json"), LlavaConfig.from_dict(read_json(model,
-        "config.json"))
-    side = config.vision_config.image_size
+    on images padded to a square, where nothing is lost, and that is what happens here."""
+    settings, config = (read_json(model, f"{name}.json") for name in ("preprocessor_config", "config"))
+    config = LlavaConfig.from_dict(config)
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
     processor = LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side},
         **{name: settings[name] for name in ("image_mean", "image_std") if name in settings})
-    processor.grid = (1, side // config.vision_config.patch_size, side // config.vision_config.patch_size)
+    processor.grid = (1, side // patch, side // patch)
     processor.class_tokens = int(config.vision_feature_select_strategy == "full")
     return processor
 
@@ -37,17 +37,12 @@ def preprocess(processor: LlavaImageProcessorPil, images: list[Image.Image]) -> 
 
 def seen_size(processor: LlavaImageProcessorPil, width: int, height: int) -> tuple[int, int]:
     """(width, height) of the image itself in its square, which it fills in one direction."""
-    return tuple(max(1, round(length * processor.crop_size["height"] / max(width, height)))
-        for length in (width, height))
+    scale = processor.crop_size["height"] / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def image_token_counts(processor: LlavaImageProcessorPil, grids: Tensor) -> list[int]:
     return (grids.prod(-1) + processor.class_tokens).tolist()
-
-
-def positions(processor: LlavaImageProcessorPil, tokens: Tensor, grids: Tensor | None, image_token: int) -> Tensor:
-    """(3, P): one axis, three times over, so that a prompt looks the same whatever its backbone."""
-    return torch.arange(len(tokens)).expand(3, -1)
 
 
 def banned(config) -> tuple[int, ...]:
@@ -64,13 +59,3 @@ def features(network: nn.Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     layer, strategy = network.config.vision_feature_layer, network.config.vision_feature_select_strategy
     return network.model.get_image_features(
         pixels, vision_feature_layer=layer, vision_feature_select_strategy=strategy).pooler_output
-
-
-def width(config) -> int:
-    return config.text_config.hidden_size
-
-
-def trunk(network: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
-    """(B, T, width) and (3, B, T) → (B, T, hidden)."""
-    return network.model.language_model(
-        inputs_embeds=embedded, position_ids=positions[0], use_cache=False, layout=layout).last_hidden_state

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration as Network
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from grpo.engine.backbones.llama import width  # noqa: F401  (the same in both)
 from grpo.engine.files import read_json
 from grpo.engine.rope import rope_positions
 
@@ -27,7 +28,8 @@ def load_image_processor(model: str, max_pixels: int | None) -> Qwen2VLImageProc
     if largest < side**2:
         raise ValueError(f"max_pixels is {largest}; one token of an image is already {side} × {side} = {side**2}")
     keep = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-    return Qwen2VLImageProcessorPil(size={"shortest_edge": min(smallest, largest), "longest_edge": largest},
+    return Qwen2VLImageProcessorPil(
+        size={"shortest_edge": min(smallest, largest), "longest_edge": largest},
         **{name: settings[name] for name in keep if name in settings})
 
 
@@ -40,18 +42,20 @@ def preprocess(processor: Qwen2VLImageProcessorPil, images: list[Image.Image]) -
 
 def at_least(image: Image.Image, side: int) -> Image.Image:
     """Enlarged, in proportion, until both sides have `side` pixels."""
-    scale = side / min(image.size)
-    if scale <= 1:
-        return image
-    return image.resize([max(side, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+    size = enlarged(*image.size, side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def enlarged(width: int, height: int, side: int) -> tuple[int, int]:
+    scale = max(1, side / min(width, height))
+    return max(side, round(width * scale)), max(side, round(height * scale))
 
 
 def seen_size(processor: Qwen2VLImageProcessorPil, width: int, height: int) -> tuple[int, int]:
     """(width, height) after `preprocess`, from those before: what a box is measured in. ValueError beyond 200:1."""
     side = processor.patch_size * processor.merge_size
-    scale = max(1, side / min(width, height))
-    sides = (max(side, round(length * scale)) if scale > 1 else length for length in (height, width))
-    height, width = smart_resize(*sides, side, processor.size["shortest_edge"], processor.size["longest_edge"])
+    width, height = enlarged(width, height, side)
+    height, width = smart_resize(height, width, side, processor.size["shortest_edge"], processor.size["longest_edge"])
     return width, height
 
 
@@ -78,12 +82,8 @@ def features(network: nn.Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     return network.model.get_image_features(pixels, grids).pooler_output
 
 
-def width(config) -> int:
-    return config.text_config.hidden_size
-
-
-def trunk(network: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
+def trunk(language_model: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
     """(B, T, width) and (3, B, T) → (B, T, hidden)."""
-    return network.model.language_model(inputs_embeds=embedded,
-        position_ids=positions,  # always ours: the model would keep stale offsets of its own
+    return language_model(
+        inputs_embeds=embedded, position_ids=positions,  # always ours: the model would keep stale offsets of its own
         attention_mask={"full_attention": None}, use_cache=False, layout=layout).last_hidden_state

@@ -1,8 +1,6 @@
 """Qwen3-VL: as Qwen2.5-VL, but an image has features for the first few layers too, added after each (DeepStack).
 
-An image's token is then several vectors wide, side by side: its embedding and what each of these layers adds. A word's
-further vectors are zero.
-"""
+An image's token is then several vectors side by side: its embedding and what each layer adds; a word's are zero."""
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +24,10 @@ def width(config) -> int:
     return config.text_config.hidden_size * (1 + len(config.vision_config.deepstack_visual_indexes))
 
 
-def trunk(network: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
+def trunk(language_model: nn.Module, embedded: Tensor, positions: Tensor, layout) -> Tensor:
     """(B, T, width), or (B, T, hidden) where there are only words, and (3, B, T) → (B, T, hidden)."""
-    embedded, *deeper = embedded.split(network.config.text_config.hidden_size, dim=-1)
-    return network.model.language_model(inputs_embeds=embedded, position_ids=positions, attention_mask=None,
-        use_cache=False, visual_pos_masks=torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device),
-        deepstack_visual_embeds=[layer.flatten(0, 1) for layer in deeper] or None, layout=layout).last_hidden_state
+    embedded, *deeper = embedded.split(language_model.config.hidden_size, dim=-1)
+    return language_model(
+        inputs_embeds=embedded, position_ids=positions, attention_mask=None, use_cache=False, layout=layout,
+        visual_pos_masks=torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device),
+        deepstack_visual_embeds=[layer.flatten(0, 1) for layer in deeper] or None).last_hidden_state
