@@ -34,10 +34,6 @@ class Settings(CommonSettings):
             raise ValueError(f"--samples {self.samples} at --temperature 0 would be as many equal answers; "
                              f"a temperature above 0 expected")
 
-    def sampling(self, encoder: "Encoder") -> "Sampling":
-        return Sampling(self.max_completion_tokens, encoder.end_tokens, self.temperature, self.top_p, self.top_k,
-                        self.rollout_rows, seed=f"{self.seed}/evaluate")
-
 
 refuse_early(Settings, __name__)
 
@@ -93,7 +89,8 @@ def main() -> None:
     encoder = Encoder(settings.model, settings.max_pixels)
     samples = chosen_samples(settings, task, encoder)
     check_reward_options(task, samples, options)
-    sampling = settings.sampling(encoder)
+    sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature, settings.top_p,
+                        settings.top_k, settings.rollout_rows, seed=f"{settings.seed}/evaluate")
     device, watch = start(), Stopwatch()
     policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device,
                          encoder.vocabulary)

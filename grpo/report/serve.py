@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import replace
-from functools import partial
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
@@ -56,10 +55,6 @@ class Reader:
 class Handler(BaseHTTPRequestHandler):
     """GET / is the page, GET /news?known=… what is new as JSON."""
 
-    def __init__(self, *arguments, reader: Reader):
-        self.reader = reader
-        super().__init__(*arguments)
-
     def do_GET(self) -> None:
         # A page from elsewhere whose name points to this machine must not read the runs.
         host, _, port = self.headers.get("Host", "").rpartition(":")
@@ -68,9 +63,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         try:
             if url.path == "/":
-                self.answer(200, "text/html", self.reader.page())
+                self.answer(200, "text/html", self.server.reader.page())
             elif url.path == "/news":
-                self.answer(200, "application/json", as_json(self.reader.news(read_known(url.query))))
+                self.answer(200, "application/json", as_json(self.server.reader.news(read_known(url.query))))
             else:
                 self.answer(404, "text/plain", "nothing here")
         except (ValueError, KeyError, TypeError, OSError) as problem:
@@ -96,4 +91,6 @@ def read_known(query: str) -> list[dict]:
 
 def server(words: list[str], port: int) -> ThreadingHTTPServer:
     """Bound to loopback; port 0 takes a free one. OSError if the port is taken."""
-    return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, reader=Reader(words)))
+    http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    http.reader = Reader(words)
+    return http

@@ -125,6 +125,7 @@ def export(policy: Policy, source: str, place: Path, dtype: str = "auto", traini
     for file, names in content.files.items():
         tensors = {name: content.tensor(name) for name in names}
         writer.do(lambda: content.write(writer.new / file, tensors))
+        tensors.clear()  # before those of the next file come
     writer.do(lambda: content.write_rest(writer.new))
     writer.do(lambda: write_json(writer.new / TRAINING, training))
     writer.end()

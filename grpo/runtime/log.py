@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 def is_rank_0() -> bool:
@@ -33,7 +33,7 @@ def progress(total: int, what: str, unit: str):
     return tqdm(total=total, desc=what, unit=unit, leave=False, ncols=columns, nrows=lines, disable=not is_rank_0())
 
 
-class PlainProgress:
+class PlainProgress(AbstractContextManager):
     """A bar's stand-in for logs: what takes less than LINE_SECONDS says nothing, longer work one line in so many."""
 
     LINE_SECONDS = 30.0
@@ -41,9 +41,6 @@ class PlainProgress:
     def __init__(self, total: int, what: str, unit: str):
         self.total, self.what, self.unit, self.n = total, what, unit, 0
         self.start = self.said = time.monotonic()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         pass

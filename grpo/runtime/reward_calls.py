@@ -21,20 +21,16 @@ from grpo.runtime.log import say
 from grpo.runtime.settings import parse_options
 
 # No thread of ours runs while a reward holds the interpreter (a loop in C), and no signal is heeded: so another process
-# has the clock. A line begins a call, "seconds what to say", an empty one ends it.
+# has the clock. A line begins a call, "seconds what to say", and "0" ends it.
 CLOCK = """
-import os, select, signal, sys
-line = ""
-while True:
+import os, signal, sys
+def over(*_):
+    print(message, end="", file=sys.stderr, flush=True)
+    os.kill(int(sys.argv[1]), signal.SIGKILL)
+signal.signal(signal.SIGALRM, over)
+for line in sys.stdin:
     seconds, _, message = line.partition(" ")
-    if not select.select([0], [], [], float(seconds) if seconds else None)[0]:
-        print(message, file=sys.stderr, flush=True)
-        os.kill(int(sys.argv[1]), signal.SIGKILL)
-        break
-    read = os.read(0, 1 << 16).decode(errors="replace")
-    if not read:
-        break
-    line = read.split("\\n")[-2]
+    signal.setitimer(signal.ITIMER_REAL, float(seconds))
 """
 
 
@@ -79,7 +75,7 @@ def within_seconds(seconds: float, what: str, call: Callable):
     finally:  # whatever the last alarm has interrupted
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        set_clock("")
+        set_clock("0")
 
 
 class RewardCalls:
