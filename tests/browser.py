@@ -23,11 +23,14 @@ class Browser:
         port = free_port()
         self.driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.base, self.session = f"http://127.0.0.1:{port}", ""
-        options = {"binary": CHROMIUM, "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                                                f"--user-data-dir={profile}", "--force-device-scale-factor=1", "--no-first-run"]}
+        options = {"binary": CHROMIUM,
+                   "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                                                f"--user-data-dir={profile}", "--force-device-scale-factor=1",
+                                                "--no-first-run"]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         self.wait_for_driver()
-        self.session = "/session/" + self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        self.session = "/session/" + self.ask("POST", "/session",
+                                              {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
 
     def wait_for_driver(self) -> None:
         for _ in range(300):
@@ -39,7 +42,8 @@ class Browser:
 
     def ask(self, method: str, path: str, content=None):
         data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(self.base + self.session + path, data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(self.base + self.session + path, data, {"Content-Type": "application/json"},
+                                         method=method)
         try:
             with urllib.request.urlopen(request, timeout=120) as reply:
                 return json.load(reply)["value"]
@@ -69,13 +73,15 @@ class Browser:
         return self.ask("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def look_like(self, width: int, height: int, dark: bool = False) -> None:
-        self.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                     mobile=width < 600)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.command("Emulation.setEmulatedMedia", features=[scheme])
 
     def errors(self) -> list[str]:
         """What the console has said since it was last asked, warnings and errors."""
-        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"}) if entry["level"] in ("SEVERE", "WARNING")]
+        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})
+                if entry["level"] in ("SEVERE", "WARNING")]
 
     def image(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))

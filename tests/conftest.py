@@ -5,8 +5,8 @@ How a test runs a program, the cheapest first:
   programs.run       `python -m PROGRAM`, alone or under torchrun (`processes=2`), in a forked interpreter: for exit
                      statuses, signals, several ranks; `begin` where it is stopped or killed meanwhile
   run_processes      a function of the test file on several ranks (tests/processes.py)
-  interpreter=sys.executable   in `run` and `begin`: a real interpreter, 7 s of a core for each of its processes; for what a
-                     fork cannot show, as what is imported at the start
+  interpreter=sys.executable   in `run` and `begin`: a real interpreter, 7 s of a core for each of its processes; for
+                     what a fork cannot show, as what is imported at the start
 What several files need is a session's fixture here and built once, `built_once`, for all processes of pytest -n.
 What takes a minute or more by nature is `@pytest.mark.heavy`: left out of `./launch.sh test`, run by .ci/run.
 """
@@ -89,14 +89,16 @@ def folder(built_once) -> Path:
         succeed("data.toy", "--output", folder / "world", "--train", 60, "--valid", 6, "--test", 12)
         succeed("sft.annotate", "--task", "more", "--data", data, "--split", "train", "--fraction", 0.4, "--seed", 0,
                 "--expert", f"file:{folder / 'world' / 'expert.jsonl'}", "--output", folder / "cold_start.jsonl")
-        succeed("sft.train", "--model", folder / "world" / "model", "--data", data, "--responses", folder / "cold_start.jsonl",
-                "--output", folder / "sft", "--epochs", 2, "--batch_size", 8, "--learning_rate", 1e-3, "--train_vision", True,
-                *COMMON, processes=2)
+        succeed("sft.train", "--model", folder / "world" / "model", "--data", data, "--responses",
+                folder / "cold_start.jsonl", "--output", folder / "sft", "--epochs", 2, "--batch_size", 8,
+                "--learning_rate", 1e-3, "--train_vision", True, *COMMON, processes=2)
         succeed("grpo.evaluate", "--model", folder / "sft" / "model", "--data", data, "--split", "train", "--output",
                 folder / "split", "--exclude", folder / "cold_start.drawn.json", *COMMON, processes=2)
         succeed("grpo.train", "--model", folder / "sft" / "model", "--data", data, "--predictions",
-                folder / "split" / "predictions.jsonl", "--output", folder / "grpo", "--max_rollouts", 3, "--learning_rate",
-                1e-3, "--prompts_per_rollout", 4, "--group_size", 3, "--reward_options", "min_length=60", *COMMON, processes=2)
-        succeed("grpo.evaluate", "--model", folder / "grpo" / "model", "--data", data, "--output", folder / "test", *COMMON)
+                folder / "split" / "predictions.jsonl", "--output", folder / "grpo", "--max_rollouts", 3,
+                "--learning_rate", 1e-3, "--prompts_per_rollout", 4, "--group_size", 3, "--reward_options",
+                "min_length=60", *COMMON, processes=2)
+        succeed("grpo.evaluate", "--model", folder / "grpo" / "model", "--data", data, "--output", folder / "test",
+                *COMMON)
 
     return built_once("pipeline", fill)

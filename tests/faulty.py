@@ -36,7 +36,8 @@ def half_a_file(tensors, path, **_):
 
 PLACES = {
     "rollout": (grpo.train.Trainer, "reward", None), "score": (grpo.train.Trainer, "score_reference", None),
-    "update": (grpo.runtime.optim, "clip_gradients", None), "writing": (grpo.runtime.checkpoints, "save_file", half_a_file),
+    "update": (grpo.runtime.optim, "clip_gradients", None),
+    "writing": (grpo.runtime.checkpoints, "save_file", half_a_file),
 }
 
 

@@ -1,11 +1,11 @@
 """A Python that starts in a twentieth of a second: its processes are forked from one that has imported the slow things.
 
-Importing torch and transformers takes 7 s of a core, and a run under torchrun does it two or three times. `serve` imports
-them once and then forks a process for everyone who asks; `ask` is what stands in for the interpreter: it takes the words
-of `python` (-m MODULE, -c CODE or FILE, with -u), hands them to the server with its environment, its folder and its
-standard streams, passes signals on, and ends as the forked process ends, killed by the same signal where it was killed.
-For torchrun (PYTHON_EXEC), a shell or a test this is an interpreter; what it does not show is the start of a real one.
-"""
+Importing torch and transformers takes 7 s of a core, and a run under torchrun does it two or three times. `serve`
+imports them once and then forks a process for everyone who asks; `ask` is what stands in for the interpreter: it
+takes the words of `python` (-m MODULE, -c CODE or FILE, with -u), hands them to the server with its environment, its
+folder and its standard streams, passes signals on, and ends as the forked process ends, killed by the same signal
+where it was killed. For torchrun (PYTHON_EXEC), a shell or a test this is an interpreter; what it does not show is
+the start of a real one. """
 
 import json
 import os
@@ -14,8 +14,8 @@ import socket
 import sys
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-PRELOADED = ("grpo.train", "sft.train", "sft.annotate", "grpo.evaluate", "grpo.predict", "grpo.compare", "data.toy.world",
-             "data.toy.posts", "torch.distributed.run", "tiny")
+PRELOADED = ("grpo.train", "sft.train", "sft.annotate", "grpo.evaluate", "grpo.predict", "grpo.compare",
+             "data.toy.world", "data.toy.posts", "torch.distributed.run", "tiny")
 
 
 def ask(place: str, words: list[str]) -> None:
@@ -74,7 +74,8 @@ def attend(connection: socket.socket) -> list | None:
 
 
 def serve(place: str) -> list:
-    """Answer until standard input, which whoever started the server holds open, ends. Returns in forked processes alone."""
+    """Answer until standard input, which whoever started the server holds open, ends. Returns in forked processes
+    alone."""
     import gc
     import importlib
     import select

@@ -4,12 +4,12 @@ import copy
 import json
 import random
 
-NASTY = [None, True, False, 0, -1, 3, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\n", "a\nb", "\x00", "\ud83d",
-         "\u2028", "\ufeff", "<|im_end|>", "yes", "../../etc", "x" * 5000, "ä" * 300, "RT", "none", [], [[]], {}, [None],
-         {"a": 1}, ["a"], [1, 2], [0.5] * 4]
-BYTES = [b"", b"\x00", b"\xff", b"\xc3", b"\xed\xa0\xbd", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"\\", b'"', b"'", b"{",
-         b"}", b"[", b"]", b",", b":", b" ", b"\t", b"nan", b"-", b"1e999", b"9" * 5000, b"[" * 20000, b'{"a":' * 5000,
-         b"(" * 500, b"\\ud83d", b"\xe2\x80\xa8", b"#", b"null", b"True"]
+NASTY = [None, True, False, 0, -1, 3, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\n", "a\nb", "\x00",
+         "\ud83d", "\u2028", "\ufeff", "<|im_end|>", "yes", "../../etc", "x" * 5000, "ä" * 300, "RT", "none", [], [[]],
+         {}, [None], {"a": 1}, ["a"], [1, 2], [0.5] * 4]
+BYTES = [b"", b"\x00", b"\xff", b"\xc3", b"\xed\xa0\xbd", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"\\", b'"',
+         b"'", b"{", b"}", b"[", b"]", b",", b":", b" ", b"\t", b"nan", b"-", b"1e999", b"9" * 5000, b"[" * 20000,
+         b'{"a":' * 5000, b"(" * 500, b"\\ud83d", b"\xe2\x80\xa8", b"#", b"null", b"True"]
 
 
 def places(value, path=()):
@@ -46,7 +46,8 @@ def mutate_value(value, draw: random.Random):
 
 
 def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
-    """Bytes are cut out, put in, doubled, changed, cut off; lines change places; a BOM, other line ends, another encoding."""
+    """Bytes are cut out, put in, doubled, changed, cut off; lines change places; a BOM, other line ends, another
+    encoding."""
     kind = draw.randrange(9)
     start = draw.randrange(len(content) + 1)
     end = min(len(content), start + draw.choice([1, 1, 1, 2, 5, 30]))
@@ -70,7 +71,8 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutations(valid, count: int, how: str, seed: int = 0):
-    """`count` files with one mutation or two: the values of `valid` as JSON "lines", or `valid` "whole" as one value."""
+    """`count` files with one mutation or two: the values of `valid` as JSON "lines", or `valid` "whole" as one
+    value."""
     for number in range(count):
         draw = random.Random(f"{seed}/{number}")
         written, changed = list(valid) if how == "lines" else [valid], draw.random() < 0.5

@@ -15,13 +15,15 @@ def free_port() -> int:
 
 
 def run_processes(function, world: int, *arguments) -> None:
-    """`function(*arguments)` in every process; where one fails, all of them end and the test fails with what they said."""
+    """`function(*arguments)` in every process; where one fails, all of them end and the test fails with what they
+    said."""
     address = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": str(free_port())}
     with tempfile.NamedTemporaryFile() as call:
         pickle.dump((function, arguments), call)
         call.flush()
-        ranks = [begin(TESTS / "processes.py", call.name, environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        ranks = [begin(TESTS / "processes.py", call.name,
+                       environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(world)]
         try:
             ends = [end(rank) for rank in ranks]

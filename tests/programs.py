@@ -21,7 +21,8 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 COMMON = ["--max_completion_tokens", "24", "--rollout_rows", "8", "--max_pixels", "3136"]
-TORCHRUN = ("-m", "grpo.runtime.launch", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--monitor-interval", "0.1")
+TORCHRUN = ("-m", "grpo.runtime.launch", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+            "--monitor-interval", "0.1")
 
 
 @cache
@@ -48,7 +49,8 @@ def forking_python() -> str:
 
 
 def begin(*words, processes=0, restarts=0, interpreter=None, environment=None, **more) -> subprocess.Popen:
-    """`python WORDS`, with `processes` under torchrun, as a process whose output, errors among it, is one pipe of text."""
+    """`python WORDS`, with `processes` under torchrun, as a process whose output, errors among it, is one pipe of
+    text."""
     launcher = [*TORCHRUN, "--nproc-per-node", processes, "--max-restarts", restarts] if processes else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **more}

@@ -112,7 +112,8 @@ def test_a_completion_that_does_not_count_is_as_if_it_had_not_been_drawn(scale, 
     assert torch.allclose(advantages[:, [0, 2, 3, 4]], without, rtol=1e-12) and (advantages[:, 1] == 0).all()
     none, one = torch.zeros(3, 5, dtype=torch.bool), torch.arange(5).expand(3, 5) == 2
     for known in (none, one):
-        assert zero_variance_groups(rewards, known).all() and (group_advantages(rewards, scale, ddof, counted=known) == 0).all()
+        assert zero_variance_groups(rewards,
+                                    known).all() and (group_advantages(rewards, scale, ddof, counted=known) == 0).all()
 
 
 @pytest.mark.parametrize("scale", SCALES)

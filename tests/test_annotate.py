@@ -142,7 +142,8 @@ def test_no_half_file_is_left_behind(folder):
                                  '{"id": "a", "response": null}'])
 def test_a_broken_line_of_the_expert_s_file_is_named(folder, row):
     (folder / "expert.jsonl").write_text('{"id": "train/1", "response": "a"}\n' + row + "\n")
-    with pytest.raises(ValueError, match="expert.jsonl:2: found .*; expected a JSON object with the texts id and response"):
+    with pytest.raises(ValueError,
+                       match="expert.jsonl:2: found .*; expected a JSON object with the texts id and response"):
         run(folder)
 
 

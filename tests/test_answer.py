@@ -26,7 +26,9 @@ class Encoder:
 
 
 def task():
-    return SimpleNamespace(data=SimpleNamespace(build_prompt=lambda sample, reasoning: ([], f"{sample.id} {reasoning}")))
+    return SimpleNamespace(
+        data=SimpleNamespace(build_prompt=lambda sample, reasoning: ([], f"{sample.id} {reasoning}"))
+    )
 
 
 def samples(count):
@@ -40,7 +42,8 @@ def test_every_sample_is_answered_in_order_and_whole_groups_come_back():
             policy.freeze_vision()
         seven, prompts_of = samples(7), Prompts(Encoder(), task(), cache_bytes=10**9)
         texts = answer(policy, prompts_of, seven, SAMPLING, group_size=3)  # 5 prompts, then 2
-        groups = sample(policy, [tiny_prompt(s.seed, ((1, 4, 4),) if s.seed % 2 else (), name=s.id) for s in seven], 3, SAMPLING)
+        groups = sample(policy, [tiny_prompt(s.seed, ((1, 4, 4),) if s.seed % 2 else (), name=s.id) for s in seven], 3,
+                        SAMPLING)
         assert texts == [[str(completion.tolist()) for completion in group.completions] for group in groups]
         assert len(prompts_of.kept) == 7 and all(prompt.features is None for prompt in prompts_of.kept.values())
 

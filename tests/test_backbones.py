@@ -7,7 +7,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_backbones import TEMPLATE, groups_of, plain_logp, policy_of, prompt_of, tiny_network, write_llava, write_qwen3_vl
+from tiny_backbones import (
+    TEMPLATE,
+    groups_of,
+    plain_logp,
+    policy_of,
+    prompt_of,
+    tiny_network,
+    write_llava,
+    write_qwen3_vl,
+)
 from transformers import LlavaForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from grpo.engine.backbones import MODEL_TYPES, backbone
@@ -148,7 +157,9 @@ def test_a_llava_prompt_begins_once_and_holds_every_images_features(llava):
     assert features.shape == (2 * 16, 32)
     assert prompt.positions.tolist() == [list(range(len(prompt)))] * 3
     completion = encoder.completion("a blue cup")
-    assert encoder.tokenizer.convert_ids_to_tokens(completion.tolist())[-1] == "</s>" and completion[0] != prompt.tokens[0]
+    assert (
+        encoder.tokenizer.convert_ids_to_tokens(completion.tolist())[-1] == "</s>" and completion[0] != prompt.tokens[0]
+    )
     assert encoder.decode(completion).strip() == "a blue cup" and len(encoder.end_tokens) == 1
 
 
@@ -200,11 +211,15 @@ def test_llava_loads_from_the_hubs_names_and_its_export_in_stock_transformers_gi
             parameter += 0.01 * torch.randn_like(parameter)
     export(policy, str(llava), tmp_path / "model")
     names = lambda folder: set(safe_open(folder / "model.safetensors", "pt").keys())
-    assert names(tmp_path / "model") == names(llava) and "language_model.model.layers.0.mlp.up_proj.weight" in names(llava)
+    assert names(tmp_path / "model") == names(llava) and "language_model.model.layers.0.mlp.up_proj.weight" in names(
+        llava
+    )
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    group = Group(encoder.encode([image()], "a red logo"), [encoder.completion("a blue cup"), encoder.completion("none")])
+    group = Group(encoder.encode([image()], "a red logo"),
+                  [encoder.completion("a blue cup"), encoder.completion("none")])
     ids = [torch.cat([group.prompt.tokens, completion])[None] for completion in group.completions]
-    logits = [stock(input_ids=row, pixel_values=group.prompt.pixels).logits[0, len(group.prompt) - 1 : -1] for row in ids]
+    logits = [stock(input_ids=row, pixel_values=group.prompt.pixels).logits[0, len(group.prompt) - 1 : -1]
+              for row in ids]
     plain = [row.index_fill(-1, torch.tensor([encoder.image_token]), float("-inf")).log_softmax(-1)
              .gather(-1, completion[:, None])[:, 0] for row, completion in zip(logits, group.completions)]
     torch.testing.assert_close(policy.score([group]).logp, torch.cat(plain), rtol=1e-5, atol=1e-5)
@@ -216,12 +231,13 @@ def test_the_programs_train_and_evaluate_llava_on_two_processes(folder, tmp_path
     data = folder / "world" / "MORE"
     write_llava(tmp_path / "llava", [line["response"] for line in lines(folder / "cold_start.jsonl")])
     succeed("sft.train", "--model", tmp_path / "llava", "--data", data, "--responses", folder / "cold_start.jsonl",
-            "--output", tmp_path / "sft", "--epochs", 1, "--batch_size", 8, "--learning_rate", 1e-3, "--valid_split", "",
-            "--train_vision", True, *COMMON, processes=2)
+            "--output", tmp_path / "sft", "--epochs", 1, "--batch_size", 8, "--learning_rate", 1e-3, "--valid_split",
+            "", "--train_vision", True, *COMMON, processes=2)
     succeed("grpo.train", "--model", tmp_path / "sft" / "model", "--data", data, "--output", tmp_path / "grpo",
             "--max_rollouts", 1, "--prompts_per_rollout", 2, "--group_size", 4, "--valid_split", "", "--lora_rank", 2,
             "--learning_rate", 1e-2, "--reward_options", "min_length=20", *COMMON, processes=2)
-    succeed("grpo.evaluate", "--model", tmp_path / "grpo" / "model", "--data", data, "--output", tmp_path / "test", *COMMON)
+    succeed("grpo.evaluate", "--model", tmp_path / "grpo" / "model", "--data", data, "--output", tmp_path / "test",
+            *COMMON)
     assert len(lines(tmp_path / "test" / "predictions.jsonl")) == 12
     before, after = tensors(tmp_path / "sft" / "model"), tensors(tmp_path / "grpo" / "model")
     assert set(before) == set(after) == set(tensors(tmp_path / "llava"))
@@ -242,8 +258,11 @@ def test_a_qwen3_vl_prompts_images_and_positions_are_stock_transformers(qwen3_vl
     assert re.sub(r"(<.image_pad.>)+", "<|image_pad|>", text).count("<|vision_start|><|image_pad|><|vision_end|>") == 3
     assert (prompt.grids.prod(-1) * 16**2 <= 96 * 96).all() and prompt.pixels.shape[1] == 3 * 2 * 16 * 16
     is_image = prompt.tokens == encoder.image_token
-    assert is_image.sum() == prompt.grids.prod(-1).sum() // 4 and len(policy.encode_images([prompt])[0]) == is_image.sum()
-    expected, _ = policy.model.model.get_rope_index(prompt.tokens[None], is_image[None].int(), image_grid_thw=prompt.grids)
+    assert (
+        is_image.sum() == prompt.grids.prod(-1).sum() // 4 and len(policy.encode_images([prompt])[0]) == is_image.sum()
+    )
+    expected, _ = policy.model.model.get_rope_index(prompt.tokens[None], is_image[None].int(),
+                                                    image_grid_thw=prompt.grids)
     assert torch.equal(prompt.positions, expected[:, 0])
     with pytest.raises(ValueError, match="one token of an image is already 32 × 32"):
         Encoder(str(qwen3_vl), max_pixels=1000)
@@ -258,12 +277,14 @@ def test_qwen3_vl_loads_from_the_hubs_names_and_its_export_in_stock_transformers
     names = lambda folder: set(safe_open(folder / "model.safetensors", "pt").keys())
     assert names(tmp_path / "model") == names(qwen3_vl) and "model.visual.pos_embed.weight" in names(qwen3_vl)
     stock = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    group = Group(encoder.encode([image()], "a red logo"), [encoder.completion("a blue cup"), encoder.completion("none")])
+    group = Group(encoder.encode([image()], "a red logo"),
+                  [encoder.completion("a blue cup"), encoder.completion("none")])
     plain = []
     for completion in group.completions:
         ids = torch.cat([group.prompt.tokens, completion])[None]
-        logits = stock(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == encoder.image_token).int(),
-                       pixel_values=group.prompt.pixels, image_grid_thw=group.prompt.grids).logits[0, len(group.prompt) - 1 : -1]
+        logits = stock(input_ids=ids, attention_mask=torch.ones_like(ids),
+                       mm_token_type_ids=(ids == encoder.image_token).int(), pixel_values=group.prompt.pixels,
+                       image_grid_thw=group.prompt.grids).logits[0, len(group.prompt) - 1 : -1]
         logits[:, [*policy.banned, *range(policy.vocabulary, logits.shape[1])]] = float("-inf")
         plain.append(logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0])
     torch.testing.assert_close(policy.score([group]).logp, torch.cat(plain), rtol=1e-5, atol=1e-5)
@@ -292,6 +313,8 @@ def test_an_image_of_no_shape_that_a_model_sees_is_refused(qwen3_vl):
 def test_a_backbone_is_found_by_its_model_type_and_an_unknown_one_is_refused_with_the_known():
     assert MODEL_TYPES == ["llama", "llava", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_vl"]
     for unknown in ("gemma", "__init__", None):
-        expected = f"here: config.json has model_type {unknown!r}; expected one of llama, llava, .*another one is a file"
+        expected = (
+            f"here: config.json has model_type {unknown!r}; expected one of llama, llava, .*another one is a file"
+        )
         with pytest.raises(ValueError, match=expected):
             backbone(unknown, "here")

@@ -28,11 +28,12 @@ class Killed(BaseException):
 def words_of(program, folder, output):
     common = ["--data", folder / "world" / "MORE", "--output", output, "--checkpoint_every", 1, *COMMON]
     if program is sft.train:
-        return ["--model", folder / "world" / "model", "--responses", folder / "cold_start.jsonl", "--epochs", 2, "--batch_size", 8,
-                "--learning_rate", 1e-3, "--valid_samples", 4, *common]
-    return ["--model", folder / "sft" / "model", "--predictions", folder / "split" / "predictions.jsonl", "--max_rollouts", 4,
-            "--learning_rate", 1e-3, "--prompts_per_rollout", 2, "--group_size", 3, "--reward_options", "min_length=60",
-            "--rollout_log_every", 2, "--validate_every", 3, "--valid_samples", 4, *common]
+        return ["--model", folder / "world" / "model", "--responses", folder / "cold_start.jsonl", "--epochs", 2,
+                "--batch_size", 8, "--learning_rate", 1e-3, "--valid_samples", 4, *common]
+    return ["--model", folder / "sft" / "model", "--predictions", folder / "split" / "predictions.jsonl",
+            "--max_rollouts", 4, "--learning_rate", 1e-3, "--prompts_per_rollout", 2, "--group_size", 3,
+            "--reward_options", "min_length=60", "--rollout_log_every", 2, "--validate_every", 3, "--valid_samples", 4,
+            *common]
 
 
 def run(program, words, killed_in_step=None):
@@ -68,7 +69,8 @@ def same_run(one, other):
     assert (one / "best.json").read_text() == (other / "best.json").read_text()
     places = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
     assert places[0].name == places[1].name
-    parts = [{key: value for path in sorted(place.glob("part-*")) for key, value in load_file(path).items()} for place in places]
+    parts = [{key: value for path in sorted(place.glob("part-*")) for key, value in load_file(path).items()}
+             for place in places]
     assert parts[0].keys() == parts[1].keys() and any(key.startswith("exp_avg_sq/") for key in parts[0])
     assert all(torch.equal(parts[0][key], parts[1][key]) for key in parts[0] if not key.startswith("random/"))
 
@@ -83,8 +85,11 @@ both_programs = pytest.mark.parametrize("program", [sft.train, grpo.train], ids=
 
 
 @both_programs
-@pytest.mark.parametrize("at,every", [(2, 1), (4, 2)], ids=["at the checkpoint", "a step beyond it, whose lines are written"])
-def test_killed_in_a_step_and_started_again_it_ends_as_if_nothing_had_happened(program, undisturbed, folder, tmp_path, at, every):
+@pytest.mark.parametrize("at,every", [(2, 1), (4, 2)],
+                         ids=["at the checkpoint", "a step beyond it, whose lines are written"])
+def test_killed_in_a_step_and_started_again_it_ends_as_if_nothing_had_happened(
+    program, undisturbed, folder, tmp_path, at, every
+):
     words = [*words_of(program, folder, tmp_path), "--checkpoint_every", every]
     with pytest.raises(Killed):
         run(program, words, killed_in_step=at)
@@ -219,7 +224,8 @@ def test_adams_moments_are_read_into_host_memory_where_they_wait_there(halfway, 
 
 REFUSED = {
     "a file that was given and is not": (["--predictions", ""], "predictions '[0-9a-f]{16}' → None"),
-    "the learning rate": (["--learning_rate", "5e-3"], "made with other settings: learning_rate 0.001 → 0.005; --resume changed"),
+    "the learning rate": (["--learning_rate", "5e-3"],
+                          "made with other settings: learning_rate 0.001 → 0.005; --resume changed"),
     "the seed": (["--seed", "1"], "seed 0 → 1"),
     "the objective's own": (["--beta", "0.5"], "beta 0.001 → 0.5"),
     "an adapter": (["--lora_rank", "4"], "is of another run: lora_rank 0 → 4"),
@@ -259,7 +265,8 @@ def test_what_may_change_changes_when_asked_for_and_what_may_not_does_not(halfwa
 
 def test_what_is_memory_and_not_result_may_change_unasked(halfway):
     words, _ = halfway
-    assert run(grpo.train, [*words, "--rollout_rows", 3, "--tokens_per_pass", 300, "--gradient_checkpointing", True]) == 2
+    assert run(grpo.train,
+               [*words, "--rollout_rows", 3, "--tokens_per_pass", 300, "--gradient_checkpointing", True]) == 2
 
 
 def test_resume_never_begins_anew(halfway, capsys):
@@ -274,7 +281,8 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_difference():
     assert differences(ran, {**ran, "settings": {"seed": 2}}, {}) == {"seed": (1, 2)}
     assert differences(ran, {**ran, "file_hashes": {"responses": "c"}}, {}) == {"responses": (None, "c")}
     rules = resume_rules(grpo.train.Settings())
-    assert refusal({"task": ("more", "jmere")}, "place", "changed", rules) and not refusal({"seed": (1, 2)}, "place", "changed", rules)
+    assert refusal({"task": ("more", "jmere")}, "place", "changed",
+                   rules) and not refusal({"seed": (1, 2)}, "place", "changed", rules)
 
 
 # ── other numbers of processes ───────────────────────────────────────────────────────────────────────────────────
@@ -294,7 +302,8 @@ def trained(steps, shard_size=0):
     optimizer = make_optimizer(policy, s)
     groups = tiny_groups(lengths=((5, 1), (3, 4), (6, 2), (4, 4)))
     for _ in range(steps):
-        update(policy, optimizer, [split_across_ranks(groups)], lambda scores: -scores.logp.sum() / 30, 1.0, 1.0, rate=1e-3)
+        update(policy, optimizer, [split_across_ranks(groups)], lambda scores: -scores.logp.sum() / 30, 1.0, 1.0,
+               rate=1e-3)
     return policy, optimizer
 
 

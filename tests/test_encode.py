@@ -36,7 +36,8 @@ def test_every_image_gets_as_many_image_tokens_as_the_encoder_makes_features(enc
     assert (prompt.tokens == encoder.image_token).sum() == sum(runs)
     assert len(prompt.pixels) == 4 * sum(runs) and len(set(runs)) >= 1
     text = encoder.tokenizer.decode(prompt.tokens)
-    assert text.startswith("<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * runs[0] + "<|vision_end|><|vision_start|>")
+    assert text.startswith("<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * runs[0]
+                           + "<|vision_end|><|vision_start|>")
     assert text.endswith("a red logo<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -52,8 +53,11 @@ def test_a_image_smaller_than_one_token_is_enlarged(encoder):
 
 def test_a_template_that_writes_other_than_one_image_token_an_image_is_refused_by_the_samples_name(folder, tmp_path):
     for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes().replace(b"<|vision_start|><|image_pad|>", b"<|image_pad|><|image_pad|>"))
-    with pytest.raises(ValueError, match="train/3: the chat template writes 2 <|image_pad|> tokens for 1 images".replace("|", r"\|")):
+        (tmp_path / file.name).write_bytes(file.read_bytes().replace(b"<|vision_start|><|image_pad|>",
+                                                                     b"<|image_pad|><|image_pad|>"))
+    with pytest.raises(
+        ValueError, match="train/3: the chat template writes 2 <|image_pad|> tokens for 1 images".replace("|", r"\|")
+    ):
         Encoder(str(tmp_path)).encode([image()], "look", id="train/3")
 
 
@@ -66,7 +70,8 @@ def test_a_response_ends_with_the_end_token_and_decodes_without_it(encoder):
     completion = encoder.completion("a blue cup")
     assert completion[-1] == encoder.end_tokens[0] == encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert encoder.decode(completion) == "a blue cup"
-    junk = torch.cat([completion[:-1], torch.tensor([encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")]), completion[-1:]])
+    junk = torch.cat([completion[:-1], torch.tensor([encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")]),
+                      completion[-1:]])
     assert encoder.decode(junk) == "a blue cup<|im_start|>"  # the reward must see it
 
 
@@ -142,7 +147,8 @@ def test_without_a_limit_of_ours_the_checkpoints_own_numbers_hold(folder, tmp_pa
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    settings |= {"min_pixels": 57 * 57, "max_pixels": 85 * 85, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    settings |= {"min_pixels": 57 * 57, "max_pixels": 85 * 85, "image_mean": [0.1, 0.2, 0.3],
+                 "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     processor = Encoder(str(tmp_path)).image_processor
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (57 * 57, 85 * 85)

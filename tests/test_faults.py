@@ -25,10 +25,10 @@ from programs import COMMON, ROOT, end, lines
 from tiny import IMAGE, tiny_groups, tiny_policy
 
 def words_of(folder, output, *more):
-    return ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", output, "--max_rollouts", 5,
-            "--predictions", folder / "split" / "predictions.jsonl", "--learning_rate", 1e-3, "--prompts_per_rollout", 2,
-            "--group_size", 3, "--reward_options", "min_length=60", "--checkpoint_every", 1, "--rollout_log_groups", 1,
-            "--valid_samples", 4, "--zero_variance_groups", "dropped", *COMMON, *more]
+    return ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", output,
+            "--max_rollouts", 5, "--predictions", folder / "split" / "predictions.jsonl", "--learning_rate", 1e-3,
+            "--prompts_per_rollout", 2, "--group_size", 3, "--reward_options", "min_length=60", "--checkpoint_every", 1,
+            "--rollout_log_groups", 1, "--valid_samples", 4, "--zero_variance_groups", "dropped", *COMMON, *more]
 
 
 def begin(words, processes=2, restarts=0, faults="", program="grpo.train", **more):
@@ -76,12 +76,15 @@ def stop_after(process, output, rollouts, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("processes,number,status", [(0, signal.SIGTERM, 143), (2, signal.SIGINT, 130)],
                          ids=["one process by SIGTERM", "two by Ctrl-C"])
-def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(folder, undisturbed, tmp_path, processes, number, status):
+def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(folder, undisturbed, tmp_path, processes, number,
+                                                                    status):
     words = words_of(folder, tmp_path, "--checkpoint_every", 0)
     process = begin(words, processes)
     stop_after(process, tmp_path, 2, number)
     found, text = end(process)
-    assert found == status and re.search(rf"stopped after step \d by {number.name}; the same command goes on from \S+\Z", text.strip()), text
+    assert found == status and re.search(
+        rf"stopped after step \d by {number.name}; the same command goes on from \S+\Z", text.strip()
+    ), text
     assert text.count("ending after this step") == 1 and "Traceback" not in text and "Warning" not in text
     stopped = int(newest(tmp_path).name.removeprefix("step-"))
     assert 2 <= stopped < 5
@@ -100,7 +103,8 @@ def test_what_a_rank_has_said_in_one_line_is_all_that_is_said(folder, tmp_path):
 
 def test_a_rank_that_could_say_nothing_is_named(folder, tmp_path):
     status, text = end(begin(words_of(folder, tmp_path), faults="rollout:kill@0"))
-    assert status == 137 and re.search(r"^error: rank 1 \(pid \d+\) was ended by SIGKILL; the same command goes on", text, re.M), text
+    assert status == 137 and re.search(r"^error: rank 1 \(pid \d+\) was ended by SIGKILL; the same command goes on",
+                                       text, re.M), text
     assert "Traceback" not in text
 
 
@@ -132,7 +136,8 @@ def test_the_verdict_names_who_is_furthest_behind():
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 3 MiB; where none can be mounted, a limit on the size of files does."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], capture_output=True).returncode == 0
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path],
+                             capture_output=True).returncode == 0
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill():
@@ -156,7 +161,8 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(small_disk, 
     checkpoints.save(policy, optimizer, 1, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill() if where == "disk" else resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    with pytest.raises(OSError, match=r"step-00000002: the checkpoint cannot be written \(rank 0: .*(No space left|too large).*"
+    with pytest.raises(OSError,
+                       match=r"step-00000002: the checkpoint cannot be written \(rank 0: .*(No space left|too large).*"
                                       r"the last good one is .*step-00000001"):
         checkpoints.save(policy, optimizer, 2, {})
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -210,8 +216,10 @@ def test_an_update_that_is_not_a_number_is_skipped_and_counted(folder, tmp_path,
 
 
 def test_an_infinite_loss_names_its_samples(capsys):
-    run = SimpleNamespace(policy=tiny_policy(), device="cpu", prompts=SimpleNamespace(release_features=lambda prompts: None),
-                          settings=SimpleNamespace(tokens_per_pass=10**6, keep_features=True, max_grad_norm=1.0, max_bad_updates=2),
+    run = SimpleNamespace(policy=tiny_policy(), device="cpu",
+                          prompts=SimpleNamespace(release_features=lambda prompts: None),
+                          settings=SimpleNamespace(tokens_per_pass=10**6, keep_features=True, max_grad_norm=1.0,
+                                                   max_bad_updates=2),
                           bad_in_a_row=0, bad_updates=0, checkpoints=SimpleNamespace(last_good=lambda: "none"))
     run.judge = partial(Run.judge, run)
     groups = tiny_groups(lengths=((5,), (3,), (4,)))
@@ -219,7 +227,8 @@ def test_an_infinite_loss_names_its_samples(capsys):
     optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.1)
     assert sft.train.step(run, optimizer, groups, 0.1)["bad_updates"] == 1
     assert capsys.readouterr().out == f"update skipped: its loss is not finite at {groups[1].prompt.id} (1 in a row)\n"
-    with pytest.raises(ValueError, match=f"2 updates in a row .*; the last: its loss is not finite at {groups[1].prompt.id}"):
+    with pytest.raises(ValueError,
+                       match=f"2 updates in a row .*; the last: its loss is not finite at {groups[1].prompt.id}"):
         sft.train.step(run, optimizer, groups, 0.1)
     assert "bad_updates" in sft.train.step(run, optimizer, groups[2:], 0.1) and run.bad_in_a_row == 0
 
@@ -241,7 +250,8 @@ def test_where_the_objective_alone_is_infinite_all_samples_of_the_pass_are_named
 def test_a_run_of_them_ends_it_and_names_the_last_good_checkpoint(folder, tmp_path):
     trainer, curriculum, samples = make(folder, tmp_path, "--updates", 1, "--checkpoint_every", 1, "--max_rollouts", 9)
     poisoned(trainer, {2, 4, 5, 6})
-    with pytest.raises(ValueError, match="3 updates in a row had a loss or gradient that is not finite .*the last good one is "
+    with pytest.raises(ValueError,
+                       match="3 updates in a row had a loss or gradient that is not finite .*the last good one is "
                                          ".*step-00000005; lower --learning_rate"):
         grpo.train.train(trainer, curriculum)
     assert [line.get("bad_updates", 0) for line in lines(tmp_path / "metrics.jsonl")[1:]] == [0, 1, 1, 2, 3]
@@ -261,7 +271,9 @@ def check_skipped_by_all():
     policy = shard(tiny_policy(), torch.float32, torch.device("cpu"))
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     before = [p.detach().to_local().clone() for p in policy.parameters()]
-    bad = lambda scores: scores.logp.sum().detach() * float("inf") + 0.0 * scores.logp.sum() if rank() else -scores.logp.sum()
+    bad = lambda scores: (
+        scores.logp.sum().detach() * float("inf") + 0.0 * scores.logp.sum() if rank() else -scores.logp.sum()
+    )
     norm = update(policy, optimizer, [tiny_groups()], bad, 1.0, 1.0, rate=1.0)
     assert norm != norm
     assert all(torch.equal(old, p.detach().to_local()) for old, p in zip(before, policy.parameters()))

@@ -109,9 +109,9 @@ def test_equal_scores_are_decided_by_the_seed_for_each_sample_alone():
 
 @pytest.mark.parametrize("reply, score", [
     ("<score>0.85</score>", 0.85), ("Rule 2 is broken.\n<score> 0.8 </score> That is all.", 0.8),
-    ("<score>1</score>", 1), ("<score>1.0</score>", 1), ("<score>0</score>", 0), ("0.9", None), ("", None), ("<score>1.5</score>", None),
-    ("<score>-0.5</score>", None), ("<score>high</score>", None), ("<score>0.9</score> or <score>0.2</score>", None),
-    ("<score>0.9</score> <score>none</score>", None)])
+    ("<score>1</score>", 1), ("<score>1.0</score>", 1), ("<score>0</score>", 0), ("0.9", None), ("", None),
+    ("<score>1.5</score>", None), ("<score>-0.5</score>", None), ("<score>high</score>", None),
+    ("<score>0.9</score> or <score>0.2</score>", None), ("<score>0.9</score> <score>none</score>", None)])
 def test_a_score_is_one_number_from_0_to_1_in_its_tags(reply, score):
     assert filters.read_score(reply) == score
 

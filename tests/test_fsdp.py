@@ -22,14 +22,16 @@ def one_update(groups, budget: int, sharded: bool, shard_size: int = 0):
     if sharded:
         shard(policy, torch.float32, torch.device("cpu"), shard_size=shard_size)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.0)
-    norm = update(policy, optimizer, packs(groups, budget), lambda scores: -scores.logp.sum() / TOKENS, 0.8, 1e9, rate=1.0)
+    norm = update(policy, optimizer, packs(groups, budget), lambda scores: -scores.logp.sum() / TOKENS, 0.8, 1e9,
+                  rate=1.0)
     return norm, policy
 
 
 def check_gradients(path, uneven: bool, shard_size: int):
     everyone = tiny_groups(lengths=LENGTHS)
     mine = (everyone if torch.distributed.get_rank() == 0 else []) if uneven else split_across_ranks(everyone)
-    norm, policy = one_update(mine, 40, sharded=True, shard_size=shard_size)  # a budget of 40 tokens: one pack a group, unequal counts
+    norm, policy = one_update(mine, 40, sharded=True,
+                              shard_size=shard_size)  # a budget of 40 tokens: one pack a group, unequal counts
     head = policy.model.lm_head.weight
     if torch.distributed.get_rank() == 0:
         assert len(head.to_local()) == -(-len(head) // (shard_size or torch.distributed.get_world_size()))
@@ -38,8 +40,10 @@ def check_gradients(path, uneven: bool, shard_size: int):
         torch.save({"norm": norm, "weights": weights}, path)
 
 
-@pytest.mark.parametrize("world,uneven,shard_size", [(2, False, 0), (3, False, 0), (2, True, 0), (4, False, 0), (4, True, 2), (2, False, 1)],
-                         ids=["two", "three, unequal packs", "one has nothing at all", "four", "two copies of two parts, three "
+@pytest.mark.parametrize("world,uneven,shard_size",
+                         [(2, False, 0), (3, False, 0), (2, True, 0), (4, False, 0), (4, True, 2), (2, False, 1)],
+                         ids=["two", "three, unequal packs", "one has nothing at all", "four",
+                              "two copies of two parts, three "
                               "have nothing at all", "two copies"])
 def test_the_number_of_processes_does_not_change_the_update(tmp_path, world, uneven, shard_size):
     norm, policy = one_update(tiny_groups(lengths=LENGTHS), 10**6, sharded=False)
@@ -126,7 +130,8 @@ def check_offload(folder):
     assert len(moments) == 2 and all(isinstance(value, DTensor) for value in moments)
     away = {name: value for name, value in back[2].items()}
     real(away, back[0], "meta")  # a device that is another one: sharded moments really go there, as what they are
-    assert [value.to_local().is_meta and isinstance(value, DTensor) for value in away.values() if value.ndim] == [True] * 2
+    assert [value.to_local().is_meta and isinstance(value, DTensor) for value in away.values()
+            if value.ndim] == [True] * 2
     checkpoints = Checkpoints(folder, 1)
     checkpoints.save(policy, optimizer, 2, {})
     kept = {parameter: {name: value.clone() for name, value in state.items()} for parameter, state in
@@ -175,13 +180,15 @@ def check_frozen(path):
         expected = dict(old.named_parameters())
         for name, parameter in new.named_parameters():
             if parameter.requires_grad:
-                assert parameter.dtype == torch.float32 and torch.equal(parameter.grad.to_local(), expected[name].grad.to_local()), name
+                assert parameter.dtype == torch.float32 and torch.equal(parameter.grad.to_local(),
+                                                                        expected[name].grad.to_local()), name
         with torch.no_grad():
             assert torch.equal(*(policy.score(groups, 0.8).logp for policy in (new, old)))
         with torch.no_grad(), adapter_off(new), adapter_off(old):
             assert torch.equal(*(policy.score(groups, 0.8).logp for policy in (new, old)))
     frozen = shard(tiny_policy().requires_grad_(False), torch.bfloat16, device)
-    assert torch.equal(frozen.score(groups).logp, in_float32(tiny_policy().requires_grad_(False), device).score(groups).logp)
+    assert torch.equal(frozen.score(groups).logp,
+                       in_float32(tiny_policy().requires_grad_(False), device).score(groups).logp)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -192,7 +199,8 @@ def test_frozen_weights_in_the_compute_type_change_no_bit_of_values_and_gradient
 def test_auto_is_bfloat16_only_where_the_card_computes_in_it(monkeypatch):
     asked, cuda = [], SimpleNamespace(type="cuda")
     for native in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: including_emulation or native)
         asked.append(compute_dtype("auto", cuda))
     assert asked == [torch.bfloat16, torch.float32] and compute_dtype("auto", torch.device("cpu")) == torch.float32
     with pytest.raises(ValueError, match="--dtype float16: .*does not scale losses; bfloat16"):
@@ -225,7 +233,8 @@ def check_answers():
     policy.freeze_vision()
     sampling = Sampling(max_tokens=3, end_tokens=(END,), temperature=0.0, rows=1)
     answers = grpo.runtime.answer.answer(policy, prompts_of, list(range(9)), sampling, group_size=2)
-    expected = [[c.tolist() for c in group.completions] for group in sample(tiny_policy(), [prompts_of(i) for i in range(9)], 2, sampling)]
+    expected = [[c.tolist() for c in group.completions]
+                for group in sample(tiny_policy(), [prompts_of(i) for i in range(9)], 2, sampling)]
     assert answers == expected
 
 

@@ -85,7 +85,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         made = function(*arguments, **(keywords or {}))
-        self.numbers = max([self.numbers, *(x.numel() for x in (made if isinstance(made, tuple) else (made,)) if torch.is_tensor(x))])
+        self.numbers = max([self.numbers,
+                            *(x.numel() for x in (made if isinstance(made, tuple) else (made,)) if torch.is_tensor(x))])
         return made
 
 

@@ -62,8 +62,9 @@ def hosts():
 def begin(host, words, restarts, log):
     """torchrun on one host, as docs/long-runs.md starts it on each; what it says goes into the file."""
     command = ["ip", "netns", "exec", name(host), sys.executable, "-m", "torch.distributed.run", "--nnodes", 2,
-               "--nproc-per-node", 1, "--max-restarts", restarts, "--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint",
-               f"{ADDRESS['a']}:29511", "--rdzv-conf", f"is_host={host == 'a'},join_timeout=90,keep_alive_interval=1", "--local-addr", ADDRESS[host],
+               "--nproc-per-node", 1, "--max-restarts", restarts, "--rdzv-backend", "c10d", "--rdzv-id", "run",
+               "--rdzv-endpoint", f"{ADDRESS['a']}:29511", "--rdzv-conf",
+               f"is_host={host == 'a'},join_timeout=90,keep_alive_interval=1", "--local-addr", ADDRESS[host],
                "--monitor-interval", 0.1, ROOT / "tests" / "faulty.py", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
                    "GLOO_SOCKET_IFNAME": f"cable-{host}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -93,9 +94,11 @@ def test_one_host_is_cut_off_the_other_waits_and_both_go_on(hosts, folder, tmp_p
     assert stays.poll() is None  # it waits
     ip("-n", name("b"), "link", "set", "cable-b", "up")
     comes = begin("b", words, 2, logs["comes"])
-    ends, said = [stays.wait(timeout=240), comes.wait(timeout=60)], logs["stays"].read_text() + logs["comes"].read_text()
+    ends, said = [stays.wait(timeout=240),
+                  comes.wait(timeout=60)], logs["stays"].read_text() + logs["comes"].read_text()
     assert ends == [0, 0], said
-    assert re.search(MISSING, said) and re.search(r"going on after step [1-5]", said), said  # 1: cut off before 2 was whole
+    assert re.search(MISSING, said) and re.search(r"going on after step [1-5]",
+                                                  said), said  # 1: cut off before 2 was whole
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(6))
     words = words_of(folder, tmp_path / "undisturbed")
     undisturbed = begin("a", words, 0, logs["one"]), begin("b", words, 0, logs["two"])

@@ -19,7 +19,8 @@ TEXTS = ["one two three four five"] * 3
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """owner/model is the folder that the server has; owner/gated wants a permission; of anything else there is nothing."""
+    """owner/model is the folder that the server has; owner/gated wants a permission; of anything else there is
+    nothing."""
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -34,10 +35,12 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if self.path in ("/", ""):
             status = 200
         elif self.path.startswith("/api/models/owner/model"):
-            known = {"id": "owner/model", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in self.server.folder.iterdir()]}
+            known = {"id": "owner/model", "sha": COMMIT,
+                     "siblings": [{"rfilename": file.name} for file in self.server.folder.iterdir()]}
             status, content = 200, json.dumps([] if "/tree/" in self.path else known).encode()
         elif self.path.startswith("/owner/gated/"):
-            status, headers = 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model owner/gated is restricted."}
+            status, headers = 403, {"X-Error-Code": "GatedRepo",
+                                    "X-Error-Message": "Access to model owner/gated is restricted."}
         elif not self.path.startswith("/owner/model/"):
             headers = {"X-Error-Code": "RepoNotFound"}
         elif "/resolve/" in self.path and path.is_file():
@@ -83,7 +86,8 @@ def check_whole(folder):
     policy, encoder = load_policy("owner/model"), Encoder("owner/model")
     expected, prompt = load_policy(str(folder)).state_dict(), encoder.encode([], "one two")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in policy.state_dict().items())
-    assert torch.equal(prompt.tokens, Encoder(str(folder)).encode([], "one two").tokens) and policy.vocabulary == encoder.vocabulary
+    assert torch.equal(prompt.tokens,
+                       Encoder(str(folder)).encode([], "one two").tokens) and policy.vocabulary == encoder.vocabulary
 
 
 def test_a_model_comes_from_the_hub_and_the_next_time_from_the_cache_without_a_network(hub, monkeypatch, tmp_path):
@@ -113,7 +117,8 @@ def test_what_a_hub_does_not_give_is_one_line(hub, model, name, message):
 
 def test_a_hub_without_a_config_says_so(hub):
     (hub.folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="owner/model: config.json: no folder here, and the hub's model has no file config.json"):
+    with pytest.raises(ValueError,
+                       match="owner/model: config.json: no folder here, and the hub's model has no file config.json"):
         Encoder("owner/model")
 
 
@@ -121,7 +126,8 @@ def test_without_a_network_an_unknown_model_is_one_line_after_one_attempt(hub, m
     nowhere = "http://127.0.0.1:9"
     use(monkeypatch, nowhere, tmp_path / "other")
     attempts, urlopen = [], files.urllib.request.urlopen
-    monkeypatch.setattr(files.urllib.request, "urlopen", lambda *one, **more: attempts.append(one) or urlopen(*one, **more))
+    monkeypatch.setattr(files.urllib.request, "urlopen",
+                        lambda *one, **more: attempts.append(one) or urlopen(*one, **more))
     for name in ("config.json", "tokenizer_config.json"):
         with pytest.raises(ValueError, match=f"owner/model: {name}: no folder here, and not among the models that were "
                                              f"downloaded before, while {nowhere} cannot be reached"):

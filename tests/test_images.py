@@ -1,4 +1,5 @@
-"""An image is what a person sees: 16 bits are scaled, a photo is turned where asked, what cannot be known is refused."""
+"""An image is what a person sees: 16 bits are scaled, a photo is turned where asked, what cannot be known is
+refused."""
 
 import random
 
@@ -37,7 +38,8 @@ def test_numbers_whose_black_and_white_nobody_knows_are_refused_by_name_before_a
     write_more(tmp_path, [line(img_id="b.tif")])
     path = tmp_path / "img_org" / "train" / "b.tif"
     Image.fromarray(pixels).save(path)
-    with pytest.raises(ValueError, match="train.txt:1: image .*b.tif cannot be read .*black and white are not known; 8 or"):
+    with pytest.raises(ValueError,
+                       match="train.txt:1: image .*b.tif cannot be read .*black and white are not known; 8 or"):
         more.load(tmp_path, "train")
     with pytest.raises(ValueError, match="image .*b.tif cannot be decoded .*black and white are not known"):
         open_image(path)
@@ -62,18 +64,24 @@ def photo(path, orientation):
 
 
 @pytest.mark.parametrize("orientation, size, red", [
-    (1, (60, 40), (5, 20)), (2, (60, 40), (55, 20)), (3, (60, 40), (55, 20)), (4, (60, 40), (5, 20)), (5, (40, 60), (20, 5)),
-    (6, (40, 60), (20, 5)), (7, (40, 60), (20, 55)), (8, (40, 60), (20, 55)), (0, (60, 40), (5, 20)), (9, (60, 40), (5, 20)),
+    (1, (60, 40), (5, 20)), (2, (60, 40), (55, 20)), (3, (60, 40), (55, 20)), (4, (60, 40), (5, 20)),
+    (5, (40, 60), (20, 5)), (6, (40, 60), (20, 5)), (7, (40, 60), (20, 55)), (8, (40, 60), (20, 55)),
+    (0, (60, 40), (5, 20)), (9, (60, 40), (5, 20)),
 ])
 def test_a_photo_is_turned_where_asked_and_kept_as_stored_where_boxes_refer_to_it(tmp_path, orientation, size, red):
     path = tmp_path / "a.png"
     photo(path, orientation)
-    assert open_image(path).size == check_image(path, "here") == (60, 40) and open_image(path).getpixel((5, 20)) == (255, 0, 0)
+    assert open_image(path).size == check_image(path, "here") == (60, 40) and open_image(path).getpixel((5, 20)) == (
+        255,
+        0,
+        0,
+    )
     turned = open_image(path, upright=True)
     assert turned.size == check_image(path, "here", upright=True) == size and turned.getpixel(red) == (255, 0, 0)
     (tmp_path / "copies").mkdir()
     copy = upright_copy(path, tmp_path / "copies")
-    assert open_image(copy, upright=True).tobytes() == turned.tobytes() and (copy == str(path)) == (orientation in (0, 1, 9))
+    assert open_image(copy,
+                      upright=True).tobytes() == turned.tobytes() and (copy == str(path)) == (orientation in (0, 1, 9))
 
 
 def test_a_broken_orientation_leaves_the_photo_as_it_is(tmp_path):
@@ -91,7 +99,8 @@ def test_predict_shows_a_phones_photo_upright_unless_the_box_refers_to_stored_pi
     write_tiny_model(tmp_path / "model", ["a"], vocabulary=300, hidden=32, layers=1, heads=2, key_value_heads=1)
     photo(tmp_path / "phone.jpg", 6)
     shown = []
-    monkeypatch.setattr(predict, "complete", lambda settings, task, one: (shown.append(task.data.build_prompt(one)[0]), True))
+    monkeypatch.setattr(predict, "complete",
+                        lambda settings, task, one: (shown.append(task.data.build_prompt(one)[0]), True))
     monkeypatch.setattr(more_rewards, "parse", lambda completion, one: None)
     words = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--image", tmp_path / "phone.jpg",
              "--box", "0.5,0.25,1,0.5", "--text", "Celtics beat Heat", "--entity", "Heat"]

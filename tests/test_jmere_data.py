@@ -168,8 +168,8 @@ def test_a_wrong_post_is_one_line_with_file_and_item(folder, wrong, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    (json.dumps([post()])[:-40], "cut off"), ("", "cut off"), ("\xff", "not UTF-8"), ("[" * 100_000, "nested too deeply"),
-    ("[]", "a list of posts"), ("{}", "a list of posts"),
+    (json.dumps([post()])[:-40], "cut off"), ("", "cut off"), ("\xff", "not UTF-8"),
+    ("[" * 100_000, "nested too deeply"), ("[]", "a list of posts"), ("{}", "a list of posts"),
 ])
 def test_a_wrong_file_is_one_line_with_its_name(folder, content, message):
     (folder / "train.json").write_text(content, encoding="latin-1")

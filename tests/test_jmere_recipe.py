@@ -73,8 +73,8 @@ def test_every_stage_gives_its_programs_settings_that_they_know(tmp_path):
 def test_the_demo_is_the_same_pipeline_in_small(tmp_path):
     status, text, calls = launch(tmp_path, "--task", "jmere", "--seed", "3", command="demo")
     assert status == 0, text
-    assert [name for name, _ in calls] == ["data.toy", "sft.annotate", "grpo.evaluate", "sft.train", "grpo.evaluate", "grpo.train",
-                                           "grpo.evaluate", "grpo.compare", "grpo.report"]
+    assert [name for name, _ in calls] == ["data.toy", "sft.annotate", "grpo.evaluate", "sft.train", "grpo.evaluate",
+                                           "grpo.train", "grpo.evaluate", "grpo.compare", "grpo.report"]
     (_, data), (_, untrained), (_, sft_), (_, first), (_, stage_2), (_, second) = settings_of(calls)
     assert data.repredict and data.score and sft_.responses == data.output and sft_.train_vision
     assert untrained.reasoning is False and first.reasoning is None and first.temperature == second.temperature == 0
@@ -110,11 +110,13 @@ def test_the_help_names_the_stages(tmp_path):
 def test_the_text_demo_is_grpo_alone_on_a_model_that_is_given(tmp_path):
     status, text, calls = launch(tmp_path, "--task", "text", "--model", "a/model", "--seed", "3", command="demo")
     assert status == 0, text
-    assert [name for name, _ in calls] == ["data.toy", "grpo.evaluate", "grpo.evaluate", "grpo.train", "grpo.evaluate", "grpo.evaluate",
-                                           "grpo.compare", "grpo.report"]
+    assert [name for name, _ in calls] == ["data.toy", "grpo.evaluate", "grpo.evaluate", "grpo.train", "grpo.evaluate",
+                                           "grpo.evaluate", "grpo.compare", "grpo.report"]
     (_, drawn), (_, greedy), (_, stage), *after = settings_of(calls)
-    assert (drawn.temperature, greedy.temperature, stage.objective.temperature, stage.objective.name) == (1, 0, 1, "dr-grpo")
-    assert {settings.task for _, settings in settings_of(calls)} == {"jsonl"} and stage.data == "runs/demo-text/world/TEXT"
+    assert (drawn.temperature, greedy.temperature, stage.objective.temperature,
+            stage.objective.name) == (1, 0, 1, "dr-grpo")
+    assert {settings.task
+            for _, settings in settings_of(calls)} == {"jsonl"} and stage.data == "runs/demo-text/world/TEXT"
     assert [settings.model for _, settings in after] == ["runs/demo-text/grpo/model"] * 2
     assert {settings.seed for _, settings in settings_of(calls)} == {3}
     status, text, _ = launch(tmp_path, "--task", "text", command="demo")

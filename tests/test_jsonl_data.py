@@ -28,8 +28,10 @@ def question(i, **more):
 def test_a_line_by_any_of_its_usual_names(tmp_path):
     samples = load(write(tmp_path / "q.jsonl", {"prompt": "a?", "answer": "x"}, {"question": "b?", "solution": "y"},
                          {"problem": "c?", "solution": "so <answer> z </answer>", "answer": None},
-                         {"problem": "d?", "solution": r"thus \boxed{\frac{1}{2}}"}, {"question": "e?", "answer": "2 + 5 = 7\n#### 7"},
-                         {"prompt": "f?", "problem": "kept", "answer": 3.5, "solution": "kept too", "level": [1]}), "all")
+                         {"problem": "d?", "solution": r"thus \boxed{\frac{1}{2}}"},
+                         {"question": "e?", "answer": "2 + 5 = 7\n#### 7"},
+                         {"prompt": "f?", "problem": "kept", "answer": 3.5, "solution": "kept too", "level": [1]}),
+                         "all")
     assert [sample.text for sample in samples] == ["a?", "b?", "c?", "d?", "e?", "f?"]
     assert [target(sample) for sample in samples] == [
         f"<answer>{text}</answer>" for text in ("x", "y", "z", r"\frac{1}{2}", "7", "3.5")]
@@ -42,24 +44,30 @@ def test_the_prompt_is_the_question_its_choices_and_the_form_of_the_answer(tmp_p
     plain, named, unnamed, own = load(write(
         tmp_path / "q.jsonl", question(1, id=7, system="Be short.", category=3),
         {"question": "Dog or cat?", "choices": ["Dog", "cat"], "answer": "cat"},
-        {"question": "Which?", "choices": ["Dog", "cat"], "answer": "B"}, {"question": r"Give it in \boxed{}.", "answer": 1}), "all")
+        {"question": "Which?", "choices": ["Dog", "cat"], "answer": "B"},
+        {"question": r"Give it in \boxed{}.", "answer": 1}), "all")
     text = lambda one, **more: build_prompt(one, **more)[1]
     assert (plain.id, plain.system, plain.category, jsonl.stratum(plain)) == ("7", "Be short.", "3", "3")
     assert text(plain) == "What is 1 + 1?\nFirst think in <think></think>, then write the answer in <answer></answer>."
     assert text(plain, reasoning=False) == "What is 1 + 1?\nWrite the answer in <answer></answer>."
     assert text(named, reasoning=False) == "Dog or cat?\nWrite the answer in <answer></answer>."
     assert text(unnamed, reasoning=False) == "Which?\nA. Dog\nB. cat\nWrite the answer in <answer></answer>."
-    assert text(own) == "Give it in \\boxed{}.\nFirst think in <think></think>." and text(own, reasoning=False) == own.text
+    assert (
+        text(own) == "Give it in \\boxed{}.\nFirst think in <think></think>." and text(own, reasoning=False) == own.text
+    )
     whole, *_ = load(tmp_path / "q.jsonl", "all", whole_answer=True)
     assert text(whole, reasoning=False) == whole.text and not jsonl.is_none(whole)
 
 
 def test_what_is_learned_without_an_expert_is_right(tmp_path):
     choices = {"question": "Which?", "choices": ["a cat", "a dog", "B"]}
-    samples = load(write(tmp_path / "q.jsonl", *({**choices, "answer": answer} for answer in ("a dog", "A", 0, 1, 2))), "all")
-    assert [target(sample) for sample in samples] == [f"<answer>{text}</answer>" for text in ("a dog", "A", "a cat", "a dog", "B")]
+    samples = load(write(tmp_path / "q.jsonl", *({**choices, "answer": answer} for answer in ("a dog", "A", 0, 1, 2))),
+                   "all")
+    assert [target(sample) for sample in samples] == [f"<answer>{text}</answer>"
+                                                      for text in ("a dog", "A", "a cat", "a dog", "B")]
     assert all(correct(target(sample), sample) for sample in samples)
-    with pytest.raises(ValueError, match=r"q.jsonl:1: answer is .*; one that is right when it is given as an answer expected"):
+    with pytest.raises(ValueError,
+                       match=r"q.jsonl:1: answer is .*; one that is right when it is given as an answer expected"):
         load(write(tmp_path / "q.jsonl", {"question": "?", "answer": "so <answer>x</ans,wer>"}), "all")
 
 
@@ -69,11 +77,15 @@ def test_images_are_found_beside_the_file_and_boxes_know_the_size_that_the_model
     file = write(tmp_path / "q.jsonl", {"question": "Where?", "image": "img/a.png", "answer": [10, 20, 30, 60]},
                  {"question": "What?", "images": ["img/a.png", "img/a.png"], "answer": "red"})
     halve = lambda width, height: (width // 2, height // 2)
-    where, = load(write(tmp_path / "box.jsonl", {"question": "Where?", "image": "img/a.png", "answer": [10, 20, 30, 60]}), "all",
+    where, = load(write(tmp_path / "box.jsonl",
+                        {"question": "Where?", "image": "img/a.png", "answer": [10, 20, 30, 60]}), "all",
                   verifier="boxes", seen_size=halve)
     images, text = build_prompt(where, reasoning=False)
-    assert [image.size for image in images] == [(100, 80)] and (where.sizes, where.seen_sizes) == ([(100, 80)], [(50, 40)])
-    assert text == ("Where?\nBoxes are [x1, y1, x2, y2] in pixels; the image is 50 × 40.\nWrite the answer in <answer></answer>.")
+    assert [image.size for image in images] == [(100, 80)] and (where.sizes,
+                                                                where.seen_sizes) == ([(100, 80)], [(50, 40)])
+    assert text == (
+        "Where?\nBoxes are [x1, y1, x2, y2] in pixels; the image is 50 × 40.\nWrite the answer in <answer></answer>."
+    )
     assert target(where) == "<answer>[[5, 10, 15, 30]]</answer>"
     with pytest.raises(ValueError, match=r"q.jsonl:1: .*a text, a number"):  # boxes are no answer for `text`
         load(write(tmp_path / "q.jsonl", {"question": "?", "image": "img/a.png", "answer": {}}), "all", verifier="text")
@@ -81,7 +93,8 @@ def test_images_are_found_beside_the_file_and_boxes_know_the_size_that_the_model
 
 
 def test_a_missing_image_stops_is_dropped_or_blank(tmp_path):
-    file = write(tmp_path / "q.jsonl", {"question": "a?", "image": "no.png", "answer": "x"}, {"question": "b?", "answer": "y"})
+    file = write(tmp_path / "q.jsonl", {"question": "a?", "image": "no.png", "answer": "x"},
+                 {"question": "b?", "answer": "y"})
     with pytest.raises(FileNotFoundError, match=r"q.jsonl:1: image .*no.png is missing"):
         load(file, "all")
     assert [sample.text for sample in load(file, "all", missing_images="drop")] == ["b?"]
@@ -96,7 +109,9 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_read_over(tmp_path):
 
 
 def test_a_verifier_of_ones_own_sees_all_fields(tmp_path, monkeypatch):
-    (tmp_path / "my_check.py").write_text("def near(answer, sample):\n    return abs(len(answer) - sample.fields['letters']) < 2\n")
+    (tmp_path / "my_check.py").write_text(
+        "def near(answer, sample):\n    return abs(len(answer) - sample.fields['letters']) < 2\n"
+    )
     file = write(tmp_path / "q.jsonl", {"question": "a?", "answer": "abc", "letters": 3})
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("my_check:near", f"{tmp_path}/my_check.py:near"):
@@ -149,17 +164,23 @@ BAD = {
     "an empty question": ({"question": "", "answer": 1}, "is None; a text expected"),
     "a question of turns": ({"prompt": [{"role": "user"}], "answer": 1}, "a text expected"),
     "no answer": ({"question": "a?"}, "answer or solution is None; a text, a number or a list expected"),
-    "an empty answer": ({"question": "a?", "answer": ""}, "is None"), "no answer in the list": ({"question": "a?", "answer": []}, "list"),
-    "a bool": ({"question": "a?", "answer": False}, "False; a text, a number"), "an object": ({"question": "a?", "answer": {}}, "a text, a number"),
-    "an answer of marks": ({"question": "a?", "answer": "<answer> </answer>"}, "answer is '<answer> </answer>'; a text expected"),
-    "a worthless choice": ({"question": "a?", "answer": "C", "choices": ["x", "y"]}, "one of the line's choices by letter, text or number from 0 expected"),
-    "equal choices": ({"question": "a?", "answer": "x", "choices": ["x", "x"]}, "a list of at most 26 different texts expected"),
+    "an empty answer": ({"question": "a?", "answer": ""}, "is None"),
+    "no answer in the list": ({"question": "a?", "answer": []}, "list"),
+    "a bool": ({"question": "a?", "answer": False}, "False; a text, a number"),
+    "an object": ({"question": "a?", "answer": {}}, "a text, a number"),
+    "an answer of marks": ({"question": "a?", "answer": "<answer> </answer>"},
+                           "answer is '<answer> </answer>'; a text expected"),
+    "a worthless choice": ({"question": "a?", "answer": "C", "choices": ["x", "y"]},
+                           "one of the line's choices by letter, text or number from 0 expected"),
+    "equal choices": ({"question": "a?", "answer": "x", "choices": ["x", "x"]},
+                      "a list of at most 26 different texts expected"),
     "choices of numbers": ({"question": "a?", "answer": "x", "choices": [1]}, "choices is [1]; a list of at most"),
     "an image of numbers": ({"question": "a?", "answer": "x", "image": 3}, "images is 3; a list of texts"),
     "a missing image": ({"question": "a?", "answer": "x", "image": "no.png"}, "is missing"),
     "an image that is none": ({"question": "a?", "answer": "x", "image": "q.jsonl"}, "cannot be read"),
     "a system turn of none": ({"question": "a?", "answer": "x", "system": 5}, "system is 5; a text expected"),
-    "an id that is none": ({"question": "a?", "answer": "x", "id": [1]}, "id is [1]; a text or a whole number expected"),
+    "an id that is none": ({"question": "a?", "answer": "x", "id": [1]},
+                           "id is [1]; a text or a whole number expected"),
     "an id that is taken": ({"question": "a?", "answer": "x", "id": "q/1"}, "q.jsonl:1 too; one of its own expected"),
     "brackets": ("[" * 100_000, "expected a JSON object"),
 }
@@ -180,8 +201,11 @@ def test_bytes_that_are_no_utf_8_are_refused_with_their_line(tmp_path):
         load(tmp_path / "q.jsonl", "all")
 
 
-@pytest.mark.parametrize("verifier, line", [("number", {"question": "a?", "answer": "many"}), ("regex", {"question": "a?", "answer": "("}),
-                                            ("choice", {"question": "a?", "answer": "A"}), ("boxes", {"question": "a?", "answer": [1, 2, 3, 4]})])
+@pytest.mark.parametrize("verifier, line",
+                         [("number", {"question": "a?", "answer": "many"}),
+                          ("regex", {"question": "a?", "answer": "("}),
+                                            ("choice", {"question": "a?", "answer": "A"}),
+                                            ("boxes", {"question": "a?", "answer": [1, 2, 3, 4]})])
 def test_an_answer_that_the_verifier_cannot_use_is_refused_with_file_and_line(tmp_path, verifier, line):
     with pytest.raises(ValueError, match="q.jsonl:1: answer is .* expected"):
         load(write(tmp_path / "q.jsonl", line), "all", verifier=verifier)
@@ -199,15 +223,19 @@ def test_a_model_that_cannot_see_is_refused_images_with_file_and_line(tmp_path):
         raise ValueError("has images; a model of type llama reads text alone")
 
     with pytest.raises(ValueError, match=r"q.jsonl:1: has images; a model of type llama reads text alone"):
-        load(write(tmp_path / "q.jsonl", {"question": "a?", "answer": "x", "image": "a.png"}), "all", seen_size=seen_size)
+        load(write(tmp_path / "q.jsonl", {"question": "a?", "answer": "x", "image": "a.png"}), "all",
+             seen_size=seen_size)
 
 
 # ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_two_samples_of_one_id_are_refused_whatever_the_task():
-    task = SimpleNamespace(data=SimpleNamespace(load=lambda folder, split: [SimpleNamespace(id=name) for name in "abca"]))
-    with pytest.raises(ValueError, match="here: samples 1 and 4 of split train have the same id 'a'; each needs its own"):
+    task = SimpleNamespace(
+        data=SimpleNamespace(load=lambda folder, split: [SimpleNamespace(id=name) for name in "abca"])
+    )
+    with pytest.raises(ValueError,
+                       match="here: samples 1 and 4 of split train have the same id 'a'; each needs its own"):
         load_samples(task, SimpleNamespace(data="here"), "train")
 
 
@@ -232,11 +260,14 @@ def test_a_reward_of_ones_own_takes_the_place_of_the_tasks(tmp_path, monkeypatch
         assert rewards.WEIGHTS == {"reward": 1.0} and rewards.reward("abc", sample) == {"reward": 0.25}
         assert rewards.correct("<answer>2</answer>", sample) and rewards.metrics(["2"], [sample])["unparsable"] == 1.0
     (tmp_path / "parts_reward.py").write_text(
-        "WEIGHTS = {'a': 1.0, 'b': 2.0}\nimport json\ndef reward(completion, sample, *, c=0):\n    return {'a': c, 'b': 2}\n")
+        "WEIGHTS = {'a': 1.0, 'b': 2.0}\nimport json\ndef reward(completion, sample, *, c=0):\n    return {'a': c, "
+        "'b': 2}\n"
+    )
     rewards = resolve_task("jsonl", "parts_reward").rewards
     assert rewards.reward("", sample, c=3) == {"a": 3, "b": 2} and rewards.WEIGHTS == {"a": 1.0, "b": 2.0}
     (tmp_path / "no_reward.py").write_text("x = 1\n")
-    for name, message in [("no_reward", "no function reward"), ("nowhere", "no such module"), ("nowhere.py", "no such file")]:
+    for name, message in [("no_reward", "no function reward"), ("nowhere", "no such module"),
+                          ("nowhere.py", "no such file")]:
         with pytest.raises(ValueError, match=f"--rewards {name}: {message}"):
             resolve_task("jsonl", name)
     assert resolve_task("jsonl").rewards.reward is reward  # the task's own is as it was

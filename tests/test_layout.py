@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # From the inside out; a module may import its own ring and those before it.
-RINGS = (("rewards",), ("data",), ("grpo.advantage", "grpo.objective", "grpo.gates", "grpo.variants", "grpo.group"), ("grpo.engine",),
-         ("grpo.runtime",), ("grpo", "sft"), ("grpo.plan", "grpo.report", "benchmarks"))
+RINGS = (("rewards",), ("data",), ("grpo.advantage", "grpo.objective", "grpo.gates", "grpo.variants", "grpo.group"),
+         ("grpo.engine",), ("grpo.runtime",), ("grpo", "sft"), ("grpo.plan", "grpo.report", "benchmarks"))
 LESSON = [ROOT / "grpo" / f"{name}.py" for name in ("train", "advantage", "objective", "variants", "group")] + [
     ROOT / "grpo" / "engine" / f"{name}.py" for name in ("policy", "rollout", "attention", "head")]
 
@@ -17,13 +17,15 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {module_name(path): ast.parse(path.read_text()) for package in ("grpo", "sft", "data", "rewards", "benchmarks")
+MODULES = {module_name(path): ast.parse(path.read_text())
+           for package in ("grpo", "sft", "data", "rewards", "benchmarks")
            for path in sorted((ROOT / package).rglob("*.py"))}
 
 
 def ring(module: str) -> int:
     """The ring of the longest name that the module's begins with."""
-    fits = [(len(name), number) for number, names in enumerate(RINGS) for name in names if f"{module}.".startswith(f"{name}.")]
+    fits = [(len(name), number) for number, names in enumerate(RINGS) for name in names
+            if f"{module}.".startswith(f"{name}.")]
     return max(fits)[1]
 
 
@@ -35,7 +37,8 @@ def imports(module: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module} has a relative import"
-            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names}
+            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module
+                      for a in node.names}
     return {name for name in found if name in MODULES} - {module}
 
 
@@ -91,13 +94,17 @@ def test_the_lesson_can_be_read_in_a_sitting(capsys):
     sizes = {str(path.relative_to(ROOT)): lines(path) for path in LESSON}
     longest = max(functions())
     print(*(f"{size:6} {name}" for name, size in sizes.items()), sep="\n")
-    print(f"{sum(sizes.values()):6} lines of the lesson; the longest function of the product has {longest[0]}: {longest[1]}")
+    print(
+        f"{sum(sizes.values()):6} lines of the lesson; the longest function of the product has {longest[0]}: "
+        f"{longest[1]}"
+    )
     assert sum(sizes.values()) <= 1400 and longest[0] <= 60
     assert sizes["grpo/train.py"] + lines(ROOT / "grpo" / "settings.py") <= 300
     assert lines(ROOT / "grpo" / "minimal.py") <= 150 and len(list((ROOT / "grpo").glob("*.py"))) <= 12
 
 
 def test_no_line_is_wider_than_120():
-    wide = [f"{path}:{number}" for package in ("grpo", "sft", "data", "rewards") for path in (ROOT / package).rglob("*.py")
+    wide = [f"{path}:{number}" for package in ("grpo", "sft", "data", "rewards")
+            for path in (ROOT / package).rglob("*.py")
             for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
     assert not wide

@@ -25,7 +25,8 @@ def test_a_long_run_has_few_lines_and_a_short_one_of_slow_updates_all(monkeypatc
     lines = told(monkeypatch, updates, seconds)
     assert most - 3 <= len(lines) <= most and lines[0] == (1, 1.0) and lines[-1][0] == updates
     places = [0, *(n for n, _ in lines)]
-    assert [mean for _, mean in lines] == [(a + 1 + b) / 2 for a, b in zip(places, places[1:])]  # of all since the last line
+    assert [mean for _, mean in lines] == [(a + 1 + b) / 2
+                                           for a, b in zip(places, places[1:])]  # of all since the last line
 
 
 def test_what_is_due_is_told_at_once(monkeypatch):
@@ -55,7 +56,9 @@ def test_the_end_says_whether_anything_was_learned():
     hint, best = ": not learning, see docs/training-guide.md", "best f1 at step 0"
     assert outcome(falling, [0.5, 0.4], best) == "reward 2.40 → 2.20 (first and last tenth), best f1 at step 0" + hint
     assert outcome(falling, [], "") == "reward 2.40 → 2.20 (first and last tenth)" + hint
-    assert outcome(falling, [0.0, 0.0], "best f1 at step 20").endswith("best f1 at step 20" + hint)  # the newer of equals
-    assert outcome(falling, [0.5, 0.6], "best f1 at step 10") == "reward 2.40 → 2.20 (first and last tenth), best f1 at step 10"
+    assert outcome(falling, [0.0, 0.0],
+                   "best f1 at step 20").endswith("best f1 at step 20" + hint)  # the newer of equals
+    assert outcome(falling, [0.5, 0.6],
+                   "best f1 at step 10") == "reward 2.40 → 2.20 (first and last tenth), best f1 at step 10"
     assert outcome(rising, [0.5, 0.4], best) == "reward 1.00 → 2.00 (first and last tenth), best f1 at step 0"
     assert hint not in outcome(falling[:9], [0.5, 0.4], best)  # too few to tell

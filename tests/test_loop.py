@@ -23,9 +23,9 @@ from tiny import pack_of
 
 def make(folder, tmp_path, *words):
     settings = parse(Settings, [str(word) for word in (
-        "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", tmp_path, "--group_size", 4,
-        "--prompts_per_rollout", 2, "--learning_rate", 1e-3, "--reward_options", "min_length=60", "--valid_split", "",
-        *COMMON, *words)])
+        "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", tmp_path, "--group_size",
+        4, "--prompts_per_rollout", 2, "--learning_rate", 1e-3, "--reward_options", "min_length=60", "--valid_split",
+        "", *COMMON, *words)])
     run = Run(settings)
     samples = run.load("train")
     return Trainer(run, settings), Curriculum(settings, samples, run.task.data.is_none), samples
@@ -69,7 +69,8 @@ def test_a_forks_settings_and_statistics_are_like_ours(folder, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "my_bounded", fork)
     with pytest.raises(SystemExit):
         parse(Settings, ["--objective", "my_bounded", "--help"])
-    assert re.search(r"objective my_bounded.*--bound X +largest advantage \(default 1.0\)", capsys.readouterr().out, re.S)
+    assert re.search(r"objective my_bounded.*--bound X +largest advantage \(default 1.0\)", capsys.readouterr().out,
+                     re.S)
     with pytest.raises(ValueError, match="no setting --bound"):
         parse(Settings, ["--bound", "0.5"])
     trainer, curriculum, _ = make(folder, tmp_path, "--objective", "my_bounded", "--bound", 0.5, "--max_rollouts", 1)
@@ -95,24 +96,31 @@ def test_a_rollout_without_signal_moves_the_weights_further_than_their_decay(fol
     monkeypatch.setattr(trainer.run.task.rewards, "reward", lambda *_, **__: dict.fromkeys(trainer.weights, 0.0))
     line = trainer.step(samples[:2], 3, [1e-4])
     distance = lambda tensors: sum(float(tensor.norm() ** 2) for tensor in tensors) ** 0.5
-    decay = distance(1e-4 * 0.1 * before[name] for name, p in trainer.policy.named_parameters() if p.requires_grad and p.ndim > 1)
+    decay = distance(1e-4 * 0.1 * before[name] for name, p in trainer.policy.named_parameters() if p.requires_grad
+                     and p.ndim > 1)
     moved = distance(p.detach() - before[name] for name, p in trainer.policy.named_parameters())
-    assert line["rollouts_without_signal"] == lines[-1]["rollouts_without_signal"] + 1 and line["frac_reward_zero_std"] == 1
+    assert (
+        line["rollouts_without_signal"] == lines[-1]["rollouts_without_signal"] + 1
+        and line["frac_reward_zero_std"] == 1
+    )
     assert moved > 5 * decay
 
 
 def test_dropped_zero_variance_groups_leave_a_step_that_says_so(folder, tmp_path):
-    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
+    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights",
+                               "format=0,length=0,answer=0")
     line = trainer.step(samples[:2], 0, [1e-3, 1e-3])
     assert line["prompts"] == line["groups_dropped"] == 2 and line["frac_reward_zero_std"] == 1
     assert "no group to learn from" in readable({"step": 1, **line}, 5)
 
 
 def test_a_run_in_which_no_group_teaches_points_to_the_training_guide_once(folder, tmp_path, capsys):
-    trainer, curriculum, _ = make(folder, tmp_path, "--reward_weights", "format=0,length=0,answer=0", "--max_rollouts", 5)
+    trainer, curriculum, _ = make(folder, tmp_path, "--reward_weights", "format=0,length=0,answer=0", "--max_rollouts",
+                                  5)
     grpo.train.train(trainer, curriculum)
     said = capsys.readouterr().out.splitlines()
-    pointer, = [i for i, text in enumerate(said) if text.startswith("All groups have zero variance") and "training-guide" in text]
+    pointer, = [i for i, text in enumerate(said) if text.startswith("All groups have zero variance")
+                and "training-guide" in text]
     assert said[pointer - 1].startswith("3/5")
     assert [line["rollouts_without_signal"] for line in lines(tmp_path / "metrics.jsonl")[1:]] == [1, 2, 3, 4, 5]
 
@@ -155,7 +163,8 @@ def test_a_prompt_over_the_limit_is_dropped_whole_and_not_cut(folder, tmp_path):
     lengths = sorted(len(trainer.run.prompts(sample)) for sample in samples[:12])
     trainer.settings.max_prompt_tokens = lengths[5]
     groups = trainer.sample(samples[:12], 0)
-    kept = [len(trainer.run.prompts(sample)) for sample in samples[:12] if len(trainer.run.prompts(sample)) <= lengths[5]]
+    kept = [len(trainer.run.prompts(sample)) for sample in samples[:12]
+            if len(trainer.run.prompts(sample)) <= lengths[5]]
     assert [len(group.prompt) for group in groups] == kept and len(kept) < 12
     assert trainer.run.prompts.too_long == 12 - len(kept) and trainer.run.prompts.longest == lengths[-1]
 
@@ -167,7 +176,8 @@ def test_a_run_in_which_every_prompt_is_too_long_says_so(folder, tmp_path):
 
 
 def test_features_of_dropped_groups_do_not_stay_on_the_device(folder, tmp_path):
-    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights", "format=0,length=0,answer=0")
+    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "dropped", "--reward_weights",
+                               "format=0,length=0,answer=0")
     trainer.step(samples[:2], 0, [1e-3, 1e-3])
     assert all(trainer.run.prompts(sample).features is None for sample in samples[:2])
 
@@ -190,7 +200,8 @@ def test_a_completion_whose_reward_failed_is_left_out_counted_and_not_trained(fo
     monkeypatch.setattr(trainer, "fill_advantages", lambda p: (fill(p), packs.extend(p)))
     line = trainer.step(samples[:2], 0, [1e-3])
     assert line["reward_failures"] == 2 and line["rewards/length/mean"] == sum((1, 3, 4, 6, 7, 8)) / 6
-    mask, advantages = torch.cat([pack.mask.any(dim=1) for pack in packs]), torch.cat([pack.advantages for pack in packs])
+    mask, advantages = torch.cat([pack.mask.any(dim=1)
+                                  for pack in packs]), torch.cat([pack.advantages for pack in packs])
     assert mask.tolist() == [True, False, True, True, False, True, True, True] and (advantages[~mask] == 0).all()
     assert abs(advantages[:4].sum()) < 1e-6 and line["grad_norm"] > 0
     assert "2 rewards failed (--reward_failures mask); the first: " in capsys.readouterr().out
@@ -198,13 +209,15 @@ def test_a_completion_whose_reward_failed_is_left_out_counted_and_not_trained(fo
 
 
 def test_a_sample_that_comes_twice_in_a_rollout_is_answered_in_two_ways(folder, tmp_path, monkeypatch):
-    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "resampled", "--reward_weights", "format=0,length=0,answer=0",
-                               "--resample_tries", 1)
+    trainer, _, samples = make(folder, tmp_path, "--zero_variance_groups", "resampled", "--reward_weights",
+                               "format=0,length=0,answer=0", "--resample_tries", 1)
     assert earlier_appearances([samples[0], samples[1], samples[0], samples[0]]) == [0, 0, 1, 2]
     written = lambda groups: [[completion.tolist() for completion in group.completions] for group in groups]
     alone = written(trainer.sample(samples[:2], 0))
-    monkeypatch.setattr(trainer.settings, "max_prompt_tokens", max(len(trainer.run.prompts(sample)) for sample in samples[:2]))
-    too_long = next(sample for sample in samples if len(trainer.run.prompts(sample)) > trainer.settings.max_prompt_tokens)
+    monkeypatch.setattr(trainer.settings, "max_prompt_tokens",
+                        max(len(trainer.run.prompts(sample)) for sample in samples[:2]))
+    too_long = next(sample for sample in samples
+                    if len(trainer.run.prompts(sample)) > trainer.settings.max_prompt_tokens)
     batch = [samples[0], too_long, samples[0], samples[1]]
     drawn = trainer.sample(batch, 0, earlier_appearances(batch))
     first, again, other = written(drawn)
@@ -212,7 +225,8 @@ def test_a_sample_that_comes_twice_in_a_rollout_is_answered_in_two_ways(folder, 
     assert not any(completion in first for completion in again)
     other_rank = written(trainer.sample([samples[0]], 0, [1]))  # the second appearance falls to another rank
     assert other_rank == [again]
-    first, again, other = written(trainer.draw(batch, 0, earlier_appearances(batch)))  # all are drawn again, these two apart
+    first, again, other = written(trainer.draw(batch, 0,
+                                               earlier_appearances(batch)))  # all are drawn again, these two apart
     assert [first, other] != alone and not any(completion in first for completion in again)
 
 

@@ -41,7 +41,9 @@ def merged(model, weights):
     """Whole weights with adapter → without, in one go."""
     plain = {name: tensor for name, tensor in weights.items() if not name.endswith((".lora_A", ".lora_B"))}
     for name, layer in adapted(model).items():
-        plain[f"{name}.weight"] = plain[f"{name}.weight"] + layer.scale * (weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"])
+        plain[f"{name}.weight"] = plain[f"{name}.weight"] + layer.scale * (
+            weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
+        )
     return plain
 
 
@@ -232,7 +234,8 @@ def base(tmp_path):
     for layer in adapted(policy).values():
         nn.init.normal_(layer.lora_B.data, std=1e-4)
     model_hash = fingerprint(tmp_path / "base")
-    export_adapter(policy, LORA_TARGETS, {"model": str(tmp_path / "base"), "model_hash": model_hash}, tmp_path / "run" / "adapter")
+    export_adapter(policy, LORA_TARGETS, {"model": str(tmp_path / "base"), "model_hash": model_hash},
+                   tmp_path / "run" / "adapter")
     return tmp_path / "base", policy, tmp_path / "run" / "adapter"
 
 
@@ -259,14 +262,16 @@ def test_an_adapters_folder_gives_the_policy_that_wrote_it(base):
     assert torch.equal(frozen(folder, adapter).score(words_alone()).logp, expected)
     assert not torch.equal(frozen(folder, None).score(words_alone()).logp, expected)
     # names as PEFT writes them under the transformers of 2025
-    rename_adapter(adapter, lambda w: {name.replace("model.language_model.", "model."): tensor for name, tensor in w.items()})
+    rename_adapter(adapter,
+                   lambda w: {name.replace("model.language_model.", "model."): tensor for name, tensor in w.items()})
     assert torch.equal(frozen(folder, adapter).score(words_alone()).logp, expected)
 
 
 @pytest.mark.parametrize("change,expected", [
     (lambda w: {n: t[:, :-1].contiguous() if "up_proj.lora_A" in n else t for n, t in w.items()},
      r".*up_proj.lora_A has the shape \[4, 31\] in the weights; the model's is \[4, 32\]"),
-    (lambda w: {n: t for n, t in w.items() if "layers.1.mlp.up_proj.lora_B" not in n}, "1 tensors are missing from the weights, .*layers.1.mlp.up_proj.lora_B first"),
+    (lambda w: {n: t for n, t in w.items() if "layers.1.mlp.up_proj.lora_B" not in n},
+     "1 tensors are missing from the weights, .*layers.1.mlp.up_proj.lora_B first"),
     (lambda w: w | {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)},
      "1 tensors in the weights have no place in the model, model.layers.7.mlp.up_proj.lora_A first"),
 ])
@@ -280,14 +285,16 @@ def test_an_adapter_of_another_model_is_refused_by_what_does_not_fit(base, chang
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(base, tmp_path):
     folder, policy, adapter = base
     write_tiny_model(tmp_path / "other", WORDS, seed=1, **SMALL)
-    with pytest.raises(ValueError, match=f"--adapter {adapter}: it was trained on {folder}, .* --model {tmp_path / 'other'}"):
+    with pytest.raises(ValueError,
+                       match=f"--adapter {adapter}: it was trained on {folder}, .* --model {tmp_path / 'other'}"):
         frozen(tmp_path / "other", adapter)
     shutil.copytree(folder, tmp_path / "moved")
     frozen(tmp_path / "moved", adapter)  # another place is the same base
 
 
 @pytest.mark.parametrize("config,expected", [
-    ({"use_dora": True}, "an adapter with use_dora True; expected a plain one"), ({"r": None}, "expected numbers r and lora_alpha"),
+    ({"use_dora": True}, "an adapter with use_dora True; expected a plain one"),
+    ({"r": None}, "expected numbers r and lora_alpha"),
     ({"modules_to_save": ["lm_head"]}, "an adapter with modules_to_save"),
 ])
 def test_an_adapter_that_is_more_than_one_is_refused(base, config, expected):
@@ -303,7 +310,8 @@ def test_a_merge_begins_with_the_sources_numbers_and_is_written_in_float32(base,
     expected = merged(policy.model, policy.model.state_dict())
     policy.requires_grad_(False)
     trained = [layer for layer in adapted(policy).values()]
-    policy = shard(policy, torch.bfloat16, torch.device("cpu"))  # frozen weights of any type: they are not what is merged
+    policy = shard(policy, torch.bfloat16,
+                   torch.device("cpu"))  # frozen weights of any type: they are not what is merged
     assert trained[0].weight.dtype == torch.bfloat16
     export(policy, str(folder), tmp_path / "merged")
     found = load_policy(str(tmp_path / "merged")).model.state_dict()
@@ -315,10 +323,15 @@ def test_a_merge_begins_with_the_sources_numbers_and_is_written_in_float32(base,
 def test_a_merge_in_bfloat16_says_what_share_of_the_update_survives(base, tmp_path, capsys):
     folder, policy, _ = base
     export(policy, str(folder), tmp_path / "merged", "bfloat16")
-    share = float(re.search(r"update (\d+\.\d)% of the entries survive the rounding to bfloat16", capsys.readouterr().out)[1])
-    before, after = load_policy(str(folder)).model.state_dict(), load_policy(str(tmp_path / "merged")).model.state_dict()
+    share = float(re.search(r"update (\d+\.\d)% of the entries survive the rounding to bfloat16",
+                            capsys.readouterr().out)[1])
+    before, after = (
+        load_policy(str(folder)).model.state_dict(),
+        load_policy(str(tmp_path / "merged")).model.state_dict(),
+    )
     names = [f"{name}.weight" for name in adapted(policy.model)]
-    differ = sum(int((before[name] != after[name]).sum()) for name in names) / sum(before[name].numel() for name in names)
+    differ = sum(int((before[name] != after[name]).sum())
+                 for name in names) / sum(before[name].numel() for name in names)
     assert share == pytest.approx(100 * differ, abs=0.06) and 0 < share < 50
 
 
@@ -350,7 +363,8 @@ def test_a_rank_that_is_not_the_adapters_is_refused(base):
     with pytest.raises(ValueError, match="--lora_rank is 8; --adapter .*adapter has rank 4"):
         take_adapter(parse(Settings, [str(word) for word in (*words, "--lora_rank", 8)]))
     take_adapter(settings := parse(Settings, [str(word) for word in words]))
-    assert (settings.lora_rank, settings.lora_alpha, set(settings.lora_targets.split(","))) == (4, 6.0, set(LORA_TARGETS.split(",")))
+    assert (settings.lora_rank, settings.lora_alpha,
+            set(settings.lora_targets.split(","))) == (4, 6.0, set(LORA_TARGETS.split(",")))
 
 
 # ── many processes ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -63,7 +63,8 @@ def test_every_preset_is_in_the_table_with_all_its_differences():
     usual = asdict(Preset())
     for name, text in rows.items():
         told = {key: ast.literal_eval(value) for key, value in re.findall(r"`(\w+)=([^`]+)`", text)}
-        differences = {key: value for key, value in asdict(PRESETS[name]).items() if key in usual and value != usual[key]}
+        differences = {key: value for key, value in asdict(PRESETS[name]).items() if key in usual
+                       and value != usual[key]}
         del differences["source"]
         assert told == differences, name
 

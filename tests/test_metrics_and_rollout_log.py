@@ -110,7 +110,8 @@ def test_event_files_that_are_asked_for_without_tensorboard_end_in_one_line(tmp_
 def test_event_files_hold_the_journals_numbers(tmp_path, monkeypatch):
     said = []
     writer = SimpleNamespace(add_scalar=lambda *words: said.append(words), flush=lambda: said.append("flush"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder, **_: writer))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=lambda folder, **_: writer))
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out.tfevents.1").write_text("of the run before")
     MetricsLog(tmp_path, events="auto").write({"step": 7, "reward": 2.0, "kl": None, "prompts": 4})
@@ -169,11 +170,17 @@ def test_a_runs_first_and_last_rollouts_are_recorded_whole(folder):
     records = lines(folder / "grpo" / "rollouts.jsonl")
     assert [record["step"] for record in records] == [1, 3]
     for group in (group for record in records for group in record["groups"]):
-        assert group["id"].startswith("train/") and "<|image_pad|>" in group["prompt"] and group["images"][0].endswith(".png")
+        assert (
+            group["id"].startswith("train/")
+            and "<|image_pad|>" in group["prompt"]
+            and group["images"][0].endswith(".png")
+        )
         assert len(group["box"]) == 4 and group["entity"] in group["text"] and group["target"].startswith("<answer>")
         assert len(group["completions"]) == 3 and abs(sum(c["advantage"] for c in group["completions"])) < 1e-3
         for c in group["completions"]:
-            assert len(c["pieces"]) == len(c["logp"]) == len(c["ratio"]) == len(c["ref_logp"]) > 0 and max(c["logp"]) <= 0
+            assert (
+                len(c["pieces"]) == len(c["logp"]) == len(c["ratio"]) == len(c["ref_logp"]) > 0 and max(c["logp"]) <= 0
+            )
             assert "".join(c["pieces"]).startswith(c["text"]) and set(c["parts"]) == {"format", "length", "answer"}
             assert c["reward"] == sum(c["parts"].values())
 
@@ -184,7 +191,8 @@ def test_the_ratio_is_what_the_updates_have_made_of_the_sampled_probabilities(fo
     trainer.step(samples[:2], 0, [1e-2])
     (pack, after), = trainer.rollout_log.score([pack_of(drawn)])
     after = [row[mask] for row, mask in zip(after, pack.mask)]
-    rows = [c for group in sorted(lines(tmp_path / "rollouts.jsonl")[0]["groups"], key=lambda g: g["id"] != samples[0].id) for c in group["completions"]]
+    rows = [c for group in sorted(lines(tmp_path / "rollouts.jsonl")[0]["groups"],
+                                  key=lambda g: g["id"] != samples[0].id) for c in group["completions"]]
     sampled = [logp for group in drawn for logp in group.logps]
     for row, before, then in zip(rows, sampled, after):
         assert torch.allclose(torch.tensor(row["logp"]), before, atol=2e-4)
@@ -217,12 +225,14 @@ def test_many_processes_record_the_same_groups_as_one(folder, tmp_path):
     for group in one:
         for a, b in zip(group["completions"], by_name[group["id"]]["completions"]):
             assert a["pieces"] == b["pieces"] and a["advantage"] == pytest.approx(b["advantage"], abs=1e-4)
-            assert a["ratio"] == pytest.approx(b["ratio"], abs=1e-3) and a["ref_logp"] == pytest.approx(b["ref_logp"], abs=1e-3)
+            assert a["ratio"] == pytest.approx(b["ratio"],
+                                               abs=1e-3) and a["ref_logp"] == pytest.approx(b["ref_logp"], abs=1e-3)
 
 
 @pytest.mark.parametrize("sample,expected", [
     (SimpleNamespace(), ([], None, None)),
-    (SimpleNamespace(images=["/a.png", "/b.png"], box=(0, 0, 1, 1), text="words"), (["/a.png", "/b.png"], [0, 0, 1, 1], "words")),
+    (SimpleNamespace(images=["/a.png", "/b.png"], box=(0, 0, 1, 1), text="words"),
+     (["/a.png", "/b.png"], [0, 0, 1, 1], "words")),
     (SimpleNamespace(image=object(), box="left", text=["words"]), ([], None, None)),
 ])
 def test_a_sample_of_ones_own_task_is_shown_by_what_it_has(sample, expected):
@@ -230,7 +240,8 @@ def test_a_sample_of_ones_own_task_is_shown_by_what_it_has(sample, expected):
     encoder = SimpleNamespace(tokenizer=Bytes(), backbone=SimpleNamespace(IMAGE_TOKEN="<|image_pad|>"))
     run = SimpleNamespace(encoder=encoder, task=SimpleNamespace(data=SimpleNamespace(target=lambda _: "yes")))
     shown = describe(group, run)
-    assert (shown["images"], shown["box"], shown["text"]) == expected and (shown["prompt"], shown["target"]) == ("AB", "yes")
+    assert (shown["images"], shown["box"],
+            shown["text"]) == expected and (shown["prompt"], shown["target"]) == ("AB", "yes")
 
 
 def test_groups_that_teach_are_recorded_before_zero_variance_ones(tmp_path):
@@ -254,7 +265,8 @@ def test_a_metrics_log_at_its_limit_stays_under_it_and_spread_over_the_run(tmp_p
             rollout_log.write({"step": step + 1, "groups": ["x" * 900]})
             assert (tmp_path / "rollouts.jsonl").stat().st_size <= 10_000
     steps = [record["step"] for record in lines(tmp_path / "rollouts.jsonl")]
-    assert steps[0] == 1 and 5 <= len(steps) <= 10 and set(b - a for a, b in zip(steps, steps[1:])) == {rollout_log.every}
+    assert steps[0] == 1 and 5 <= len(steps) <= 10 and set(b - a
+                                                           for a, b in zip(steps, steps[1:])) == {rollout_log.every}
 
 
 def test_a_record_larger_than_the_whole_metrics_log_is_left_out_and_told(tmp_path, capsys):
@@ -272,7 +284,8 @@ class Bytes:
         return bytes(tokens).decode(errors="replace")
 
 
-@pytest.mark.parametrize("text", [b"plain", LONG.encode(), b"\xff\xfe broken \xe6\xbc", "a\ufffdb".encode(), b"\xff" * 9])
+@pytest.mark.parametrize("text",
+                         [b"plain", LONG.encode(), b"\xff\xfe broken \xe6\xbc", "a\ufffdb".encode(), b"\xff" * 9])
 def test_the_pieces_of_a_text_join_to_it_and_no_character_is_torn(text):
     pieces = text_pieces(Bytes(), list(text))
     assert len(pieces) == len(text) and "".join(pieces) == text.decode(errors="replace")

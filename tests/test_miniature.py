@@ -1,4 +1,5 @@
-"""benchmarks.miniature: what it runs can be run, what is done is not run again, and the figures are those of the files."""
+"""benchmarks.miniature: what it runs can be run, what is done is not run again, and the figures are those of the
+files."""
 
 import json
 

@@ -19,8 +19,8 @@ def tensors(model):
 
 def test_after_three_rollouts_the_short_one_has_the_weights_of_the_long_one_to_the_bit(folder, tmp_path, monkeypatch):
     model, data = folder / "sft" / "model", folder / "world" / "MORE"
-    same = ["--model", model, "--data", data, "--learning_rate", 1e-3, "--beta", 0.01, "--updates", 2, "--group_size", 4,
-            "--prompts_per_rollout", 4, "--seed", 3, "--max_completion_tokens", 24, "--max_pixels", 3136]
+    same = ["--model", model, "--data", data, "--learning_rate", 1e-3, "--beta", 0.01, "--updates", 2, "--group_size",
+            4, "--prompts_per_rollout", 4, "--seed", 3, "--max_completion_tokens", 24, "--max_pixels", 3136]
     same = [str(word) for word in same]
     # a length that these short completions differ in; and small packs, so that the gradients of several add up
     monkeypatch.setitem(rewards.more.reward.__kwdefaults__, "min_length", 60)

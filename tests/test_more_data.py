@@ -210,7 +210,8 @@ def test_an_unreadable_image_is_named(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", [EOFError(), struct.error("unpack requires 4 bytes")], ids=["EOFError", "struct.error"])
+@pytest.mark.parametrize("fault", [EOFError(), struct.error("unpack requires 4 bytes")],
+                         ids=["EOFError", "struct.error"])
 def test_whatever_pillow_raises_the_image_is_named(tmp_path, monkeypatch, fault):
     (tmp_path / "a.png").write_bytes(b"x")
 

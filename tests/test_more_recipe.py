@@ -174,7 +174,8 @@ def test_a_line_that_does_not_fit_is_refused_before_anything_runs(launch, words,
     assert status == 2 and message in said and not calls
 
 
-@pytest.mark.parametrize("typed, meant", [("dmeo", "demo"), ("more", "more-r1"), ("jmer-r1", "jmere-r1"), ("tests", "test"),
+@pytest.mark.parametrize("typed, meant",
+                         [("dmeo", "demo"), ("more", "more-r1"), ("jmer-r1", "jmere-r1"), ("tests", "test"),
                                           ("stup", "setup")])
 def test_a_mistyped_command_is_answered_with_the_nearest_in_one_line(launch, typed, meant):
     assert launch(command=typed)[:2] == (2, f"error: no command {typed}; did you mean ./launch.sh {meant}?\n")
@@ -251,7 +252,8 @@ ADAPTER = {"lora_rank": 64}
 CARDS = {  # recipe: config of its model, GPUs, GiB of each, what differs from the paper's settings in each file
     "more-r1-24gb": ("3b", 1, 24.0, {
         **dict.fromkeys(("stage_1", "label_only"), ADAPTER | {"rollout_rows": 32}),
-        **dict.fromkeys(("test", "answer"), {"rollout_rows": 32}), "stage_2": ADAPTER | {"rollout_rows": 32, "learning_rate": 1e-5}}),
+        **dict.fromkeys(("test", "answer"), {"rollout_rows": 32}),
+        "stage_2": ADAPTER | {"rollout_rows": 32, "learning_rate": 1e-5}}),
     "more-r1-80gb": ("7b", 1, 80.0, {
         **dict.fromkeys(("stage_1", "label_only"), ADAPTER), "stage_2": ADAPTER | {"learning_rate": 1e-5}}),
     "more-r1-2x80gb": ("7b", 2, 80.0, {
@@ -313,7 +315,8 @@ def planned(shape, recipe: str, name: str) -> float:
     if name != "stage_2":
         rows = settings.get("rollout_rows", PlanSettings.rollout_rows)
         prompts = max(2 * rows * gpus, settings.get("batch_size", 0))
-        settings |= {"group_size": 1, "beta": 0.0, "updates": 1, "prompts_per_rollout": prompts} | (ADAPTER if name in ("test", "answer") else {})
+        settings |= {"group_size": 1, "beta": 0.0, "updates": 1,
+                     "prompts_per_rollout": prompts} | (ADAPTER if name in ("test", "answer") else {})
     ours = {f.name for f in fields(PlanSettings)}
     one = plan(shape, replace(PlanSettings(model="m", gpus=[gpus], gpu_memory=gib), **{
         key: value for key, value in settings.items() if key in ours}), gpus)

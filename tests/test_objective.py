@@ -413,7 +413,8 @@ def test_beyond_the_bound_k2_is_a_straight_line_and_k1_has_always_been_one(d):
 @pytest.mark.parametrize("log_ratio", [25, -25, 50, -50, 120, -120])
 def test_beyond_the_bound_the_ratio_is_a_straight_line_too(log_ratio, A):
     logp = torch.tensor([[float(log_ratio)]], requires_grad=True)  # float32: exp(120) is infinite
-    loss, _ = grpo_loss(logp, torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), clip_low=None, clip_high=None)
+    loss, _ = grpo_loss(logp, torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), clip_low=None,
+                        clip_high=None)
     expected = EDGE + log_ratio - 20 if log_ratio > 0 else math.exp(log_ratio)
     slope = 1.0 if log_ratio > 0 else math.exp(log_ratio)
     assert math.isclose(loss.item(), -A * expected, rel_tol=1e-6, abs_tol=1e-40)
@@ -425,8 +426,8 @@ def test_up_to_the_bound_nothing_changes(kind):
     results = []
     for bound in (20.0, None):
         logp = torch.linspace(-20, 20, 41).unsqueeze(0).requires_grad_()
-        loss, _ = grpo_loss(logp, torch.zeros(1, 41), torch.zeros(1, 41), torch.ones(1), torch.ones(1, 41), beta=0.04, kl=kind,
-                            clip_low=None, clip_high=None, log_ratio_bound=bound)
+        loss, _ = grpo_loss(logp, torch.zeros(1, 41), torch.zeros(1, 41), torch.ones(1), torch.ones(1, 41), beta=0.04,
+                            kl=kind, clip_low=None, clip_high=None, log_ratio_bound=bound)
         results.append((loss.detach(), gradient_of(loss, logp)))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
@@ -439,8 +440,8 @@ def test_one_token_far_from_the_reference_neither_owns_nor_ends_an_update_and_is
         logp = start.clone().requires_grad_()
         reference = start.clone()
         reference[2, 3] += d
-        loss, sums = grpo_loss(logp, start, reference, torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, 8), beta=0.04,
-                               log_ratio_bound=bound)
+        loss, sums = grpo_loss(logp, start, reference, torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, 8),
+                               beta=0.04, log_ratio_bound=bound)
         gradient = gradient_of(loss, logp)
         shares[bound] = gradient[2, 3].abs() / gradient.norm(), mean_statistics(sums)["kl/bounded_tokens"]
     assert shares[20.0][0] < 0.2 and shares[20.0][1] == 1

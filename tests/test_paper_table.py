@@ -43,7 +43,8 @@ def test_ours_the_papers_and_greedy_stand_side_by_side_and_what_was_not_run_is_a
     assert rows[1]["f1"] == {"ours": pytest.approx(56.84), "paper": None, "greedy": None}
 
 
-@pytest.mark.parametrize("content, message", [("[]", r"metrics.json: found \[\]; expected"), ("{", "metrics.json: not JSON"),
+@pytest.mark.parametrize("content, message",
+                         [("[]", r"metrics.json: found \[\]; expected"), ("{", "metrics.json: not JSON"),
                                               ('{"recall": 1}', "metrics.json: no f1; found recall")])
 def test_an_evaluation_that_cannot_be_read_is_named(tmp_path, monkeypatch, content, message):
     (tmp_path / "test" / "sft").mkdir(parents=True)

@@ -29,16 +29,18 @@ def test_the_split_holds_every_sample_that_the_cold_start_did_not_draw(folder):
     answered = [line["id"] for line in lines(folder / "split" / "predictions.jsonl")]
     samples = {sample.id: sample for sample in data.more.load(folder / "world" / "MORE", "train")}
     for name in ("split/predictions.jsonl", "cold_start.jsonl"):
-        assert all(line["sample"] == sample_hash(resolve_task("more"), samples[line["id"]]) for line in lines(folder / name))
+        assert all(line["sample"] == sample_hash(resolve_task("more"), samples[line["id"]])
+                   for line in lines(folder / name))
     assert set(answered) == {f"train/{i}" for i in range(60)} - drawn and len(answered) == len(set(answered))
 
 
 def test_the_metrics_of_an_update_stand_under_trls_names(folder):
     updates = [line for line in lines(folder / "grpo" / "metrics.jsonl") if "reward" in line]
     assert len(updates) == 3
-    names = {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
-             "completions/mean_length", "completions/clipped_ratio", "rewards/format/mean", "rewards/length/mean",
-             "rewards/answer/mean", "grad_norm", "learning_rate", "step_time", "seconds/rollout", "seconds/reference", "seconds/update"}
+    names = {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean",
+             "clip_ratio/high_mean", "completions/mean_length", "completions/clipped_ratio", "rewards/format/mean",
+             "rewards/length/mean", "rewards/answer/mean", "grad_norm", "learning_rate", "step_time", "seconds/rollout",
+             "seconds/reference", "seconds/update"}
     assert all(names <= set(line) and line["prompts"] == 4 for line in updates)
 
 
@@ -52,8 +54,8 @@ def test_what_is_frozen_has_not_moved_by_a_bit_and_what_trains_has(folder):
 def test_stage_2_leaves_the_vision_encoder_and_projector_as_they_were(folder, tmp_path):
     out = tmp_path / "grpo"
     succeed("grpo.train", "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output", out,
-            "--max_rollouts", 1, "--learning_rate", 1e-2, "--prompts_per_rollout", 2, "--group_size", 8, "--valid_split", "",
-            "--reward_options", "min_length=60", *COMMON)
+            "--max_rollouts", 1, "--learning_rate", 1e-2, "--prompts_per_rollout", 2, "--group_size", 8,
+            "--valid_split", "", "--reward_options", "min_length=60", *COMMON)
     before, after = tensors(folder / "sft" / "model"), tensors(out / "model")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any(name.startswith("visual.") for name in moved)
@@ -73,8 +75,9 @@ def test_in_a_terminal_a_bar_shows_the_work_and_the_result_stands_below_it(folde
     import pty
 
     terminal, end = pty.openpty()
-    process = begin("-m", "grpo.train", "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--output",
-                    tmp_path, "--max_rollouts", 2, "--prompts_per_rollout", 2, "--group_size", 2, *COMMON, stdout=end, stderr=end)
+    process = begin("-m", "grpo.train", "--model", folder / "sft" / "model", "--data", folder / "world" / "MORE",
+                    "--output", tmp_path, "--max_rollouts", 2, "--prompts_per_rollout", 2, "--group_size", 2, *COMMON,
+                    stdout=end, stderr=end)
     os.close(end)
     shown = b""
     while True:
@@ -98,7 +101,8 @@ def test_one_process_and_two_give_the_same_answers_with_real_interpreters_under_
 
 
 def test_the_comparison_is_a_table_and_the_same_numbers_as_json(folder, tmp_path):
-    text = succeed("grpo.compare", f"sft={folder / 'split'}", f"grpo={folder / 'test'}", "--output", tmp_path / "results.json")
+    text = succeed("grpo.compare", f"sft={folder / 'split'}", f"grpo={folder / 'test'}", "--output",
+                   tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"sft", "grpo"} and set(results["sft"]) == {"accuracy", "precision", "recall", "f1"}
     assert f"{100 * results['grpo']['accuracy']:.2f}" in text

@@ -337,12 +337,15 @@ def test_every_setting_of_the_plan_that_is_no_machines_is_one_of_the_training(se
     assert shared <= ours & set(as_dict(TrainSettings()))
 
 
-def test_loading_needs_host_memory_for_a_tensor_and_the_frozen_half_of_their_bytes(tmp_path, monkeypatch, capsys, seven):
+def test_loading_needs_host_memory_for_a_tensor_and_the_frozen_half_of_their_bytes(
+    tmp_path, monkeypatch, capsys, seven
+):
     (tmp_path / "config.json").write_text(json.dumps(SEVEN))
     said = run_main(monkeypatch, capsys, "--model", tmp_path, "--gpus", 8)
     assert "host memory of a machine: 2 GiB while it loads, 0 for what waits there, 85 more while a checkpoint" in said
     costs = Costs(seven, settings("m"), 8)
-    assert costs.weights() == (4 * (seven.total - seven.vision) + 2 * seven.vision) / 8 and costs.reference() == 2 * seven.total / 8
+    assert costs.weights() == (4 * (seven.total - seven.vision)
+                               + 2 * seven.vision) / 8 and costs.reference() == 2 * seven.total / 8
 
 
 @pytest.mark.parametrize("words,expected", [

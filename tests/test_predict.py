@@ -31,7 +31,8 @@ def folder(tmp_path):
 
 def words(folder, **changes):
     given = {"model": folder / "run" / "model", "image": folder / "data" / "img_org" / "train" / "a.png",
-             "box": "0.5,0.5,0.2,0.4", "text": "Celtics beat Heat", "entity": "Heat", "max_completion_tokens": 5, **changes}
+             "box": "0.5,0.5,0.2,0.4", "text": "Celtics beat Heat", "entity": "Heat", "max_completion_tokens": 5,
+             **changes}
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
@@ -51,13 +52,15 @@ def test_reasoning_and_label_are_printed_and_the_labels_are_those_of_the_trainin
     assert asked[0].labels == ("none", "/per/per/peer", "/per/org/member_of") and asked[0].box == (0.5, 0.5, 0.2, 0.4)
 
 
-@pytest.mark.parametrize("given, seen", [({}, 5 * 784), ({"max_pixels": 3 * 784}, 3 * 784)], ids=["as trained", "as asked"])
+@pytest.mark.parametrize("given, seen", [({}, 5 * 784), ({"max_pixels": 3 * 784}, 3 * 784)],
+                         ids=["as trained", "as asked"])
 def test_a_image_is_as_large_as_in_training_unless_asked_otherwise(folder, monkeypatch, given, seen):
     path, asked = folder / "run" / "settings.json", []
     settings = json.loads(path.read_text())
     settings["settings"]["max_pixels"] = 5 * 784
     path.write_text(json.dumps(settings))
-    monkeypatch.setattr(predict, "complete", lambda settings, *_: asked.append(settings.max_pixels) or (COMPLETION, True))
+    monkeypatch.setattr(predict, "complete",
+                        lambda settings, *_: asked.append(settings.max_pixels) or (COMPLETION, True))
     predict.main(words(folder, **given))
     assert asked == [seen]
 

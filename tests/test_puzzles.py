@@ -21,7 +21,11 @@ def test_every_answer_is_right_and_a_kind_takes_its_turn(tmp_path):
     samples = load(tmp_path, "train")
     assert len(samples) == 100 and [sample.category for sample in samples[:4]] == [*PUZZLES, *PUZZLES][:4]
     for sample in samples:
-        assert sample.answer == solve(sample.text) and sample.verifier is VERIFIERS["number"] and correct(target(sample), sample)
+        assert (
+            sample.answer == solve(sample.text)
+            and sample.verifier is VERIFIERS["number"]
+            and correct(target(sample), sample)
+        )
 
 
 def test_no_question_is_in_two_splits_and_a_seed_makes_the_same_again(tmp_path):

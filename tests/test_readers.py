@@ -1,5 +1,6 @@
-"""Every reader of other people's files: whatever has happened to a valid file, what comes out can be used, or one line says
-which file and where. 2,000 seeded mutations each (tests/mutator.py)."""
+"""Every reader of other people's files: whatever has happened to a valid file, what comes out can be used, or one
+line says which file and where. 2,000 seeded mutations each (tests/mutator.py).
+"""
 
 import json
 import os
@@ -45,7 +46,9 @@ def check_jmere(samples):
 def check_jsonl(samples):
     for sample in samples:
         images, text = jsonl.build_prompt(sample)
-        assert len(images) == len(sample.images) and text.encode() and jsonl_rewards.correct(jsonl.target(sample), sample)
+        assert (
+            len(images) == len(sample.images) and text.encode() and jsonl_rewards.correct(jsonl.target(sample), sample)
+        )
 
 
 def check_answers(answers):
@@ -73,7 +76,8 @@ class Readers:
                   "train_vision": True, "schedule": "cosine"}
         questions = [{"id": "a", "question": "What is 2 + 2?", "answer": 4, "category": "sums"},
                      {"prompt": "Which?", "choices": ["a cat", "a dog"], "answer": "B", "system": "Be short."},
-                     {"problem": "Wer?", "image": "img_org/train/a.png", "solution": "so <answer>Zoë</answer>", "level": [1]}]
+                     {"problem": "Wer?", "image": "img_org/train/a.png", "solution": "so <answer>Zoë</answer>",
+                      "level": [1]}]
         file, words = folder / "file.json", line(token=["Zoë", "met", "Heat"], relation="/per/per/peer")
         nothing, load = (lambda _: None), dict(missing_images="blank")
         self.all = {
@@ -83,16 +87,19 @@ class Readers:
                               lambda: more.load(folder, "train", **load), check_more),
             "JMERE": (folder / "jmere" / "train.json", [post(0), post(1)], "whole",
                       lambda: jmere.load(folder / "jmere", "train", **load), check_jmere),
-            "jsonl": (folder / "q.jsonl", questions, "lines", lambda: jsonl.load(folder / "q.jsonl", "all", **load), check_jsonl),
+            "jsonl": (folder / "q.jsonl", questions, "lines", lambda: jsonl.load(folder / "q.jsonl", "all", **load),
+                      check_jsonl),
             "responses": (file, responses, "lines", lambda: read_lines(str(file), SAMPLES, "response", str, TASK),
                           lambda pairs: [text.encode() for _, text in pairs]),
-            "predictions": (file, predictions, "lines", lambda: read_lines(str(file), SAMPLES, "correct", bool, TASK), nothing),
+            "predictions": (file, predictions, "lines", lambda: read_lines(str(file), SAMPLES, "correct", bool, TASK),
+                            nothing),
             "ids": (file, drawn, "whole", lambda: read_ids(str(file), SAMPLES, TASK), nothing),
             "an expert's file": (file, responses, "lines", lambda: file_expert(str(file)), nothing),
             "an expert's answers": (file, answers, "lines", lambda: read_answers(file, "d1"), check_answers),
             "settings": (file, recipe, "whole", lambda: parse(Settings, ["--config", str(file)]), check_settings),
-            "a run's settings": (folder / "run" / "settings.json", {"settings": {"task": "more", "data": "d", "max_pixels": 784}},
-                                 "whole", lambda: predict.trained_with(str(folder / "run" / "model")), nothing),
+            "a run's settings": (folder / "run" / "settings.json",
+                                 {"settings": {"task": "more", "data": "d", "max_pixels": 784}}, "whole",
+                                 lambda: predict.trained_with(str(folder / "run" / "model")), nothing),
             "metrics": (folder / "run" / "metrics.json", dict.fromkeys(compare.HEADLINE, 0.5), "whole",
                         lambda: compare.read_metrics(str(folder / "run")), nothing),
         }
@@ -105,8 +112,8 @@ def folder():
         yield Path(name)
 
 
-NAMES = ("MORE", "MORE's labels", "JMERE", "jsonl", "responses", "predictions", "ids", "an expert's file", "an expert's answers", "settings",
-         "a run's settings", "metrics")
+NAMES = ("MORE", "MORE's labels", "JMERE", "jsonl", "responses", "predictions", "ids", "an expert's file",
+         "an expert's answers", "settings", "a run's settings", "metrics")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,7 +170,9 @@ def test_what_is_no_json_is_named(tmp_path, content, said):
 @pytest.mark.parametrize("load", [more.load, jmere.load])
 def test_a_file_in_the_place_of_a_datasets_folder_is_said_so(tmp_path, load):
     (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"train.json: a file; a folder with .* expected \(--task jsonl reads questions from a file"):
+    with pytest.raises(
+        ValueError, match=r"train.json: a file; a folder with .* expected \(--task jsonl reads questions from a file"
+    ):
         load(tmp_path / "train.json", "train")
 
 
@@ -172,7 +181,8 @@ def test_a_file_in_the_place_of_a_datasets_folder_is_said_so(tmp_path, load):
 
 @pytest.mark.parametrize("words, said", [
     ([], "the following arguments are required: NAME=FOLDER"), (["run"], "found run; expected name=folder"),
-    (["a=run", "a=run"], "each name once"), (["a="], "found a=; expected name=folder"), (["a=gone"], "gone/metrics.json is missing"),
+    (["a=run", "a=run"], "each name once"), (["a="], "found a=; expected name=folder"),
+    (["a=gone"], "gone/metrics.json is missing"),
     (["a=run", "--ouput", "x"], "no setting --ouput; did you mean output"),
 ])
 def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, words, said):

@@ -1,4 +1,5 @@
-"""The main job on real input: real text, the real tokenizer and template, real layouts; pointed at by MORE_JMERE_DATA."""
+"""The main job on real input: real text, the real tokenizer and template, real layouts; pointed at by
+MORE_JMERE_DATA."""
 
 import json
 import shutil
@@ -36,9 +37,11 @@ def test_sft_and_grpo_run_on_the_real_jmere_text_over_two_processes(real_data, m
     losses = [line["loss"] for line in lines(tmp_path / "sft" / "metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0]
     succeed("grpo.train", *words, "--model", tmp_path / "sft" / "model", "--output", tmp_path / "grpo", "--objective",
-            "jmere-r1", "--max_rollouts", 2, "--prompts_per_rollout", 4, "--group_size", 4, "--learning_rate", 1e-4, processes=2)
+            "jmere-r1", "--max_rollouts", 2, "--prompts_per_rollout", 4, "--group_size", 4, "--learning_rate", 1e-4,
+            processes=2)
     updates = [line for line in lines(tmp_path / "grpo" / "metrics.jsonl") if "reward" in line]
-    assert len(updates) == 2 and {"rewards/quintuple/mean", "rewards/partial/mean", "rewards/format/mean"} <= set(updates[0])
+    assert len(updates) == 2 and {"rewards/quintuple/mean", "rewards/partial/mean",
+                                  "rewards/format/mean"} <= set(updates[0])
     assert updates[0]["kl"] == pytest.approx(0, abs=1e-6) and updates[0]["prompts"] == 4
 
 
@@ -56,7 +59,9 @@ def test_real_prompts_hold_the_whole_text_and_the_image_in_qwens_template(real_d
     for sample in samples[::50]:
         prompt = prompts(sample)
         text = encoder.tokenizer.decode(prompt.tokens)
-        assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+        assert text.startswith(
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        )
         assert text.endswith("<|im_end|>\n<|im_start|>assistant\n") and sample.text in text
         assert (prompt.tokens == encoder.image_token).sum() == 4
 
@@ -65,7 +70,9 @@ def test_the_real_more_sample_becomes_a_prompt_of_two_images_and_its_crop_shows_
     task, encoder = resolve_task("more"), Encoder(str(model), 28 * 28 * 256)
     sample, = task.data.load(real_data / "more-one", "train")
     (image, crop), text = task.data.build_prompt(sample)
-    assert sample.label == "/per/misc/awarded" and sample.entity in text and all(label in text for label in sample.labels)
+    assert (
+        sample.label == "/per/misc/awarded" and sample.entity in text and all(label in text for label in sample.labels)
+    )
     cx, cy, w, h = sample.box
     left, top = round((cx - w / 2) * image.width), round((cy - h / 2) * image.height)
     assert abs(crop.width - w * image.width) <= 1 and abs(crop.height - h * image.height) <= 1

@@ -21,14 +21,16 @@ from grpo.report.serve import server
 from grpo.runtime.settings import run_program
 
 ROOT = Path(__file__).parent.parent
-HOSTILE = ["</script><script>window.broken = 1</script>", "<img src=x onerror='window.broken = 2'>", "<!--<script>", "</title>", "{{DATA}}"]
+HOSTILE = ["</script><script>window.broken = 1</script>", "<img src=x onerror='window.broken = 2'>", "<!--<script>",
+           "</title>", "{{DATA}}"]
 
 
 def completion(advantage, words, **more):
     pieces = [f" {word}" for word in words.split()]
     count = len(pieces)
-    return {"text": "".join(pieces), "pieces": pieces, "finished": True, "parts": {"format": 1.0, "answer": float(advantage > 0)},
-            "reward": 1.0 + (advantage > 0), "advantage": advantage, "logp": [-0.1] * count, "ref_logp": [-0.2] * count,
+    return {"text": "".join(pieces), "pieces": pieces, "finished": True,
+            "parts": {"format": 1.0, "answer": float(advantage > 0)}, "reward": 1.0 + (advantage > 0),
+            "advantage": advantage, "logp": [-0.1] * count, "ref_logp": [-0.2] * count,
             "ratio": [1.0 + 0.01 * i for i in range(count)], **more}
 
 
@@ -48,13 +50,16 @@ def write_run(folder, steps=40, records=(1, 11, 21), groups=None, **settings):
     folder.mkdir(parents=True)
     Image.new("RGB", (60, 40), "orange").save(folder / "image.png")
     lines = [{"step": 0, "valid/f1": 0.5}]
-    lines += [{"step": i, "epoch": (i - 1) // 20, "reward": 1 + i / steps, "kl": {3: None, 2500: 1.0, 3000: -1.0}.get(i, 0.01 * (i % 7)), "step_time": 1.5}
+    lines += [{"step": i, "epoch": (i - 1) // 20, "reward": 1 + i / steps,
+               "kl": {3: None, 2500: 1.0, 3000: -1.0}.get(i, 0.01 * (i % 7)), "step_time": 1.5}
               | ({"valid/f1": 0.5 + i / 100} if i % 10 == 0 else {}) for i in range(1, steps + 1)]
     write_lines(folder / "metrics.jsonl", lines)
     groups = groups or [group("train/1", folder / "image.png"), group("train/2", "/nowhere/gone.png")]
     write_lines(folder / "rollouts.jsonl", [{"step": step, "epoch": 0, "groups": groups} for step in records])
-    write_lines(folder / "curriculum.jsonl", [{"epoch": 0, "hard": 20, "easy": 20}, {"epoch": 1, "hard": 20, "easy": 10}])
-    what = {"settings": {"learning_rate": 1e-6, "seed": 0} | settings, "versions": {"torch": "2.13"}, "commit": "abc", "data_hash": "d" * 16}
+    write_lines(folder / "curriculum.jsonl",
+                [{"epoch": 0, "hard": 20, "easy": 20}, {"epoch": 1, "hard": 20, "easy": 10}])
+    what = {"settings": {"learning_rate": 1e-6, "seed": 0} | settings, "versions": {"torch": "2.13"}, "commit": "abc",
+            "data_hash": "d" * 16}
     (folder / "settings.json").write_text(json.dumps(what))
     return folder
 
@@ -99,12 +104,14 @@ def test_what_is_left_out_of_a_full_page_is_spread_over_the_run():
 def test_another_programs_record_does_not_break_the_page(tmp_path):
     folder = write_run(tmp_path / "run")
     strange = [{"step": 1, "groups": [{"id": 3}]}, {"step": 2}, {"step": 4, "groups": [group("train/9", box=[1])]},
-               {"step": 5, "groups": [group("train/9", text=5)]}, {"step": 6, "groups": [group("train/9", completions=[])]}]
+               {"step": 5, "groups": [group("train/9", text=5)]},
+               {"step": 6, "groups": [group("train/9", completions=[])]}]
     write_lines(folder / "rollouts.jsonl", [*strange, {"step": 3, "groups": [group("train/9")]}])
     assert [record["step"] for record in read_run(folder, "run").rollouts] == [3]
 
 
-@pytest.mark.parametrize("words,expected", [(["nowhere"], "nowhere: no such folder"), (["{empty}"], "no metrics.jsonl"), ([], "RUN"),
+@pytest.mark.parametrize("words,expected",
+                         [(["nowhere"], "nowhere: no such folder"), (["{empty}"], "no metrics.jsonl"), ([], "RUN"),
                                             (["{empty}", "--outptu", "x"], "--outptu")])
 def test_bad_words_end_in_one_line(tmp_path, capsys, words, expected):
     with pytest.raises(SystemExit) as end:
@@ -121,7 +128,8 @@ def test_the_report_needs_no_torch(tmp_path):
     write_run(tmp_path / "run", steps=2)
     code = ("import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
             f"from grpo.report.__main__ import main; main([{str(tmp_path / 'run')!r}])")
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "report.html" in done.stdout, done.stderr
 
 
@@ -148,7 +156,11 @@ def test_the_server_sends_only_what_is_new(served):
         file.write('{"step": 41, "reward": 3.0, "new": 1}\n{"step": 42, "rew')
     known = urllib.request.quote(json.dumps([{"name": "run", "lines": 41, "recorded": 11}]))
     run = json.loads(get(address + "news?known=" + known))["runs"][0]
-    assert run["columns"]["step"] == [41] and run["columns"]["new"] == [1] and [record["step"] for record in run["rollouts"]] == [21]
+    assert (
+        run["columns"]["step"] == [41]
+        and run["columns"]["new"] == [1]
+        and [record["step"] for record in run["rollouts"]] == [21]
+    )
     known = urllib.request.quote(json.dumps([{"name": "run", "lines": 99, "recorded": 11}]))
     assert json.loads(get(address + "news?known=" + known)) == {"restart": True}
 
@@ -239,10 +251,15 @@ def evaluation(folder, f1, **settings):
 
 
 def test_evaluations_of_other_samples_stand_in_a_table_of_their_own_with_their_own_best(opened, tmp_path):
-    page = opened(evaluation(tmp_path / "a", 0.5), evaluation(tmp_path / "b", 0.6), evaluation(tmp_path / "c", 0.9, split="valid"),
-                  evaluation(tmp_path / "d", 0.8, split="valid"), evaluation(tmp_path / "e", 0.7, limit=12))
-    tables = page.run("return [...document.querySelectorAll('table.evaluations')].map(t => [t.parentElement.getAttribute('aria-label'), "
-                      "[...t.querySelectorAll('tbody th')].map(h => h.innerText), [...t.querySelectorAll('.best')].map(b => b.innerText)])")
+    page = opened(evaluation(tmp_path / "a", 0.5), evaluation(tmp_path / "b", 0.6),
+                  evaluation(tmp_path / "c", 0.9, split="valid"), evaluation(tmp_path / "d", 0.8, split="valid"),
+                  evaluation(tmp_path / "e", 0.7, limit=12))
+    tables = page.run(
+        "return [...document.querySelectorAll('table.evaluations')].map(t => "
+        "[t.parentElement.getAttribute('aria-label'), "
+        "[...t.querySelectorAll('tbody th')].map(h => h.innerText), [...t.querySelectorAll('.best')].map(b => "
+        "b.innerText)])"
+    )
     assert tables == [["Evaluations: test", ["a", "b"], ["0.600"]], ["Evaluations: valid", ["c", "d"], ["0.900"]],
                       ["Evaluations: test, the first 12", ["e"], []]]
 
@@ -256,8 +273,12 @@ def test_the_cursor_shows_values_under_the_pointer_and_by_keys(opened, tmp_path)
     page.press("\ue014" * 10)  # ten times to the right: steps 0 → 10
     page.wait(f"{value} === '1.250'")  # every chart follows
     assert page.run("return document.activeElement.getAttribute('aria-valuetext')") == "step 10: 0.0300"
-    place = page.run("const r = document.querySelector('[data-metric=reward] .plot').getBoundingClientRect(); scrollTo({ top: r.top, behavior: 'instant' }); "
-                     "const s = document.querySelector('[data-metric=reward] .plot').getBoundingClientRect(); return [s.right - 10, s.top + 50]")
+    place = page.run(
+        "const r = document.querySelector('[data-metric=reward] .plot').getBoundingClientRect(); scrollTo({ top: "
+        "r.top, behavior: 'instant' }); "
+        "const s = document.querySelector('[data-metric=reward] .plot').getBoundingClientRect(); return [s.right - "
+        "10, s.top + 50]"
+    )
     move = {"type": "pointerMove", "duration": 0, "x": round(place[0]), "y": round(place[1])}
     page.ask("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
     page.wait(f"{value} === '2'")
@@ -265,9 +286,13 @@ def test_the_cursor_shows_values_under_the_pointer_and_by_keys(opened, tmp_path)
 
 def test_five_thousand_steps_are_drawn_by_the_pixel(opened, tmp_path):
     page = opened(write_run(tmp_path / "run", steps=5000))
-    drawn, points, width = page.run(f"const p = {chart('reward')}; return [+p.dataset.drawn, +p.dataset.points, p.closest('svg').clientWidth]")
+    drawn, points, width = page.run(
+        f"const p = {chart('reward')}; return [+p.dataset.drawn, +p.dataset.points, p.closest('svg').clientWidth]"
+    )
     assert points == 5000 and width <= drawn <= 4 * width
-    raw = page.run("return document.querySelector('[data-metric=kl] path.raw').getAttribute('d').match(/ [0-9.]+/g).map(Number)")
+    raw = page.run(
+        "return document.querySelector('[data-metric=kl] path.raw').getAttribute('d').match(/ [0-9.]+/g).map(Number)"
+    )
     assert min(raw) < 25 and max(raw) > 110  # no single peak is lost
     seconds = page.run("const start = performance.now(); drawCharts(); return (performance.now() - start) / 1000")
     assert seconds < 2
@@ -292,13 +317,26 @@ def test_the_browser_moves_between_samples_and_steps_by_keyboard(opened, tmp_pat
 
 def test_completions_stand_by_advantage_with_steps_parts_and_tinted_tokens(opened, tmp_path):
     page = opened(write_run(tmp_path / "run"))
-    assert page.run("return [...document.querySelectorAll('.advantage')].map((e) => e.textContent)") == ["+1.200", "+0.300", "−0.500"]
-    assert page.run("return [...document.querySelectorAll('.card:first-child .chip')].map((e) => e.innerText)") == ["format 1", "answer 1"]
-    assert page.run("return [...document.querySelectorAll('.card:first-child .line')].map((e) => e.innerText.trim())") == [
-        "Step 1: red.", "Step 2: blue."]
-    assert page.run("return [...document.querySelectorAll('.card:last-child .t')].at(-1).className") == "t down"  # a ratio above 1, A below 0
-    strength = "return [...document.querySelectorAll('.card:first-child .t')].map((e) => parseInt(e.style.getPropertyValue('--strength') || 0))"
-    assert page.run(strength)[0] == 0 and page.run(strength) == sorted(page.run(strength)) and page.run(strength)[-1] == 85
+    assert page.run("return [...document.querySelectorAll('.advantage')].map((e) => e.textContent)") == [
+        "+1.200",
+        "+0.300",
+        "−0.500",
+    ]
+    assert page.run("return [...document.querySelectorAll('.card:first-child .chip')].map((e) => e.innerText)") == [
+        "format 1",
+        "answer 1",
+    ]
+    assert page.run(
+        "return [...document.querySelectorAll('.card:first-child .line')].map((e) => e.innerText.trim())"
+    ) == ["Step 1: red.", "Step 2: blue."]
+    assert (
+        page.run("return [...document.querySelectorAll('.card:last-child .t')].at(-1).className") == "t down"
+    )  # a ratio above 1, A below 0
+    strength = ("return [...document.querySelectorAll('.card:first-child .t')]."
+                "map((e) => parseInt(e.style.getPropertyValue('--strength') || 0))")
+    assert (
+        page.run(strength)[0] == 0 and page.run(strength) == sorted(page.run(strength)) and page.run(strength)[-1] == 85
+    )
     assert page.run("return document.querySelector('.text mark').textContent") == "Wolves"
     box = page.run("const b = document.querySelector('rect.box').getBBox(); return [b.x, b.y, b.width, b.height]")
     assert box == pytest.approx([24, 16, 12, 8])
@@ -309,8 +347,8 @@ def test_completions_stand_by_advantage_with_steps_parts_and_tinted_tokens(opene
 
 def test_hostile_completions_do_not_run_and_are_shown_as_text(opened, tmp_path):
     words = [completion(1.0 - i, text) for i, text in enumerate(HOSTILE)]
-    bad = group(HOSTILE[1], completions=words, text=" ".join(HOSTILE), entity=HOSTILE[0], prompt=HOSTILE[0], target=HOSTILE[1],
-                images=["</script><img src=x onerror='window.broken = 3'>.png"])
+    bad = group(HOSTILE[1], completions=words, text=" ".join(HOSTILE), entity=HOSTILE[0], prompt=HOSTILE[0],
+                target=HOSTILE[1], images=["</script><img src=x onerror='window.broken = 3'>.png"])
     page = opened(write_run(tmp_path / "run", groups=[bad], model=HOSTILE[0]))
     page.press("u")
     time.sleep(0.3)
@@ -325,7 +363,8 @@ def test_hostile_completions_do_not_run_and_are_shown_as_text(opened, tmp_path):
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_overflows_by_day_or_night_on_a_phone_or_a_desk(opened, tmp_path, width, dark):
     long = group("train/1", completions=[completion(1.0, "x" * 300)], text="y" * 200, target="z" * 200)
-    page = opened(write_run(tmp_path / "run", groups=[long], model="/a/very/long/path" * 9), write_run(tmp_path / ("b" * 60)))
+    page = opened(write_run(tmp_path / "run", groups=[long], model="/a/very/long/path" * 9),
+                  write_run(tmp_path / ("b" * 60)))
     page.look_like(width, 844, dark)
     page.run("return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert page.run("return document.documentElement.scrollWidth") <= width

@@ -52,7 +52,8 @@ FAULTS = {
 def calls(fault, failures):
     """Completions 0 and 2 are fine, 1 meets the fault."""
     reward = lambda text, sample: fault(text, sample) if text == "text 1" else GOOD
-    return RewardCalls(SimpleNamespace(reward=reward), lambda completion: f"text {completion}", list(GOOD), {}, 0.2, failures)
+    return RewardCalls(SimpleNamespace(reward=reward), lambda completion: f"text {completion}", list(GOOD), {}, 0.2,
+                       failures)
 
 
 GROUP = Group(Prompt(None, None, sample=SimpleNamespace(id="train/7")), [0, 1, 2])
@@ -60,7 +61,10 @@ GROUP = Group(Prompt(None, None, sample=SimpleNamespace(id="train/7")), [0, 1, 2
 
 @pytest.mark.parametrize("fault,expected", FAULTS.values(), ids=FAULTS)
 def test_a_reward_that_fails_stops_the_run_in_one_line_or_is_zero_or_is_left_out(fault, expected, capsys):
-    with pytest.raises(ValueError, match=rf"^train/7, completion 1 \('text 1'\): its reward {expected}.*; --reward_failures zero or mask") as end:
+    with pytest.raises(
+        ValueError,
+        match=rf"^train/7, completion 1 \('text 1'\): its reward {expected}.*; --reward_failures zero or mask",
+    ) as end:
         calls(fault, "stop")(GROUP)
     assert "\n" not in str(end.value)
     for failures, counts in (("zero", True), ("mask", False)):
@@ -68,8 +72,10 @@ def test_a_reward_that_fails_stops_the_run_in_one_line_or_is_zero_or_is_left_out
         parts, counted = reward(GROUP)
         assert parts.tolist() == [[1.0, 0.5], [0.0, 0.0], [1.0, 0.5]] and counted.tolist() == [True, counts, True]
         assert reward.count_failures() == 1 and reward.count_failures() == 0
-        assert re.match(rf"1 rewards failed \(--reward_failures {failures}\); the first: train/7, completion 1 .*{expected}",
-                        capsys.readouterr().out)
+        assert re.match(
+            rf"1 rewards failed \(--reward_failures {failures}\); the first: train/7, completion 1 .*{expected}",
+            capsys.readouterr().out,
+        )
 
 
 def test_after_a_call_no_alarm_is_left_and_the_rewards_own_are_its_own():
@@ -83,11 +89,15 @@ def test_after_a_call_no_alarm_is_left_and_the_rewards_own_are_its_own():
 
 
 def test_a_reward_that_holds_the_interpreter_is_named_too_and_its_process_ended():
-    hold = ("import itertools, time; from grpo.runtime.reward_calls import within_seconds\n"
-            "within_seconds(0.2, 'train/7, completion 1: its reward', lambda: sum(itertools.repeat(1, 1000)))\n"
-            "time.sleep(0.8)\n"  # what comes after a call takes as long as it likes
-            "within_seconds(0.2, 'train/7, completion 2: its reward', lambda: sum(itertools.repeat(1)))")  # one endless call in C
+    hold = (
+        "import itertools, time; from grpo.runtime.reward_calls import within_seconds\n"
+        "within_seconds(0.2, 'train/7, completion 1: its reward', lambda: sum(itertools.repeat(1, 1000)))\n"
+        "time.sleep(0.8)\n"  # what comes after a call takes as long as it likes
+        "within_seconds(0.2, 'train/7, completion 2: its reward', lambda: sum(itertools.repeat(1)))"
+    )  # one endless call in C
     done = subprocess.run([sys.executable, "-c", hold], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    assert done.stderr == ("error: train/7, completion 2: its reward holds the interpreter for 0.4 seconds and cannot be interrupted; "
-                           "the rank is ended (--reward_seconds)\n")
+    assert done.stderr == (
+        "error: train/7, completion 2: its reward holds the interpreter for 0.4 seconds and cannot be interrupted; "
+        "the rank is ended (--reward_seconds)\n"
+    )

@@ -30,7 +30,8 @@ def test_the_samplers_log_probabilities_equal_scores(rows):
     lengths = {n for group in groups for n in group.lengths}
     assert len(lengths) > 3 and max(lengths) == 12  # ragged, and some were cut
     scored = policy.score(groups, 0.8).logp
-    torch.testing.assert_close(torch.cat([row for group in groups for row in group.logps]), scored, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(torch.cat([row for group in groups for row in group.logps]), scored, rtol=1e-5,
+                               atol=2e-5)
 
 
 def test_who_else_is_in_the_batch_does_not_change_a_completion():
@@ -48,7 +49,8 @@ def test_greedy_completions_equal_transformers_generate():
         prompt, ids = group.prompt, group.prompt.tokens[None]
         images = {} if prompt.grids is None else dict(pixel_values=prompt.pixels, image_grid_thw=prompt.grids)
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(),
-                             max_new_tokens=12, do_sample=False, suppress_tokens=[IMAGE, VIDEO], eos_token_id=END, **images)
+                             max_new_tokens=12, do_sample=False, suppress_tokens=[IMAGE, VIDEO], eos_token_id=END,
+                             **images)
         assert out[0, len(prompt):].tolist() == group.completions[0].tolist()
 
 
@@ -115,14 +117,16 @@ def test_a_completion_limit_of_zero_is_refused():
 def test_noise_belongs_to_seed_sample_and_index():
     base = noise("0", "train/1", 0, 4)
     assert base == noise("0", "train/1", 0, 9)[:4]
-    assert len({tuple(noise(*key, 4)) for key in [("0", "train/1", 0), ("1", "train/1", 0), ("0", "train/2", 0), ("0", "train/1", 1)]}) == 4
+    assert len({tuple(noise(*key, 4))
+                for key in [("0", "train/1", 0), ("1", "train/1", 0), ("0", "train/2", 0), ("0", "train/1", 1)]}) == 4
 
 
 def test_every_token_is_drawn_with_its_own_number_of_the_completions_noise():
     policy, prompt = tiny_policy(), prompts(1)[0]
     with torch.no_grad():  # every token but the banned ones is as likely as any other
         policy.model.lm_head.weight.zero_()
-    logits = torch.zeros(12, len(policy.model.lm_head.weight)).index_fill(-1, torch.tensor(policy.banned), float("-inf"))
+    logits = torch.zeros(12,
+                         len(policy.model.lm_head.weight)).index_fill(-1, torch.tensor(policy.banned), float("-inf"))
     for index, completion in enumerate(sample(policy, [prompt], 3, sampling(end_tokens=()))[0].completions):
         uniform = torch.tensor(noise("7", prompt.id, index, 12), dtype=torch.float64)
         assert torch.equal(completion, draw_tokens(logits, uniform, sampling())[0])
@@ -169,7 +173,8 @@ def test_improbable_tokens_of_a_large_vocabulary_are_told_apart():
     logits = torch.full((1, 100_001), -11.5)
     logits[0, 0] = 7.0  # all but 1e-3 of the mass; the others have 1e-8 each
     shares = logits[0].double().softmax(-1)
-    drawn, _ = draw_tokens(logits.expand(100, -1), shares[0] + (torch.arange(100, dtype=torch.float64) + 1000.5) * shares[1], sampling())
+    drawn, _ = draw_tokens(logits.expand(100, -1),
+                           shares[0] + (torch.arange(100, dtype=torch.float64) + 1000.5) * shares[1], sampling())
     assert len(set(drawn.tolist())) > 95
 
 
@@ -185,7 +190,8 @@ def test_a_sampling_that_cannot_be_is_refused(changes, expected):
         sampling(**changes)
 
 
-@pytest.mark.parametrize("owner,owners", [([0, 1, 2], 3), ([1, 0, 2], 3), ([2, 0, 1], 3), ([0, 0, 2, 1, 0], 3), ([0, 2], 4)])
+@pytest.mark.parametrize("owner,owners",
+                         [([0, 1, 2], 3), ([1, 0, 2], 3), ([2, 0, 1], 3), ([0, 0, 2, 1, 0], 3), ([0, 2], 4)])
 def test_tokens_by_owner_come_back_in_their_order(owner, owners):
     grid, x = Grid(torch.tensor(owner), owners, 2, torch.device("cpu")), torch.randn(len(owner), 2, 3, 4)
     by_owner = grid.spread(x)

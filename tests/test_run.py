@@ -47,11 +47,17 @@ def test_where_nothing_was_better_than_the_start_that_is_said_and_the_last_weigh
     assert all(torch.equal(start[name], model[name]) for name in start)
     assert any(not torch.equal(start[name], last[name]) for name in start)
     said = capsys.readouterr().out.splitlines()[-1]
-    assert f"{tmp_path / 'model'} (step 0 of 2, best f1 0.9000: the model that it began with), {tmp_path / 'last'} (step 2)" in said
+    assert (
+        f"{tmp_path / 'model'} (step 0 of 2, best f1 0.9000: the model that it began with), {tmp_path / 'last'} (step "
+        f"2)"
+        in said
+    )
     assert (tmp_path / "last_adapter").exists() == bool(more)
 
 
-def test_of_equal_validations_the_newer_is_kept_and_is_the_last_without_a_second_copy(folder, tmp_path, monkeypatch, capsys):
+def test_of_equal_validations_the_newer_is_kept_and_is_the_last_without_a_second_copy(
+    folder, tmp_path, monkeypatch, capsys
+):
     measured(monkeypatch, [0.0] * 3)
     run(sft.train, words_of(sft.train, folder, tmp_path))
     steps = lines(tmp_path / "metrics.jsonl")[-1]["step"]
@@ -73,10 +79,12 @@ def test_without_a_validation_model_and_last_are_the_last_step(folder, tmp_path,
 def test_a_second_run_in_the_folder_is_told_who_is_there_and_after_a_kill_it_gets_in_at_once(folder, tmp_path):
     hold = "import sys; from pathlib import Path; from grpo.runtime.files import hold_lock\n" \
            "print(hold_lock(Path(sys.argv[1]))[0], flush=True); sys.stdin.read()"
-    first = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"True\n"
     words = [*words_of(sft.train, folder, tmp_path), "--epochs", 1]
-    with pytest.raises(ValueError, match=rf"{tmp_path}: another run is at work there \(process {first.pid} on \S+, since .*\); "
+    with pytest.raises(ValueError,
+                       match=rf"{tmp_path}: another run is at work there \(process {first.pid} on \S+, since .*\); "
                                          "wait for its end, or choose another --output"):
         run(sft.train, words)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # nothing was touched
@@ -91,7 +99,10 @@ def test_where_no_lock_can_be_held_a_run_says_so_and_goes_on(folder, tmp_path, m
 
     monkeypatch.setattr(grpo.runtime.run, "hold_lock", none)
     assert run(sft.train, [*words_of(sft.train, folder, tmp_path), "--epochs", 1]) == 3
-    assert "no lock can be held there ([Errno 37] No locks available); a second run in it would go unnoticed" in capsys.readouterr().out
+    assert (
+        "no lock can be held there ([Errno 37] No locks available); a second run in it would go unnoticed"
+        in capsys.readouterr().out
+    )
 
 
 # ── told to stop ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -185,11 +196,13 @@ OTHERS = [SimpleNamespace(id=f"train/{i}", text=f"text {i}", label="none") for i
 
 
 def written(path, samples, hashes=True):
-    lines = [{"id": sample.id, "correct": True, **({"sample": sample_hash(TASK, sample)} if hashes else {})} for sample in samples]
+    lines = [{"id": sample.id, "correct": True, **({"sample": sample_hash(TASK, sample)} if hashes else {})}
+             for sample in samples]
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     else:
-        path.write_text(json.dumps({line["id"]: line["sample"] for line in lines} if hashes else [line["id"] for line in lines]))
+        path.write_text(json.dumps({line["id"]: line["sample"] for line in lines} if hashes
+                                   else [line["id"] for line in lines]))
     return str(path)
 
 
@@ -197,11 +210,15 @@ def read(path):
     return read_lines(path, OURS, "correct", bool, TASK) if path.endswith("jsonl") else read_ids(path, OURS, TASK)
 
 
-@pytest.mark.parametrize("name,where", [("predictions.jsonl", "predictions.jsonl:2: train/1: "), ("drawn.json", "drawn.json: train/1: ")])
+@pytest.mark.parametrize("name,where",
+                         [("predictions.jsonl", "predictions.jsonl:2: train/1: "),
+                          ("drawn.json", "drawn.json: train/1: ")])
 def test_a_file_made_from_other_data_is_refused_although_its_ids_are_known(tmp_path, capsys, name, where):
     ours, mixed = written(tmp_path / name, OURS[:2]), written(tmp_path / f"mixed-{name}", [OURS[0], OTHERS[1]])
     assert len(read(ours)) == 2 and capsys.readouterr().out == f"{ours}: 2 of 3 samples\n"
-    with pytest.raises(ValueError, match=rf"mixed-{where}made from other data: its sample has the hash '\w{{8}}', here it is '\w{{8}}'"):
+    with pytest.raises(
+        ValueError, match=rf"mixed-{where}made from other data: its sample has the hash '\w{{8}}', here it is '\w{{8}}'"
+    ):
         read(mixed)
 
 
@@ -209,11 +226,14 @@ def test_a_file_made_from_other_data_is_refused_although_its_ids_are_known(tmp_p
 def test_a_file_without_hashes_is_taken_and_that_is_said(tmp_path, capsys, name):
     path = written(tmp_path / name, OTHERS[1:], hashes=False)
     assert len(read(path)) == 2
-    assert capsys.readouterr().out == f"{path}: 2 of 3 samples, 2 of them without a hash of the data that they come from\n"
+    assert (
+        capsys.readouterr().out == f"{path}: 2 of 3 samples, 2 of them without a hash of the data that they come from\n"
+    )
 
 
 def test_where_the_data_lies_makes_no_other_sample_and_its_text_does():
-    sample = data.more.Sample("train/0", Path("/a/1.jpg"), (0.5, 0.5, 1, 1), "A beats B", "A", "/org/org/peer", ("none", "/org/org/peer"))
+    sample = data.more.Sample("train/0", Path("/a/1.jpg"), (0.5, 0.5, 1, 1), "A beats B", "A", "/org/org/peer",
+                              ("none", "/org/org/peer"))
     digest = lambda **changes: sample_hash(resolve_task("more"), replace(sample, **changes))
     assert digest() == digest(image=Path("/b/1.jpg")) == digest(image=None)
     assert len({digest(), digest(text="A met B"), digest(entity="B"), digest(label="none"), digest(id="test/0")}) == 5
@@ -230,5 +250,6 @@ def test_ranks_that_do_not_see_the_same_folder_are_told(tmp_path):
     from processes import run_processes
 
     run_processes(claim, 2, [tmp_path / "shared"] * 2)
-    with pytest.raises(Exception, match="ValueError: .*/one: rank 1 does not see what rank 0 writes there; expected a folder"):
+    with pytest.raises(Exception,
+                       match="ValueError: .*/one: rank 1 does not see what rank 0 writes there; expected a folder"):
         run_processes(claim, 2, [tmp_path / "one", tmp_path / "other"])

@@ -143,7 +143,8 @@ def test_no_two_tokens_of_a_pass_are_computed_twice():
     policy, group = tiny_policy(), tiny_groups(lengths=((5, 4, 9),))[0]
     widths = []
     policy.trunk_layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True)
+        lambda module, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True)
     logp_of([group], policy)
     assert widths == [len(group.prompt) + 4 + 3 + 8]  # a completion's last token is predicted, never read
     assert (group.prompt.tokens == IMAGE).any()
@@ -159,7 +160,8 @@ def test_groups_whose_prompt_and_completion_are_as_long_together_keep_masks_of_t
 def test_the_budget_counts_a_prompt_once_and_every_completion_by_its_own_length():
     groups = [Group(tiny_prompt(i, grids=(), length=4), [torch.arange(n) for n in (1, 6)]) for i in range(5)]
     assert groups[0].packed_tokens == 4 + 1 + 6
-    assert [len(part) for part in packs(groups, 22)] == [2, 2, 1] and [len(part) for part in packs(groups, 21)] == [1] * 5
+    assert [len(part) for part in packs(groups, 22)] == [2, 2,
+                                                         1] and [len(part) for part in packs(groups, 21)] == [1] * 5
     assert [len(part) for part in packs(groups, 32)] == [2, 2, 1]  # what one pack leaves over is not the next one's
 
 
@@ -174,8 +176,8 @@ def test_scores_come_in_the_groups_order_with_their_entropy_and_their_lengths():
     assert scores.lengths == [5, 1, 9, 3, 4, 2]
     group = groups[1]
     ids = torch.cat([group.prompt.tokens, group.completions[0]])[None]
-    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(), use_cache=False,
-                pixel_values=group.prompt.pixels, image_grid_thw=group.prompt.grids)
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(),
+                use_cache=False, pixel_values=group.prompt.pixels, image_grid_thw=group.prompt.grids)
     logits = (out.logits[0, -4:-1] / 0.7).index_fill(-1, torch.tensor(policy.banned), -1e9)
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(scores.entropy[15:18], expected, rtol=1e-4, atol=1e-4)

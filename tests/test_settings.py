@@ -6,7 +6,17 @@ import pytest
 
 from grpo.plan.__main__ import Settings as PlanSettings
 from grpo.runtime.optim import learning_rate
-from grpo.runtime.settings import as_dict, options, parse, parse_options, read_settings, required, resume_rules, run_program, setting
+from grpo.runtime.settings import (
+    as_dict,
+    options,
+    parse,
+    parse_options,
+    read_settings,
+    required,
+    resume_rules,
+    run_program,
+    setting,
+)
 from grpo.train import Settings as GRPOSettings
 from grpo.variants import PRESETS, Preset, resolve
 from sft.train import Settings as SFTSettings
@@ -67,7 +77,8 @@ def test_an_objectives_settings_are_its_presets(name):
 
 
 def test_every_field_of_a_preset_is_a_setting_of_the_command_line():
-    words = ["--objective", "rloo", "--kl_in_reward", "False", "--clip_low", "0.1", "--clip_high", "none", "--length", "7"]
+    words = ["--objective", "rloo", "--kl_in_reward", "False", "--clip_low", "0.1", "--clip_high", "none", "--length",
+             "7"]
     assert parse(GRPOSettings, GIVEN + words).objective == resolve("rloo", kl_in_reward=False, clip_low=0.1, length=7)
     known = as_dict(GRPOSettings(objective=resolve("sapo")))
     assert {f.name for f in fields(PRESETS["sapo"])} - {"name", "source"} <= set(known) and "tau_positive" in known
@@ -131,8 +142,9 @@ def test_help_names_the_presets_and_shows_the_chosen_ones_defaults(capsys, monke
     monkeypatch.setenv("COLUMNS", "200")
     text = help_of(GRPOSettings, capsys, "--objective", "dapo")
     assert all(name in text for name in PRESETS) and "\nobjective dapo: DAPO, arXiv 2503.14476" in text
-    for flag, default in (("--clip_high X", 0.28), ("--beta X", 0.0), ("--updates N", 2), ("--aggregate {sequence,token,constant}", "token"),
-                          ("--length N", "none"), ("--learning_rate X", "1e-06"), ("--kl_in_reward [True|False]", False)):
+    for flag, default in (("--clip_high X", 0.28), ("--beta X", 0.0), ("--updates N", 2),
+                          ("--aggregate {sequence,token,constant}", "token"), ("--length N", "none"),
+                          ("--learning_rate X", "1e-06"), ("--kl_in_reward [True|False]", False)):
         assert re.search(rf"^  {re.escape(flag)}\s[^-]*?\(default {default}\)", text, re.M), flag
 
 
@@ -140,9 +152,10 @@ def test_help_names_the_presets_and_shows_the_chosen_ones_defaults(capsys, monke
 
 
 @pytest.mark.parametrize("theirs,ours", [
-    ("lr", "learning_rate"), ("batch", "prompts_per_rollout"), ("num_generations", "group_size"), ("num_iterations", "updates"),
-    ("max_completion_length", "max_completion_tokens"), ("per_device_train_batch_size", "prompts_per_rollout"),
-    ("output_dir", "output"), ("epsilon", "clip_low"), ("no_train_vision", "train_vision"), ("learning-rate", "learning_rate"),
+    ("lr", "learning_rate"), ("batch", "prompts_per_rollout"), ("num_generations", "group_size"),
+    ("num_iterations", "updates"), ("max_completion_length", "max_completion_tokens"),
+    ("per_device_train_batch_size", "prompts_per_rollout"), ("output_dir", "output"), ("epsilon", "clip_low"),
+    ("no_train_vision", "train_vision"), ("learning-rate", "learning_rate"),
 ])
 def test_another_trainers_name_is_answered_with_ours(theirs, ours):
     with pytest.raises(ValueError, match=f"no setting --{theirs}; did you mean {ours}\\?$"):
@@ -184,10 +197,14 @@ class Kinds:
 
 @pytest.mark.parametrize("recipe,expected", [
     ({"flag": "yes"}, 'flag is "yes"; true or false expected'), ({"flag": 1}, "flag is 1; true or false expected"),
-    ({"count": "eight"}, 'count is "eight"; a whole number expected'), ({"count": 1.5}, "count is 1.5; a whole number expected"),
-    ({"count": True}, "count is true; a whole number expected"), ({"count": None}, "count is null; a whole number expected"),
-    ({"share": "0.5"}, 'share is "0.5"; a number expected'), ({"limit": "x"}, 'limit is "x"; a number or null expected'),
-    ({"word": 3}, "word is 3; a text expected"), ({"sizes": 3}, "sizes is 3; a list"), ({"sizes": [1, "2"]}, r"sizes is \[1, \"2\"\]; a list, each of it a whole number"),
+    ({"count": "eight"}, 'count is "eight"; a whole number expected'),
+    ({"count": 1.5}, "count is 1.5; a whole number expected"),
+    ({"count": True}, "count is true; a whole number expected"),
+    ({"count": None}, "count is null; a whole number expected"),
+    ({"share": "0.5"}, 'share is "0.5"; a number expected'),
+    ({"limit": "x"}, 'limit is "x"; a number or null expected'), ({"word": 3}, "word is 3; a text expected"),
+    ({"sizes": 3}, "sizes is 3; a list"),
+    ({"sizes": [1, "2"]}, r"sizes is \[1, \"2\"\]; a list, each of it a whole number"),
 ])
 def test_a_recipes_value_of_another_type_is_refused_with_file_and_setting(tmp_path, recipe, expected):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
@@ -198,13 +215,15 @@ def test_a_recipes_value_of_another_type_is_refused_with_file_and_setting(tmp_pa
 def test_a_recipe_with_a_byte_order_mark_and_values_of_their_types_is_read(tmp_path):
     recipe = {"flag": True, "count": 3, "share": 1, "limit": None, "word": "b", "sizes": [4]}
     (tmp_path / "recipe.json").write_text("\ufeff" + json.dumps(recipe), encoding="utf-8")
-    assert parse(Kinds, [f"--config={tmp_path / 'recipe.json'}", "--limit", "0.25"]) == Kinds(True, 3, 1.0, 0.25, "b", [4])
+    assert parse(Kinds,
+                 [f"--config={tmp_path / 'recipe.json'}", "--limit", "0.25"]) == Kinds(True, 3, 1.0, 0.25, "b", [4])
 
 
 @pytest.mark.parametrize("words,expected", [
     (["--flag", "maybe"], "argument --flag: found 'maybe'; true or false expected"),
     (["--share", "half"], "argument --share: found 'half'; a number expected"),
-    (["--word", "c"], "argument --word: invalid choice: 'c'"), (["--share", "1.5"], "--share is 1.5; it must be at most 1"),
+    (["--word", "c"], "argument --word: invalid choice: 'c'"),
+    (["--share", "1.5"], "--share is 1.5; it must be at most 1"),
     (["--share", "nan"], "--share is nan; it must be at least 0"),
 ])
 def test_a_value_that_does_not_fit_is_refused(words, expected):
@@ -218,11 +237,14 @@ def test_a_flag_alone_is_yes_and_none_is_none():
 
 
 @pytest.mark.parametrize("words,expected", [
-    (["--predictions", "gone.jsonl"], "--predictions gone.jsonl: no such file"), (["--data", "gone"], "--data gone: no such folder"),
+    (["--predictions", "gone.jsonl"], "--predictions gone.jsonl: no such file"),
+    (["--data", "gone"], "--data gone: no such folder"),
     (["--model", "runs/gone/model"], "--model runs/gone/model: no such folder, nor a model of the hub"),
-    (["--adapter", "gone"], "--adapter gone: no such folder"), (["--adapter", "a_file"], "--adapter a_file: no such folder"),
+    (["--adapter", "gone"], "--adapter gone: no such folder"),
+    (["--adapter", "a_file"], "--adapter a_file: no such folder"),
     (["--model", "here/gone"], "--model here/gone: no such folder"), (["--model", "./gone"], "no such folder"),
-    (["--output", "a_file/out"], "--output a_file/out: a file; a folder expected"), (["--task", "mroe"], "did you mean 'more'"),
+    (["--output", "a_file/out"], "--output a_file/out: a file; a folder expected"),
+    (["--task", "mroe"], "did you mean 'more'"),
 ])
 def test_what_is_not_there_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
@@ -236,7 +258,9 @@ def test_what_is_not_there_is_refused_before_anything_is_loaded(tmp_path, monkey
 
 def test_a_hub_name_and_a_forks_data_are_not_taken_for_missing_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    read_settings(GRPOSettings, ["--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--output", "o", "--task", "my.task", "--data", "v2:train"])
+    read_settings(GRPOSettings,
+                  ["--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--output", "o", "--task", "my.task", "--data",
+                   "v2:train"])
 
 
 @pytest.mark.parametrize("changes,expected", [
@@ -251,8 +275,8 @@ def test_a_hub_name_and_a_forks_data_are_not_taken_for_missing_paths(tmp_path, m
     ({"rollout_rows": 0}, "--rollout_rows is 0"),
     ({"warmup": 1.1}, "--warmup is 1.1; it must be at most 1"),
     ({"warmup": -0.1}, "--warmup is -0.1; it must be at least 0"),
-    ({"max_rollouts": -1}, "--max_rollouts is -1; it must be at least 0"), ({"max_prompt_tokens": 0}, "--max_prompt_tokens is 0"),
-    ({"learning_rate": float("nan")}, "--learning_rate is nan"),
+    ({"max_rollouts": -1}, "--max_rollouts is -1; it must be at least 0"),
+    ({"max_prompt_tokens": 0}, "--max_prompt_tokens is 0"), ({"learning_rate": float("nan")}, "--learning_rate is nan"),
     ({"objective": "more-r2"}, "did you mean 'more-r1'"),
     ({"export_dtype": "int8"}, "--export_dtype: invalid choice: 'int8' .choose from '?auto'?, '?float32'?, '?bfloat16"),
 ])
@@ -272,9 +296,11 @@ def test_the_defaults_are_more_r1s():
     s = GRPOSettings()
     preset = s.objective
     assert (s.epochs, s.learning_rate, s.warmup, s.decay, s.max_completion_tokens) == (4, 1e-6, 0.05, 0.5, 1024)
-    assert (preset.group_size, preset.updates, preset.temperature, preset.beta, preset.clip_low) == (8, 2, 0.8, 0.001, 0.2)
+    assert (preset.group_size, preset.updates, preset.temperature, preset.beta,
+            preset.clip_low) == (8, 2, 0.8, 0.001, 0.2)
     sft = SFTSettings()
-    assert (sft.epochs, sft.learning_rate, sft.batch_size, sft.max_tokens, sft.train_vision) == (20, 1e-4, 128, 2096, False)
+    assert (sft.epochs, sft.learning_rate, sft.batch_size, sft.max_tokens,
+            sft.train_vision) == (20, 1e-4, 128, 2096, False)
 
 
 def test_options_are_names_and_numbers():
@@ -293,7 +319,8 @@ def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine_to_zero():
 
 def test_words_before_the_recipe_count_like_words_after_it(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"epochs": 7, "flag": True}))
-    assert parse(Small, ["--model", "m", "--epochs", "2", "--config", str(tmp_path / "recipe.json")]) == Small("m", 2, True)
+    assert parse(Small,
+                 ["--model", "m", "--epochs", "2", "--config", str(tmp_path / "recipe.json")]) == Small("m", 2, True)
 
 
 @pytest.mark.parametrize("content,expected", [
@@ -336,7 +363,8 @@ def test_a_fault_that_the_user_can_mend_ends_in_one_line_and_status_2(monkeypatc
 
 
 def test_without_a_warm_up_the_cosine_starts_at_once_and_the_shortest_one_is_a_step():
-    assert learning_rate(0, 20, 1.0, 0.0, "cosine") == 1.0 and learning_rate(10, 20, 1.0, 0.0, "cosine") == pytest.approx(0.5)
+    assert learning_rate(0, 20, 1.0, 0.0,
+                         "cosine") == 1.0 and learning_rate(10, 20, 1.0, 0.0, "cosine") == pytest.approx(0.5)
     assert [learning_rate(step, 3, 1.0, 0.05, "cosine") for step in (0, 1)] == [1.0, 1.0]
     assert learning_rate(4, 4, 1.0, 1.0, "cosine") == 1.0
 

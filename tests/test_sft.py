@@ -14,7 +14,8 @@ def validations(monkeypatch, figures, **settings):
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     settings = parse(sft.train.Settings, ["--model", "m", "--data", "d", "--output", "o", *words])
     run = SimpleNamespace(settings=settings, policy=None, best=float("-inf"), device="cpu", done=[], step=0,
-                          restore=lambda optimizer: {}, checkpoint=lambda *_, **__: None, metrics_log=SimpleNamespace(write=lambda line: None))
+                          restore=lambda optimizer: {}, checkpoint=lambda *_, **__: None,
+                          metrics_log=SimpleNamespace(write=lambda line: None))
 
     def validate(step):
         run.done.append(step)
@@ -43,7 +44,8 @@ def test_patience_counts_validations_not_epochs(monkeypatch):
 
 @pytest.mark.parametrize("content, expected", [
     ('["train/0", "test/9"]', "found 'test/9'; expected the id of a sample of the split"), ("[[1]]", r"found \[1\]"),
-    ('[{"id": 1}]', "found {'id': 1}"), ("3", "found 3; expected a JSON list of sample ids"), ("[1", "ids.json: .*expected a JSON list"),
+    ('[{"id": 1}]', "found {'id': 1}"), ("3", "found 3; expected a JSON list of sample ids"),
+    ("[1", "ids.json: .*expected a JSON list"),
 ])
 def test_a_file_of_ids_that_does_not_fit_is_named_with_what_was_found(tmp_path, content, expected):
     (tmp_path / "ids.json").write_text(content)

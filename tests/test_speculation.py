@@ -36,9 +36,9 @@ def eager(monkeypatch):
 
 
 @pytest.mark.parametrize("source,changes", [
-    ("other noise", dict(temperature=0.0)), ("other noise", dict(temperature=0.8)), ("other noise", dict(temperature=1.5)),
-    ("other noise", dict(top_p=0.8)), ("other noise", dict(rows=4)), ("the same noise", dict()), ("nothing", dict(rows=6)),
-    ("another dataset", dict())], ids=str)
+    ("other noise", dict(temperature=0.0)), ("other noise", dict(temperature=0.8)),
+    ("other noise", dict(temperature=1.5)), ("other noise", dict(top_p=0.8)), ("other noise", dict(rows=4)),
+    ("the same noise", dict()), ("nothing", dict(rows=6)), ("another dataset", dict())], ids=str)
 def test_speculation_draws_the_tokens_that_are_drawn_without_it(eager, source, changes):
     policy, drawn = tiny_policy(), longer(**changes)
     plain = sample(policy, prompts(), 3, drawn)
@@ -71,7 +71,10 @@ def test_speculation_on_guesses_that_fit_nothing_soon_stops(monkeypatch):
     monkeypatch.setitem(speculation.FIXED, "cpu", (20.0, 0.0))
     made = remembering([Group(prompt, [torch.full((FAR,), 7)]) for prompt in prompts()])
     sample(tiny_policy(), prompts(), 3, longer(end_tokens=()), speculation=made)
-    assert made.counts["accepted"] < 0.1 * made.counts["tokens"] and 0 < made.counts["guessed"] < 0.3 * made.counts["tokens"]
+    assert (
+        made.counts["accepted"] < 0.1 * made.counts["tokens"]
+        and 0 < made.counts["guessed"] < 0.3 * made.counts["tokens"]
+    )
 
 
 def test_speculation_does_not_happen_where_arithmetic_is_the_limit(monkeypatch):

@@ -1,4 +1,5 @@
-"""What training adds to speculation: a history that all ranks know and that a resumed run has; and what a step spares."""
+"""What training adds to speculation: a history that all ranks know and that a resumed run has; and what a step
+spares."""
 
 import json
 import math
@@ -37,7 +38,8 @@ def test_speculation_in_a_second_epoch_draws_the_same_in_fewer_steps(folder, tmp
 
 
 def test_speculation_begins_with_what_the_split_was_answered(folder, tmp_path):
-    trainer, curriculum, _ = make(folder, tmp_path, "--predictions", folder / "split" / "predictions.jsonl", "--max_rollouts", 1)
+    trainer, curriculum, _ = make(folder, tmp_path, "--predictions", folder / "split" / "predictions.jsonl",
+                                  "--max_rollouts", 1)
     train(trainer, curriculum)
     history = trainer.speculation.history
     answered = {line["id"]: line["completion"] for line in lines(folder / "split" / "predictions.jsonl")}
@@ -88,7 +90,8 @@ def test_predictions_of_another_dataset_are_no_speculation_and_said_once(tmp_pat
     path.write_text("\n".join([json.dumps(good), json.dumps(other), json.dumps({"id": "test/0"}), "no JSON"]) + "\n")
     encoder = SimpleNamespace(completion=lambda text: torch.tensor([len(text), END]))
     remember_predictions(speculation, str(path), samples(2), encoder)
-    assert {name: [row.tolist() for row in group] for name, group in speculation.history.items()} == {"test/1": [[3, END]]}
+    assert {name: [row.tolist() for row in group]
+            for name, group in speculation.history.items()} == {"test/1": [[3, END]]}
     assert capsys.readouterr().out.count("3 lines are no completion of a sample here") == 1
     remember_predictions(None, str(path), samples(2), encoder)  # --speculate off
 
@@ -99,14 +102,16 @@ def test_predictions_of_another_dataset_are_no_speculation_and_said_once(tmp_pat
 def pack_with(differences: list[list[float]], trained: list[list[bool]]) -> Pack:
     """One group whose scorer says so much more than its sampler did."""
     lengths = [len(row) for row in differences]
-    group = Group(tiny_prompt(0, ()), [torch.zeros(n, dtype=torch.long) for n in lengths], [torch.full((n,), -2.0) for n in lengths])
+    group = Group(tiny_prompt(0, ()), [torch.zeros(n, dtype=torch.long) for n in lengths],
+                  [torch.full((n,), -2.0) for n in lengths])
     old = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) - 2.0 for row in differences], batch_first=True)
     mask = row_mask(lengths) & torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in trained], batch_first=True)
     return Pack([group], mask, old_logp=old)
 
 
 def test_the_samplers_distance_from_the_scorer_is_that_of_trls_metrics():
-    packs = [pack_with([[0.1, -0.3], [0.0]], [[True, True], [True]]), pack_with([[5.0, 0.2]], [[False, True]]), idle_pack()]
+    packs = [pack_with([[0.1, -0.3], [0.0]], [[True, True], [True]]), pack_with([[5.0, 0.2]], [[False, True]]),
+             idle_pack()]
     found = sampling_metrics(packs)
     d = torch.tensor([0.1, -0.3, 0.0, 0.2], dtype=torch.float64)
     expected = {"sampling_logp_difference/mean": d.abs().mean(), "sampling_logp_difference/max": d.abs().max(),
@@ -120,7 +125,8 @@ def check_ranks_agree():
     mine = [pack_with([[0.5]], [[True]])] if rank() else [pack_with([[-0.25, 0.25, 0.25]], [[True] * 3])]
     assert sampling_metrics(mine) == pytest.approx({
         "sampling/sampling_logp_difference/mean": 0.3125, "sampling/sampling_logp_difference/max": 0.5,
-        "sampling/importance_sampling_ratio/min": math.exp(-0.25), "sampling/importance_sampling_ratio/max": math.exp(0.5),
+        "sampling/importance_sampling_ratio/min": math.exp(-0.25),
+        "sampling/importance_sampling_ratio/max": math.exp(0.5),
         "sampling/importance_sampling_ratio/mean": (math.exp(-0.25) + 2 * math.exp(0.25) + math.exp(0.5)) / 4})
 
 
@@ -132,7 +138,11 @@ def test_in_float32_the_sampler_is_the_scorer(folder, tmp_path):
     trainer, _, some = make(folder, tmp_path)
     line = trainer.step(some[:2], 0, [1e-3, 1e-3])
     assert line["sampling/sampling_logp_difference/max"] < 1e-4
-    assert line["sampling/importance_sampling_ratio/min"] <= line["sampling/importance_sampling_ratio/mean"] <= line["sampling/importance_sampling_ratio/max"]
+    assert (
+        line["sampling/importance_sampling_ratio/min"]
+        <= line["sampling/importance_sampling_ratio/mean"]
+        <= line["sampling/importance_sampling_ratio/max"]
+    )
     assert line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
 
 
@@ -164,7 +174,9 @@ def steps(folder, output, monkeypatch, every_pass: bool, rewards, *words):
 
 @pytest.mark.parametrize("rewards", [[[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]], [[1] * 4, [0] * 4, [1] * 4]],
                          ids=["one of three teaches nothing", "none teaches anything"])
-def test_groups_that_teach_nothing_are_not_passed_and_the_weights_are_the_same_to_the_bit(folder, tmp_path, monkeypatch, rewards):
+def test_groups_that_teach_nothing_are_not_passed_and_the_weights_are_the_same_to_the_bit(
+    folder, tmp_path, monkeypatch, rewards
+):
     plain, plain_lines, plain_scored = steps(folder, tmp_path / "a", monkeypatch, True, rewards)
     spared, spared_lines, spared_scored = steps(folder, tmp_path / "b", monkeypatch, False, rewards)
     assert all(torch.equal(plain[name], spared[name]) for name in plain)
@@ -172,10 +184,16 @@ def test_groups_that_teach_nothing_are_not_passed_and_the_weights_are_the_same_t
     assert sum(plain_scored) == 2 * 2 * 3 and sum(spared_scored) == 2 * 2 * (3 - flat)
     assert len(spared_scored) > 4 or flat < 3  # at least one pass an update all the same
     for before, after in zip(plain_lines, spared_lines):
-        assert after["groups_skipped"] == flat and after["loss"] == before["loss"] and after["grad_norm"] == before["grad_norm"]
+        assert (
+            after["groups_skipped"] == flat
+            and after["loss"] == before["loss"]
+            and after["grad_norm"] == before["grad_norm"]
+        )
 
 
-@pytest.mark.parametrize("words", [("--beta", 0.1), ("--lora_rank", 4, "--lora_dropout", 0.1), ("--objective", "rloo", "--beta", 0.1)])
+@pytest.mark.parametrize("words",
+                         [("--beta", 0.1), ("--lora_rank", 4, "--lora_dropout", 0.1),
+                          ("--objective", "rloo", "--beta", 0.1)])
 def test_groups_that_may_teach_are_all_passed(folder, tmp_path, monkeypatch, words):
     _, found, scored = steps(folder, tmp_path, monkeypatch, False, [[1] * 4, [0, 1, 0, 1], [0] * 4], *words)
     assert sum(scored) == 2 * 2 * 3 and "groups_skipped" not in found[0]

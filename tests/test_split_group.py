@@ -75,7 +75,8 @@ def test_a_part_holds_its_share_of_what_is_known_and_as_much_as_fits_behind_the_
     group = tiny_groups(lengths=((5, 1, 9, 4, 1, 6),))[0]
     group.finished, group.rewards, group.parts = [True, False] * 3, torch.arange(6.0), torch.arange(12.0).reshape(6, 2)
     packs = split(make_packs([group], 10), len(group.prompt) + 10)
-    assert [pack.lengths for pack in packs] == [[5, 1], [9], [4, 1], [6]] and len({id(pack.chain) for pack in packs}) == 1
+    assert [pack.lengths for pack in packs] == [[5, 1], [9], [4, 1],
+                                                [6]] and len({id(pack.chain) for pack in packs}) == 1
     assert [pack.groups[0].rewards.tolist() for pack in packs] == [[0, 1], [2], [3, 4], [5]]
     assert packs[2].groups[0].finished == [False, True] and packs[2].groups[0].parts.tolist() == [[6, 7], [8, 9]]
     assert packs[1].mask.shape == (1, 9) and all(pack.groups[0].whole is group for pack in packs)
@@ -185,6 +186,8 @@ def test_a_completion_that_exceeds_a_pass_by_itself_is_refused():
     from grpo.runtime.settings import parse
     from grpo.train import Settings
 
-    words = ["--model", "m", "--data", "d", "--output", "o", "--max_completion_tokens", "2000", "--tokens_per_pass", "1500"]
-    with pytest.raises(ValueError, match="--tokens_per_pass is 1500; a completion may have --max_completion_tokens 2000"):
+    words = ["--model", "m", "--data", "d", "--output", "o", "--max_completion_tokens", "2000", "--tokens_per_pass",
+             "1500"]
+    with pytest.raises(ValueError,
+                       match="--tokens_per_pass is 1500; a completion may have --max_completion_tokens 2000"):
         parse(Settings, words).check()

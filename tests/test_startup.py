@@ -32,7 +32,8 @@ print(json.dumps(said))
 
 def start(code, *words, cwd):
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], env=environment, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], env=environment, cwd=cwd, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -54,7 +55,8 @@ def test_a_remote_expert_is_asked_without_torch(tmp_path):
     (tmp_path / "expert.jsonl").write_text("".join(json.dumps(
         {"id": f"train/{i}", "response": f"<think> {steps} </think> <answer>none</answer>"}) + "\n" for i in range(4)))
     words = ["--data", ".", "--fraction", "1", "--output", "out/cold.jsonl", "--expert"]
-    asked = STARTS.replace("program, said", "import os; os.environ |= dict(OPENAI_BASE_URL='http://127.0.0.1:9', OPENAI_API_KEY='k')\n"
+    asked = STARTS.replace("program, said",
+                           "import os; os.environ |= dict(OPENAI_BASE_URL='http://127.0.0.1:9', OPENAI_API_KEY='k')\n"
                            "program, said")
     by_file, by_endpoint = start(asked, "sft.annotate", json.dumps([
         [*words, "file:expert.jsonl"], [*words, "openai:m", "--attempts", "1"]]), cwd=tmp_path)
@@ -68,7 +70,8 @@ def test_a_plan_loads_no_engine(tmp_path, monkeypatch, capsys):
     heavy = [path for path in (ROOT / "grpo" / "engine").rglob("*.py") if loads.search(path.read_text())]
     assert {path.stem for path in heavy} >= {"policy", "rollout", "head", "lora", "qwen2_5_vl"}
     for path in heavy:
-        monkeypatch.setitem(sys.modules, ".".join(path.relative_to(ROOT).with_suffix("").parts), None)  # its import fails
+        monkeypatch.setitem(sys.modules, ".".join(path.relative_to(ROOT).with_suffix("").parts),
+                            None)  # its import fails
     for name in [name for name in sys.modules if name.startswith("grpo.plan")]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "config.json").write_text(json.dumps(SEVEN))

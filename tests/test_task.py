@@ -53,7 +53,8 @@ HALVES = " = ".join([*DATA_NAMES, *REWARD_NAMES, "None"])
 def users_folder(tmp_path):
     """Somebody's folder with a package data, a module rewards.py and a task of their own."""
     files = {"data/__init__.py": "raise SystemExit('the data package of somebody else')", "data/squares.py": HALVES,
-             "rewards.py": "x = 1", "borrows.py": f"from rewards import x\n{HALVES}", "misses.py": f"import rewards.x\n{HALVES}"}
+             "rewards.py": "x = 1", "borrows.py": f"from rewards import x\n{HALVES}",
+             "misses.py": f"import rewards.x\n{HALVES}"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -94,12 +95,15 @@ def test_a_users_module_that_ours_hides_is_one_line_that_names_the_file_in_the_w
 
 def test_a_module_imported_before_ours_is_named(users_folder):
     status, text = resolve(users_folder, "more", before="import rewards, grpo")
-    assert status == 1 and f"{users_folder / 'rewards.py'}'> hides the package rewards in {ROOT}" in text.splitlines()[-1]
+    assert (
+        status == 1 and f"{users_folder / 'rewards.py'}'> hides the package rewards in {ROOT}" in text.splitlines()[-1]
+    )
     assert "ImportError" in text.splitlines()[-1]
 
 
 def test_a_known_name_is_not_answered_with_itself(monkeypatch):
-    monkeypatch.setattr(task.importlib, "import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name=name)))
+    monkeypatch.setattr(task.importlib, "import_module",
+                        lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name=name)))
     with pytest.raises(ValueError) as caught:
         resolve_task("more")
     assert "did you mean 'more'" not in str(caught.value)

@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from tiny import update
-from tiny_backbones import TEXT_ONLY, groups_of, plain_logp, policy_of, prompt_of, text_network, tiny_network, write_qwen3_vl, write_text_model
+from tiny_backbones import (
+    TEXT_ONLY,
+    groups_of,
+    plain_logp,
+    policy_of,
+    prompt_of,
+    text_network,
+    tiny_network,
+    write_qwen3_vl,
+    write_text_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.engine.backbones import MODEL_TYPES, backbone
@@ -81,7 +91,8 @@ def test_it_loads_from_the_hubs_names_and_its_export_in_stock_transformers_gives
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     group = Group(encoder.encode([], "How much?"), [encoder.completion("five"), encoder.completion("two and three")])
     policy.vocabulary = len(policy.model.lm_head.weight)  # stock knows of no ban
-    torch.testing.assert_close(policy.score([group]).logp, torch.cat(plain_logp(name, stock, group)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(policy.score([group]).logp, torch.cat(plain_logp(name, stock, group)), rtol=1e-5,
+                               atol=1e-5)
     again = load_policy(str(tmp_path / "model"))  # Stage 2 begins with what Stage 1 wrote
     again.vocabulary = policy.vocabulary
     assert torch.equal(again.score([group]).logp, policy.score([group]).logp)
@@ -135,7 +146,8 @@ def test_with_the_ban_values_and_gradients_are_those_of_logits_of_minus_infinity
     packed, plain = policy.score(groups, 0.7).logp, []
     for group in groups:
         for completion in group.completions:
-            logits = network(torch.cat([group.prompt.tokens, completion])[None]).logits[0, len(group.prompt) - 1 : -1] / 0.7
+            logits = network(torch.cat([group.prompt.tokens,
+                                        completion])[None]).logits[0, len(group.prompt) - 1 : -1] / 0.7
             logits = logits.masked_fill(torch.arange(200) >= 195, float("-inf"))
             plain.append(logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0])
     torch.testing.assert_close(packed, torch.cat(plain), rtol=1e-5, atol=2e-5)

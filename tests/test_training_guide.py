@@ -68,7 +68,8 @@ def test_metrics_that_only_some_runs_write_are_in_the_table_too():
 
 def test_a_metric_has_one_row():
     rows = Counter(name for first, *_ in section("Every metric") for name in re.findall(r"`([^`]+)`", first))
-    assert {name for name, count in rows.items() if count > 1} <= {"loss", "grad_norm", "learning_rate"}  # of both trainers
+    assert {name for name, count in rows.items() if count > 1} <= {"loss", "grad_norm",
+                                                                   "learning_rate"}  # of both trainers
 
 
 def test_every_metric_in_the_table_is_one_that_the_code_knows():

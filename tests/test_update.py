@@ -65,7 +65,8 @@ def test_a_rank_with_fewer_packs_joins_the_longest_ones_forwards_and_adds_nothin
 def test_weights_decay_and_biases_and_norms_do_not():
     policy = tiny_policy()
     policy.freeze_vision()
-    settings = SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95, offload_optimizer=False)
+    settings = SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95,
+                               offload_optimizer=False)
     matrices, vectors = make_optimizer(policy, settings).param_groups
     assert matrices["weight_decay"] == 0.3 and {p.ndim for p in matrices["params"]} == {2}
     assert vectors["weight_decay"] == 0 and {p.ndim for p in vectors["params"]} == {1}
@@ -98,10 +99,13 @@ def raise_(error):
 def test_moments_that_wait_in_host_memory_visit_the_device_one_parameter_at_a_time(monkeypatch):
     """Host and device are told apart by the order of the moves: there is no device here."""
     ends, moves, real = [], [], memory.move_state
-    monkeypatch.setattr(memory, "move_state", lambda state, parameter, device: moves.append((id(parameter), str(device), len(state))) or real(state, parameter, device))
+    monkeypatch.setattr(memory, "move_state",
+                        lambda state, parameter, device: moves.append((id(parameter), str(device), len(state)))
+                        or real(state, parameter, device))
     for offload in (False, True):
         policy = tiny_policy()
-        settings = SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95, offload_optimizer=offload)
+        settings = SimpleNamespace(weight_decay=0.3, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95,
+                                   offload_optimizer=offload)
         optimizer = make_optimizer(policy, settings)
         for _ in range(2):
             step(policy, [tiny_groups()], optimizer=optimizer)

@@ -99,7 +99,8 @@ def test_what_a_preset_asks_of_the_loop(name):
 def test_what_a_preset_tells_the_loss_are_its_keywords_with_the_same_defaults():
     """The two places of an objective's setting: a field of its preset, a keyword of the loss."""
     functions = grpo_loss, sapo_surrogate, vespo_surrogate  # the last two take what is theirs from the first
-    known = {name: one.default for function in functions for name, one in inspect.signature(function).parameters.items()}
+    known = {name: one.default for function in functions
+             for name, one in inspect.signature(function).parameters.items()}
     for preset in PRESETS.values():
         options = loss_options(type(preset)(), LIMIT)
         assert {name: known[name] for name in options} == options

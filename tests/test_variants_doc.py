@@ -1,4 +1,5 @@
-"""docs/variants.md works as it stands: each module is written outside the repository and run against the built-in preset."""
+"""docs/variants.md works as it stands: each module is written outside the repository and run against the built-in
+preset."""
 
 import importlib
 import re
@@ -60,7 +61,8 @@ def test_a_module_of_the_page_gives_the_presets_loss_and_gradient(forks, name):
         arguments = batch(seed)
         ours_get = (*arguments[:3], arguments[3].clamp(-1, 1), arguments[4]) if name == "my_clipped" else arguments
         whole = {"denominator": count_terms(arguments[4], fork.aggregate)}
-        value, gradient, statistics = value_and_gradient(load_objective(name), arguments, **loss_options(fork, LIMIT), **whole)
+        value, gradient, statistics = value_and_gradient(load_objective(name), arguments, **loss_options(fork, LIMIT),
+                                                         **whole)
         expected, slopes, _ = value_and_gradient(grpo_loss, ours_get, **loss_options(ours, LIMIT), **whole)
         assert torch.allclose(value, expected, rtol=1e-12) and torch.allclose(gradient, slopes, rtol=1e-12, atol=1e-15)
         assert all(value == value for value in statistics.values())
@@ -70,13 +72,15 @@ def test_a_module_of_the_page_gives_the_presets_loss_and_gradient(forks, name):
 def test_a_rank_without_work_adds_exactly_nothing(forks, name):
     nothing = torch.zeros(1, 1, dtype=torch.bool)
     arguments = (torch.full((1, 1), -0.5), torch.full((1, 1), -0.7), torch.full((1, 1), -0.6), torch.zeros(1), nothing)
-    value, gradient, _ = value_and_gradient(load_objective(name), arguments, **loss_options(resolve(name), LIMIT), denominator=8)
+    value, gradient, _ = value_and_gradient(load_objective(name), arguments, **loss_options(resolve(name), LIMIT),
+                                            denominator=8)
     assert value == 0 and (gradient == 0).all()
 
 
 def test_a_modules_own_settings_are_settings_of_the_program(forks, tmp_path, capsys):
     (tmp_path / "model").mkdir()
-    words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path), "--output", str(tmp_path / "out"), "--objective", "my_sapo"]
+    words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path), "--output", str(tmp_path / "out"),
+             "--objective", "my_sapo"]
     settings = parse(Settings, [*words, "--tau_negative", "1.3"])
     assert as_dict(settings)["tau_negative"] == 1.3 and loss_options(settings.objective, LIMIT)["tau_negative"] == 1.3
     with pytest.raises(SystemExit):

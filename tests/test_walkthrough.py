@@ -1,4 +1,5 @@
-"""docs/walkthrough.md is true: its code runs, in order, and prints what stands there; its drawings show what the code does.
+"""docs/walkthrough.md is true: its code runs, in order, and prints what stands there; its drawings show what the code
+does.
 
 `python tests/test_walkthrough.py` (with the repository on PYTHONPATH) writes what the code prints now into the page.
 """
@@ -36,13 +37,15 @@ def run_page(text: str) -> tuple[list[str], dict]:
 
 def side_by_side(images: list[Image.Image], height: int = 224) -> numpy.ndarray:
     """The images, enlarged, with a white gap between them."""
-    larger = [image.resize((round(image.width * height / image.height), height), Image.Resampling.NEAREST) for image in images]
+    larger = [image.resize((round(image.width * height / image.height), height), Image.Resampling.NEAREST)
+              for image in images]
     gap = numpy.full((height, 16, 3), 255, numpy.uint8)
     return numpy.concatenate([numpy.asarray(larger[0]), gap, numpy.asarray(larger[1])], 1)
 
 
 def differences(expected: str, found: str) -> list[str]:
-    """Words that differ; numbers may by two of their last printed digit, as another version of torch adds up otherwise."""
+    """Words that differ; numbers may by two of their last printed digit, as another version of torch adds up
+    otherwise."""
     words, other = NUMBER.split(expected), NUMBER.split(found)
     if len(words) != len(other):
         return [f"expected {expected!r}, found {found!r}"]
@@ -65,7 +68,8 @@ def test_the_walkthroughs_code_runs_in_order_and_prints_what_stands_there(tmp_pa
     assert len(printed) > 10
     for expected, found in zip(blocks, printed):
         assert not differences(expected or "", found), "run python tests/test_walkthrough.py to renew the page"
-    # and its sentences: the loss begins at 0 and the gradient does not, then what was good became likelier, what was bad less
+    # and its sentences: the loss begins at 0 and the gradient does not, then what was good became likelier, what was
+    # bad less
     assert abs(names["losses"][0]) < 1e-6 < 1e-3 < abs(names["losses"][1]) and names["norm"] > 0.1
     change = (names["after"] - names["pack"].old_logp).sum(1)
     best, worst = names["pack"].advantages.argmax(), names["pack"].advantages.argmin()
@@ -75,7 +79,8 @@ def test_the_walkthroughs_code_runs_in_order_and_prints_what_stands_there(tmp_pa
 
 def test_the_comparison_sees_a_changed_word_and_a_changed_number():
     assert not differences("loss 0.123, 3 tokens", "loss 0.124, 3 tokens")
-    assert differences("loss 0.123", "loss 0.133") and differences("3 tokens", "4 tokens") and differences("a 1.0", "b 1.0")
+    assert differences("loss 0.123", "loss 0.133") and differences("3 tokens",
+                                                                   "4 tokens") and differences("a 1.0", "b 1.0")
 
 
 def test_the_drawing_of_a_packed_pass_shows_who_attends_to_whom():
@@ -85,7 +90,8 @@ def test_the_drawing_of_a_packed_pass_shows_who_attends_to_whom():
     drawing = xml.parse(ROOT / "docs" / "packed-pass.svg").getroot()
     prompt, *completions = map(int, drawing.get("data-lengths").split())
     rows = prompt + sum(length - 1 for length in completions)
-    drawn = {(int(cell.get("data-row")), int(cell.get("data-column"))) for cell in drawing.iter() if cell.get("data-row")}
+    drawn = {(int(cell.get("data-row")), int(cell.get("data-column"))) for cell in drawing.iter()
+             if cell.get("data-row")}
     same = torch.zeros(1, 1, rows, rows)
     values = torch.eye(rows)[None, None]
     seen = Packed([(prompt, [length - 1 for length in completions])]).attend(0, same, same, values, 1.0)[0, :, 0]

@@ -42,7 +42,8 @@ def test_exported_weights_load_in_stock_transformers_and_give_the_same_logits(fo
             parameter += 0.01 * torch.randn_like(parameter)
     export(policy, str(folder), tmp_path / "model")
     names = set(safe_open(tmp_path / "model" / "model.safetensors", "pt").keys())
-    assert {"model.layers.0.mlp.up_proj.weight", "visual.patch_embed.proj.weight", "lm_head.weight"} <= names  # the Hub's
+    assert {"model.layers.0.mlp.up_proj.weight", "visual.patch_embed.proj.weight",
+            "lm_head.weight"} <= names  # the Hub's
     exported = stock(tmp_path / "model")
     groups = tiny_groups(lengths=((4, 3),))
     groups[0].prompt.tokens = groups[0].prompt.tokens % 250
@@ -137,7 +138,8 @@ def test_a_checkpoint_without_weights_is_refused_by_name(folder):
      "source: 3 tensors are missing from the weights, model.language_model.layers.1.mlp.gate_proj.weight first"),
     (lambda w: w | {"model.layers.7.mlp.up_proj.weight": torch.zeros(2, 2)},
      "source: 1 tensors in the weights have no place in the model, model.layers.7.mlp.up_proj.weight first"),
-    (lambda w: w | {"model.language_model.norm.weight": torch.zeros(32)}, "1 tensors in the weights have no place .* first"),
+    (lambda w: w | {"model.language_model.norm.weight": torch.zeros(32)},
+     "1 tensors in the weights have no place .* first"),
     (lambda w: w | {"visual.merger.ln_q.weight": torch.zeros(31)},
      r"source: visual.merger.ln_q.weight has the shape \[31\] in the weights; the model's is \[32\]"),
 ], ids=["missing", "too many", "twice", "another shape"])
@@ -157,7 +159,9 @@ def test_weights_that_are_cut_off_are_refused_by_name(folder):
 
 def test_an_index_that_names_a_file_that_is_not_there_is_refused_by_name(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-1-of-1.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"lm_head.weight": "model-1-of-1.safetensors"}}'
+    )
     with pytest.raises(ValueError, match="source/model-1-of-1.safetensors: missing"):
         load_policy(str(folder))
     (folder / "model.safetensors.index.json").write_text('{}')
@@ -206,7 +210,8 @@ def load_and_export(folder, place, dtype, shard_size):
     export(policy, str(folder), place)
 
 
-@pytest.mark.parametrize("world,shard_size,tied", [(3, 0, True), (2, 1, False)], ids=["three, uneven rows, tied", "two copies"])
+@pytest.mark.parametrize("world,shard_size,tied", [(3, 0, True), (2, 1, False)],
+                         ids=["three, uneven rows, tied", "two copies"])
 def test_any_number_of_ranks_loads_its_rows_and_exports_the_whole(tmp_path, world, shard_size, tied):
     write_tiny_model(tmp_path / "source", WORDS, tied=tied, **SMALL)
     run_processes(load_and_export, world, tmp_path / "source", tmp_path / "model", torch.bfloat16, shard_size)
@@ -266,10 +271,14 @@ def test_an_export_has_the_sources_files_and_index_and_cuts_what_is_too_large(fo
     policy, index = load_policy(str(folder)), "model.safetensors.index.json"
     names = lambda place: {path.name for path in place.glob("*.safetensors")}
     export(policy, str(folder), tmp_path / "model")
-    assert names(tmp_path / "model") == names(folder) and (tmp_path / "model" / index).read_bytes() == (folder / index).read_bytes()
+    assert (
+        names(tmp_path / "model") == names(folder)
+        and (tmp_path / "model" / index).read_bytes() == (folder / index).read_bytes()
+    )
     monkeypatch.setattr(exporting, "FILE_LIMIT", 160_000)
     export(policy, str(folder), tmp_path / "cut")
-    assert len(names(tmp_path / "cut")) > 2 and max(p.stat().st_size for p in (tmp_path / "cut").glob("*.safetensors")) < 165_000
+    assert len(names(tmp_path / "cut")) > 2 and max(p.stat().st_size
+                                                    for p in (tmp_path / "cut").glob("*.safetensors")) < 165_000
     torch.testing.assert_close(logits(stock(tmp_path / "cut")), logits(stock(folder)))
 
 
@@ -299,7 +308,8 @@ def export_twice(folder, place):
     policy = fill(shard(empty_policy(str(folder)), torch.float32, device), Checkpoint(str(folder)), device)
     export(policy, str(folder), place)
     exporting.save_file = full_disk if rank() == 0 else save_file
-    with pytest.raises(OSError, match="model: the weights cannot be written .*No space left.*; what was there before still is"):
+    with pytest.raises(OSError,
+                       match="model: the weights cannot be written .*No space left.*; what was there before still is"):
         export(policy, str(folder), place)  # on every rank
 
 

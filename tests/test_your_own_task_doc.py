@@ -28,16 +28,21 @@ def shell(folder, commands):
 def test_a_file_of_questions_and_a_reward_of_ones_own_need_no_more_than_is_said(tmp_path):
     """But for the model, a tiny one here, the number of questions, and how many of them are asked."""
     lines, = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
-    (tmp_path / "questions.jsonl").write_text(lines.replace("12", "13") + lines.replace("Goethe", "Schiller").replace("Faust", "Tell"))
+    (tmp_path / "questions.jsonl").write_text(lines.replace("12", "13")
+                                              + lines.replace("Goethe", "Schiller").replace("Faust", "Tell"))
     assert len({sample.verifier for sample in load(tmp_path / "questions.jsonl", "all")}) == 3  # number, choice, text
     (tmp_path / "my_reward.py").write_text(FILES["my_reward.py"])
     write_text_model(tmp_path / "model", lines.splitlines() * 2)
     few = "--max_completion_tokens 4 --epochs 1 --group_size 2 --prompts_per_rollout 2 --output"
     commands = "".join(COMMANDS[:2]).replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model")
-    shell(tmp_path, re.sub(r"(grpo.train .*)--output", rf"\1{few}", commands).replace("--model runs/mine/model --output runs/mine-test",
+    shell(tmp_path,
+          re.sub(r"(grpo.train .*)--output", rf"\1{few}",
+                 commands).replace("--model runs/mine/model --output runs/mine-test",
                     "--model runs/mine/model --max_completion_tokens 4 --output runs/mine-test"))
     log = [json.loads(line) for line in (tmp_path / "runs" / "mine-2" / "metrics.jsonl").read_text().splitlines()]
-    assert "rewards/reward/mean" in log[-1] and "accuracy" in json.loads((tmp_path / "runs" / "mine-test" / "metrics.json").read_text())
+    assert "rewards/reward/mean" in log[-1] and "accuracy" in json.loads(
+        (tmp_path / "runs" / "mine-test" / "metrics.json").read_text()
+    )
 
 
 def test_a_new_task_of_two_short_files_goes_through_all_programs(tmp_path):

@@ -30,8 +30,9 @@ def qwen3_config(**more) -> Qwen3VLConfig:
     return Qwen3VLConfig(
         text_config=dict(**TEXT, head_dim=12, rope_parameters=dict(
             rope_type="default", mrope_section=[2, 2, 2], mrope_interleaved=True, rope_theta=10000.0)),
-        vision_config=dict(hidden_size=32, depth=3, num_heads=2, intermediate_size=48, out_hidden_size=32, patch_size=14,
-                           deepstack_visual_indexes=[0, 1], num_position_embeddings=64, initializer_range=0.2),
+        vision_config=dict(hidden_size=32, depth=3, num_heads=2, intermediate_size=48, out_hidden_size=32,
+                           patch_size=14, deepstack_visual_indexes=[0, 1], num_position_embeddings=64,
+                           initializer_range=0.2),
         image_token_id=IMAGE, video_token_id=VIDEO, **more)
 
 
@@ -160,8 +161,10 @@ def write_text_model(folder, texts, name="llama", vocabulary=400, **more):
     folder.mkdir(parents=True)
     write_tokenizer(folder, texts, vocabulary)
     (folder / "chat_template.jinja").write_text(
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+        "'<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     ids = token_ids(folder)
     torch.manual_seed(0)
     network = text_network(name, **{"vocab_size": ids[""] + 16, "bos_token_id": ids["<|im_start|>"],
@@ -175,7 +178,8 @@ def write_qwen3_vl(folder, texts):
     write_tokenizer(folder, texts, 400)
     write_settings(folder, 64 * 64, 96 * 96)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    settings |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "processor_class": "Qwen3VLProcessor"}
+    settings |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+                 "processor_class": "Qwen3VLProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     ids = token_ids(folder)
     config = qwen3_config().to_dict()
