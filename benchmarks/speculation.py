@@ -1,10 +1,12 @@
 """Rollouts of a second epoch with and without speculation, in one run: the same tokens, how many steps, how long.
 
-    python -m benchmarks.speculation --model DEMO/stage_1/model --data DEMO/world/MORE --text_model FOLDER [--record]
+    python -m benchmarks.speculation --model DEMO/stage_1/model --data DEMO/world/MORE --text_model FOLDER \
+        --text_data JMERE [--record]
 
 The first epoch's completions, drawn with another seed from the same weights, are the guesses. (In training the weights
-have moved a little by then; so the shares here are the upper end.) The text model, of any size, answers the questions
-below. Each side runs `--repeats` times, in turn, and its fastest run counts: ratios of one run bear a busy machine.
+have moved a little by then; so the shares here are the upper end.) The text model, of any size, answers JMERE's questions
+without their images, or those below, which have no one answer and are the worst case. Each side runs `--repeats` times,
+in turn, and its fastest run counts: ratios of one run bear a busy machine.
 """
 
 import argparse
@@ -19,22 +21,24 @@ QUESTIONS = [f"Explain in a few sentences {topic}." for topic in (
     "how birds find their way", "why iron rusts")]
 
 
-def load(model: str, data: str | None, settings):
-    """Policy, prompts and end tokens."""
+def load(model: str, data: str | None, task: str, settings):
+    """Policy, prompts and end tokens. A text model is not shown a sample's images."""
     import torch
 
     from data.task import load_samples, resolve_task
     from grpo.engine.encode import Encoder
     from grpo.engine.weights import load_policy
-    from grpo.runtime.answer import Prompts
 
     encoder, policy = Encoder(model, settings.max_pixels), load_policy(model).requires_grad_(False)
     policy.vocabulary = encoder.vocabulary
     policy.to(getattr(torch, settings.dtype))
     if data:
-        task = resolve_task(settings.task)
-        samples = load_samples(task, settings, settings.split, encoder.seen_size)[: settings.prompts]
-        prompts = list(map(Prompts(encoder, task, settings.reasoning), samples))
+        task = resolve_task(task)
+        given = argparse.Namespace(**{**vars(settings), "data": data, "missing_images": "blank"})
+        samples = load_samples(task, given, settings.split, encoder.seen_size)[: settings.prompts]
+        built = [task.data.build_prompt(sample, reasoning=settings.reasoning) for sample in samples]
+        prompts = [encoder.encode([] if policy.backbone.IMAGE_TOKEN is None else images, text, None, sample.id)
+                   for (images, text), sample in zip(built, samples)]
     else:
         prompts = [encoder.encode([], question, None, question) for question in QUESTIONS[: settings.prompts]]
     with torch.no_grad():
@@ -69,7 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's folder; it answers the dataset's samples")
     parser.add_argument("--data", help="the dataset's folder")
-    parser.add_argument("--text_model", help="a text model's folder; it answers the questions of this file")
+    parser.add_argument("--text_model", help="a text model's folder")
+    parser.add_argument("--text_data", help="a JMERE folder; without one it answers the questions of this file")
     parser.add_argument("--task", default="more")
     parser.add_argument("--split", default="train")
     parser.add_argument("--reasoning", type=lambda word: word == "True", default=True)
@@ -89,10 +94,11 @@ def main() -> None:
     print(f"{'parameters':>10}{'rows':>6}{'completions':>13}{'tokens':>8}{'seconds':>9}{'without':>9}{'ratio':>7}{'tokens a step':>15}"
           f"{'accepted':>10}{'equal':>7}")
     figures = []
-    cases = [(settings.model, settings.data, rows) for rows in settings.rows if settings.model]
-    cases += [(settings.text_model, None, rows) for rows in settings.text_rows if settings.text_model]
-    for model, data, rows in cases:
-        policy, prompts, ends = load(model, data, settings)
+    cases = [(settings.model, settings.data, settings.task, rows) for rows in settings.rows if settings.model]
+    cases += [(settings.text_model, settings.text_data, "jmere", rows) for rows in settings.text_rows
+              if settings.text_model]
+    for *case, rows in cases:
+        policy, prompts, ends = load(*case, settings)
         size = sum(parameter.numel() for parameter in policy.parameters())
         figures.append({"parameters": size, **compare(policy, prompts, ends, rows, settings)})
         print("{parameters:10}{rows:6}{completions:13}{tokens:8}{seconds:9.2f}{seconds_without:9.2f}{ratio:7.2f}{tokens_per_step:15.2f}"
