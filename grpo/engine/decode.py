@@ -29,16 +29,20 @@ def move(caches: list[KeysValues], source: int, target: int, *kinds: str) -> Non
 
 
 class Rope:
-    """Rope of a decode step: queries and keys at once, angles prepared by the first layer."""
+    """What every decode step begins with: rope, queries and keys at once, and the new keys and values."""
 
-    def rotate(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> None:
-        """(N, heads, d), in place. Cosines and sines are (…, N, d): a completion's axes are all alike."""
-        half = x.shape[-1] // 2
+    def cache(self, layer: int, qkv: Tensor, angles: tuple[Tensor, Tensor], *slots) -> Tensor:
+        """(N, H + 2 H_kv, d) before rope → (N, H, d) queries; keys and values are in these slots of the cache.
+
+        Cosines and sines are (…, N, d): a completion's axes are all alike. The first layer prepares them for all."""
+        half, heads = qkv.shape[-1] // 2, self.caches[layer].suffix.shape[2]
         if layer == 0:
             self.cos, sin = (part[(0,) * (part.dim() - 2)][:, None] for part in angles)
             self.sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        turned = x.roll(half, -1)
-        x.mul_(self.cos).add_(turned.mul_(self.sin))
+        turned = qkv[:, :-heads].roll(half, -1)
+        qkv[:, :-heads].mul_(self.cos).add_(turned.mul_(self.sin))
+        self.caches[layer].suffix[(slice(None), *slots)] = qkv[:, -2 * heads :].unflatten(1, (2, -1))
+        return qkv[:, : -2 * heads]
 
 
 def as_bias(mask: Tensor) -> Tensor:
@@ -110,9 +114,7 @@ class Decode(Rope):
     def decode(self, layer: int, qkv: Tensor, angles: tuple[Tensor, Tensor], scaling: float) -> Tensor:
         """(N, H + 2 H_kv, d) queries, keys and values, before rope → (N, H · d)."""
         cache, rows, groups = self.caches[layer], len(self.counts), len(self.prompt_bias)
-        self.rotate(layer, qkv[:, : -self.heads], angles)
-        query, keys_values = qkv.split([qkv.shape[1] - 2 * self.heads, 2 * self.heads], 1)
-        cache.suffix[:, self.by_row.owner, :, self.at] = keys_values.unflatten(1, (2, -1))
+        query = self.cache(layer, qkv, angles, self.by_row.owner, slice(None), self.at)
         q = (query * scaling).unflatten(1, (self.heads, -1))  # (N, H_kv, r, d)
         prompt, prompt_lse = map(self.by_group.collect, partial_attention(
             self.by_group.spread(q), *cache.prompt[:, :groups], self.prompt_bias))

@@ -32,11 +32,10 @@ class Bucket(Rope):
 
     def __init__(self, policy, sampling: Sampling, caches: list[KeysValues], groups: int, width: int, tokens: int,
             steps: int):
-        self.policy, self.sampling, self.groups, self.tokens = policy, sampling, groups, tokens
+        self.policy, self.sampling, self.caches, self.groups, self.tokens = policy, sampling, caches, groups, tokens
         _, _, self.heads, self.places, self.longest, _ = caches[0].suffix.shape
         self.prompts = [cache.prompt[:, :groups].flatten(1, 2) for cache in caches]
-        self.suffixes = [cache.suffix[:, :groups] for cache in caches]
-        self.read = [suffix.flatten(1, 3)[..., :width, :] for suffix in self.suffixes]
+        self.read = [cache.suffix[:, :groups].flatten(1, 3)[..., :width, :] for cache in caches]
         device, rows = caches[0].prompt.device, groups * self.places
         new = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=device)
         self.window, self.uniform = new(rows, 1 + steps * tokens), new(rows, steps * tokens, dtype=torch.float64)
@@ -87,9 +86,7 @@ class Bucket(Rope):
 
     def decode(self, layer: int, qkv: Tensor, angles: tuple[Tensor, Tensor], scaling: float) -> Tensor:
         """(N, H + 2 H_kv, d) queries, keys and values, before rope → (N, H · d)."""
-        self.rotate(layer, qkv[:, : -self.heads], angles)
-        query, keys_values = qkv[:, : -2 * self.heads], qkv[:, -2 * self.heads :]
-        self.suffixes[layer][:, self.slot, :, self.place, self.at] = keys_values.unflatten(1, (2, -1))
+        query = self.cache(layer, qkv, angles, self.slot, slice(None), self.place, self.at)
         (key, value), (own_key, own_value) = self.prompts[layer], self.read[layer]
         order = query.view(self.groups, self.places, self.tokens, self.heads, -1, query.shape[-1])
         q = order.permute(0, 3, 1, 2, 4, 5).reshape(len(key), -1, query.shape[-1])  # by group and head
