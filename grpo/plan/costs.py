@@ -259,11 +259,15 @@ class Costs:
         x, rest = self.shape, self.resident()
         prefilled = min(self.slots, max(1, PREFILL_TOKENS // self.s.prompt_tokens)) * self.s.prompt_tokens
         own_keys = 2 * x.layers * x.keys * prefilled * self.width  # before they are written into the caches
+        # the last layer's gathering, from a buffer of the whole layer, gloo's from one more; before there are caches
+        arriving = self.width * self.layer * (1 + (not self.on_gpu)) * (self.gpus > 1 and whole > layered)
         scores = self.rows * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (4 + self.width)
         phases = {
-            "loading": self.loading(), "vision": add(rest, gathered=whole, activations=self.vision_bytes()),
-            "prefill": add(rest, gathered=whole, caches=self.cache_bytes() + own_keys,
-                           activations=self.forward_bytes(prefilled)),
+            "loading": self.loading(),
+            "vision": add(rest, gathered=self.gathered(False, 0), activations=self.vision_bytes()),  # it is the root's
+            "prefill": max(add(rest, gathered=whole + arriving), add(
+                rest, gathered=whole, caches=self.cache_bytes() + own_keys,
+                activations=self.forward_bytes(prefilled)), key=total),
             # logits, their exponentials, those padded to whole blocks
             "decode": add(rest, gathered=whole, caches=self.cache_bytes(), activations=scores,
                           head=3 * 4 * self.rows * x.vocabulary), "reference": self.reference_pass(layered),
