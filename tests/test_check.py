@@ -1,16 +1,21 @@
 """./launch.sh check: green on this machine, and red, with what to do, wherever a fast path is broken."""
 
 import json
+import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import check, check_paths, gpu, rates
-from benchmarks.check_paths import PATHS, FastPath, Found, Subject, write_checked
+from benchmarks.check_paths import PATHS, FastPath, Found, Stock, Subject, write_checked
 from grpo.engine import attention, decode, head, lean, lora, split_group
 from grpo.engine.rollout import Rollout
+from grpo.engine.weights import load_policy
 from grpo.runtime import checkpoints
+from emulated import apart, emulated, move
 from processes import run_processes
 
 
@@ -254,3 +259,32 @@ def on_two_ranks():
 
 def test_two_ranks_try_their_sharding_too_and_what_one_finds_all_tell():
     run_processes(on_two_ranks, 2)
+
+
+class Moved(Subject):
+    """On the emulated device: a module's `to` is not enough, and stock transformers' forward reads it where it cannot."""
+
+    def policy(self):
+        policy = load_policy(str(self.folder))
+        policy.vocabulary = check_paths.VOCABULARY
+        return move(policy, self.device)
+
+    def stock(self, folder=None):
+        return move(Stock.from_pretrained(str(self.folder), attn_implementation="eager").eval(), self.device)
+
+    def plain(self, model, backwards=True):
+        on_cpu = Subject(self.place, torch.device("cpu"))
+        logp, grads = on_cpu.plain(on_cpu.stock(), backwards)
+        return logp.to(self.device), {name: grad.to(self.device) for name, grad in grads.items()}
+
+
+@apart
+def test_fast_paths_are_tried_on_a_device_that_is_not_the_cpu():
+    place = Path(tempfile.mkdtemp())
+    write_checked(place / "model")
+    check.start()
+    with emulated() as device:
+        left_out = ("bfloat16", "LoRA", "gradient checkpointing")  # transformers, FSDP and autocast do not know the device
+        every = [check.attempt(path, Moved(place, device)) for path in PATHS if path.name not in left_out]
+    shutil.rmtree(place)
+    assert all(checked.ok and checked.found for checked in every), check.outcome(every)
