@@ -15,11 +15,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.toy.scene import (CAPTIONS, CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE, SKIES, TEAMS, Scene, Thing,
+from data.toy.scene import (CAPTIONS, CITIES, COLOURS, NEUTRAL, PEOPLE, PRIZES, SIDE, SKIES, TEAMS, WORLD, Scene, Thing,
                             clutter, paint, span, team_of, write_images, write_lines)
 from rewards.jmere import answer_text
 
-KINDS = {"match": 46, "award": 20, "home": 20, "pair": 14}  # how often, in percent
+KINDS = WORLD["kinds"]["jmere"]  # how often, in percent
 SHIRTS = ("red", "blue", "green", "yellow")  # few, so that they are soon told apart in an image with two people
 HARD = 0.4  # share of hard posts: smaller people in odd colours, clutter, long captions
 CANDIDATES = 3  # of the expert for every post
@@ -81,8 +81,8 @@ def make_person(scene, rng, team, other):
     person = Thing("person", 0, 0, rng.uniform(46, 54) if scene.hard else rng.uniform(54, 64))
     person.colour = rng.choice(SHIRTS)
     if scene.kind == "match":
-        other_team = rng.choice([name for name in SHIRTS if name != team])
-        person.colour = rng.choices((team, other_team, NEUTRAL), (50, 40, 10))[0]
+        rival = rng.choice([name for name in SHIRTS if name != team])
+        person.colour = rng.choices((team, rival, NEUTRAL), (50, 40, 10))[0]
         person.hat = rng.random() < 0.4
     elif scene.kind == "award":
         person.holds = rng.choices((other, "", *PRIZES), (40, 30, 15, 15))[0]
@@ -97,8 +97,7 @@ def place_people(scene, rng):
         person.x = SIDE * centre + rng.uniform(-4, 4)
         person.y = SIDE / 2 + rng.uniform(-1, 1) * (SIDE - person.size) / (2 if scene.hard else 4)
     if scene.kind == "pair":
-        scene.things[1].y = scene.things[0].y
-        scene.things[1].size = scene.things[0].size
+        scene.things[1].y, scene.things[1].size = scene.things[0].y, scene.things[0].size
 
 
 def candidate(post, rng):
@@ -162,14 +161,13 @@ def item_of(post, name):
 def write_world(folder, seed=0, train=2400, valid=200, test=800):
     """Writes `folder`/JMERE and `folder`/expert.jsonl; returns the expert's lines, {"id", "response"} each."""
     folder = Path(folder)
-    jmere, candidates = folder / "JMERE", {}
+    jmere, drawn = folder / "JMERE", {}
     for split, count in (("train", train), ("val", valid), ("test", test)):
-        drawn = list(write_images(jmere / "images" / split, make_sample, seed, split, count))
-        (jmere / f"{split}.json").write_text(json.dumps([item_of(post, name) for post, name, _ in drawn]))
-        candidates[split] = [several for _, _, several in drawn]
+        drawn[split] = write_images(jmere / "images" / split, make_sample, seed, split, count)
+        (jmere / f"{split}.json").write_text(json.dumps([item_of(post, name) for post, name, _ in drawn[split]]))
     # the ids under which sft.annotate asks for a candidate, its re-prediction and its score
     expert = [{"id": f"train/{index}{f'#{number}' * (number > 1)}{asked}", "response": response}
-              for index, several in enumerate(candidates["train"]) for number, one in enumerate(several, 1)
+              for index, (*_, several) in enumerate(drawn["train"]) for number, one in enumerate(several, 1)
               for asked, response in zip(("", " repredict", " score"), one)]
     write_lines(folder / "expert.jsonl", map(json.dumps, expert))
     return expert

@@ -20,32 +20,17 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 SIDE = 112  # pixels of an image's side
-
-LABELS = ("none", "/per/org/opposed_to", "/per/org/leader_of", "/per/org/member_of", "/per/misc/awarded",
-          "/org/loc/locate_at", "/per/per/peer", "/per/per/couple", "/per/loc/place_of_residence")
-
-# colour: (red, green, blue, its team)
-COLOURS = {
-    "red": (214, 40, 40, "Falcons"), "blue": (45, 70, 205, "Sharks"), "green": (35, 140, 60, "Vipers"),
-    "yellow": (240, 215, 50, "Hornets"), "purple": (125, 45, 160, "Ravens"), "white": (250, 250, 250, "Wolves"),
-    "pink": (245, 140, 185, "Foxes"), "cyan": (70, 200, 215, "Whales")}
+WORLD = json.loads(Path(__file__).with_name("world.json").read_text(encoding="utf-8"))
+# CAPTIONS: by the dataset's layout, the kind and whether the scene is easy or hard; the names' places are {in braces}
+PEOPLE, CITIES, WALLS, SKIES, CAPTIONS = map(WORLD.get, ("people", "cities", "walls", "skies", "captions"))
+LABELS = tuple(WORLD["labels"])  # in the order of their ids
+KINDS = WORLD["kinds"]["more"]  # kind: how often, in percent
+HARD = 0.35  # share of hard scenes
+COLOURS = WORLD["colours"]  # colour: [red, green, blue, its team]
 TEAMS = {values[3]: colour for colour, values in COLOURS.items()}
 NEUTRAL = "grey"  # nobody's colour
-RGB = {colour: values[:3] for colour, values in COLOURS.items()} | {
-    NEUTRAL: (128, 128, 128), "gold": (255, 205, 0), "door": (60, 38, 30), "skin": (238, 190, 150),
-    "trousers": (35, 35, 50), "ball": (20, 20, 20), "hat": (235, 0, 200), "umbrella": (120, 200, 0)}
-WALLS = ((176, 92, 74), (150, 132, 112), (168, 150, 96))
-SKIES = ((176, 214, 240), (200, 226, 200), (226, 220, 204), (206, 200, 226))
-PEOPLE = ("Mia", "Leo", "Ada", "Tom", "Eva", "Max", "Zoe", "Ben")
-PRIZES = {"gold cup": "cup", "match ball": "ball"}  # and what of a thing each is
-CITIES = ("Paris", "Oslo", "Rome", "Lima", "Cairo", "Delhi")
-
-# kind: how often, in percent
-KINDS = {"match": 58, "pair": 14, "award": 10, "site": 10, "home": 8}
-HARD = 0.35  # share of hard scenes
-WORLD = json.loads(Path(__file__).with_name("world.json").read_text(encoding="utf-8"))
-# by the dataset's layout, the kind and whether the scene is easy or hard; the names' places are {in braces}
-CAPTIONS = WORLD["captions"]
+RGB = {colour: values[:3] for colour, values in COLOURS.items()} | WORLD["paints"]
+PRIZES = WORLD["prizes"]  # and what of a thing each is
 # What is painted, from back to front: a colour ("own": the shirt's or logo's) and the forms of that colour, whose
 # corners are x and y from the centre, in shares of the size. A wall is behind a logo, a doorway around a person.
 FIGURES = WORLD["figures"]
@@ -82,7 +67,7 @@ class Scene:
     entity: str
     umbrella: bool = False  # over the first two things
     hard: bool = False
-    sky: tuple = SKIES[0]
+    sky: tuple = tuple(SKIES[0])
     decoys: list = field(default_factory=list)
 
     @property
@@ -115,7 +100,7 @@ def relation(scene):
         "pair": "/per/per/couple" if scene.umbrella else "/per/per/peer" if same_shirt else "none"}[scene.kind]
 
 
-def pick_colour(rng, without=()):
+def pick_colour(rng, *without):
     return rng.choice([name for name in COLOURS if name not in without])
 
 
@@ -127,7 +112,7 @@ def make_scene(rng):
     names = {"p": rng.choice(PEOPLE), "c": rng.choice(CITIES), "m": rng.choice(list(PRIZES))}
     names["q"] = rng.choice([name for name in PEOPLE if name != names["p"]])
     first = pick_colour(rng)
-    second = pick_colour(rng, without=(first,))
+    second = pick_colour(rng, first)
     names["a"], names["b"] = COLOURS[first][3], COLOURS[second][3]
     scene.text = rng.choice(CAPTIONS["more"][kind]["hard" if hard else "easy"]).format(**names)
     scene.entity = {"match": names[rng.choice("ab")], "award": names["m"], "site": names["c"], "home": names["c"],
@@ -143,9 +128,8 @@ def make_scene(rng):
 
 def clutter(rng, colours):
     """Two to five balls."""
-    place = lambda: rng.uniform(4, SIDE - 4)
-    return [Thing("decoy", place(), place(), 2 * rng.uniform(3, 6), rng.choice(colours))
-            for _ in range(rng.randint(2, 5))]
+    return [Thing("decoy", rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), 2 * rng.uniform(3, 6),
+                  rng.choice(colours)) for _ in range(rng.randint(2, 5))]
 
 
 def make_object(scene, rng, own, other):
@@ -158,7 +142,7 @@ def make_object(scene, rng, own, other):
     elif scene.kind == "site":
         thing.what, thing.size = "logo", 0.6 * size
         named = TEAMS[teams_in(scene)[0]]
-        thing.colour = named if rng.random() < 0.6 else pick_colour(rng, without=(named,))
+        thing.colour = named if rng.random() < 0.6 else pick_colour(rng, named)
         thing.place = "wall" if rng.random() < 0.6 else ""
     else:
         dress(thing, scene, rng, own, other)
@@ -171,8 +155,7 @@ def dress(person, scene, rng, own, other):
     person.hat = rng.random() < 0.25
     person.holds = rng.choices(("", *PRIZES), (80, 10, 10))[0]
     if scene.kind == "match":
-        third = pick_colour(rng, without=(own, other))
-        person.colour = rng.choices((own, other, third, NEUTRAL), (33, 17, 38, 12))[0]
+        person.colour = rng.choices((own, other, pick_colour(rng, own, other), NEUTRAL), (33, 17, 38, 12))[0]
     elif scene.kind == "award":
         person.holds = rng.choices((scene.entity, "", *PRIZES), (25, 25, 25, 25))[0]
     elif scene.kind == "home":
@@ -184,7 +167,7 @@ def add_company(scene, rng, own, other):
     first = scene.object
     if scene.kind == "pair" and first.what == "person":
         scene.umbrella = rng.random() < 0.18
-        colour = first.colour if rng.random() < 0.42 else pick_colour(rng, without=(first.colour,))
+        colour = first.colour if rng.random() < 0.42 else pick_colour(rng, first.colour)
         first.holds, first.hat = "", False
         scene.things.append(Thing("person", 0, 0, first.size, colour))
         return
@@ -202,8 +185,6 @@ def arrange(scene, rng):
     rng.shuffle(order)
     total = sum(thing.width for thing in order)
     scale = min(1.0, (SIDE - 4) / total)
-    for thing in order:
-        thing.size *= scale
     free = SIDE - total * scale
     gaps = [rng.random() + 0.05 for _ in range(len(order) + 1)]
     if scene.kind == "pair":  # people in a pair stand close
@@ -211,13 +192,13 @@ def arrange(scene, rng):
     left = 0.0
     level = rng.uniform(0.35, 0.65) if not scene.hard else rng.uniform(0.0, 1.0)
     for gap, thing in zip(gaps, order):
+        thing.size *= scale
         left += free * gap / sum(gaps)
         thing.x = left + thing.width / 2
         height = min(1.0, max(0.0, level + rng.uniform(-0.1, 0.1)))
         thing.y = thing.size / 2 + (SIDE - thing.size) * height
         left += thing.width
-    if scene.kind == "pair":
-        for thing in order:
+        if scene.kind == "pair":
             thing.y = order[0].y
 
 
@@ -243,11 +224,9 @@ def paint(scene, rng):
 
     image = Image.new("RGB", (SIDE, SIDE), colour(scene.sky))
     draw = ImageDraw.Draw(image)
-    for thing in scene.decoys:
-        figure("decoy", thing)
-    for thing in scene.things:
-        if thing.place:
-            figure(thing.place, thing)
+    behind = [("decoy", thing) for thing in scene.decoys]
+    for what, thing in behind + [(thing.place, thing) for thing in scene.things if thing.place]:
+        figure(what, thing)
     for thing in scene.things:
         figure(thing.what, thing)
         if thing.holds:
@@ -268,15 +247,15 @@ def span(words, text):
 
 
 def write_images(folder, make_sample, seed, split, count):
-    """Writes `count` images into `folder`; yields (scene or post, image's name, the expert's part) of each.
-
-    `make_sample(seed, split, index)` is (scene or post, image, the expert's part)."""
+    """Writes `count` images that `make_sample(seed, split, index)` makes: [(scene or post, image's name, the expert's
+    part)]."""
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
     for index in range(count):
         subject, image, said = make_sample(seed, split, index)
-        name = f"{split}-{index:05d}.png"
-        image.save(folder / name, compress_level=1)
-        yield subject, name, said
+        drawn.append((subject, f"{split}-{index:05d}.png", said))
+        image.save(folder / drawn[-1][1], compress_level=1)
+    return drawn
 
 
 def write_lines(path, lines):

@@ -27,8 +27,7 @@ def expert_response(scene, rng):
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else ""
     if flaw == "label":
         label = rng.choice([name for name in LABELS if name != label])
-    texts = steps(scene, label, unclear)
-    numbered = [f"Step {number}: {text}." for number, text in enumerate(texts, start=1)]
+    numbered = [f"Step {number}: {text}." for number, text in enumerate(steps(scene, label, unclear), start=1)]
     if flaw == "missing":
         del numbered[rng.randrange(6)]
     if flaw == "order":
@@ -43,8 +42,7 @@ def steps(scene, label, unclear):
     """The six steps' texts, leading to `label`; an unclear object is misc and stays unrelated."""
     types = ("misc" if unclear else TYPES[scene.object.what], ENTITY_TYPES[scene.kind])
     candidates = [name for name in LABELS[1:] if name.startswith("/{}/{}/".format(*types))] + ["none"]
-    seen = "something unclear" if unclear else describe(scene)
-    found = "it is absent" if unclear else match(scene)
+    seen, found = ("something unclear", "it is absent") if unclear else (describe(scene), match(scene))
     beside = sorted(scene.things[1:], key=lambda thing: thing.x)  # from left to right
     names = ", ".join(f"{name} {part}" for name, part in roles(scene).items())
     return [f"by {' '.join(thing.colour for thing in beside)}, {seen}", f"text has {names}", found,
@@ -101,13 +99,12 @@ def line_of(scene, name):
 def write_world(folder, seed=0, train=2400, valid=200, test=800):
     """Writes `folder`/MORE and `folder`/expert.jsonl; returns the expert's lines, {"id", "response"} each."""
     folder = Path(folder)
-    more, responses = folder / "MORE", {}
+    more, drawn = folder / "MORE", {}
     (more / "txt").mkdir(parents=True, exist_ok=True)
     (more / "rel2id.json").write_text(json.dumps(dict(zip(LABELS, range(len(LABELS))))), encoding="utf-8")
     for split, count in (("train", train), ("valid", valid), ("test", test)):
-        drawn = list(write_images(more / "img_org" / split, make_sample, seed, split, count))
-        write_lines(more / "txt" / f"{split}.txt", [line_of(scene, name) for scene, name, _ in drawn])
-        responses[split] = [response for _, _, response in drawn]
-    expert = [{"id": f"train/{index}", "response": response} for index, response in enumerate(responses["train"])]
+        drawn[split] = write_images(more / "img_org" / split, make_sample, seed, split, count)
+        write_lines(more / "txt" / f"{split}.txt", [line_of(scene, name) for scene, name, _ in drawn[split]])
+    expert = [{"id": f"train/{index}", "response": response} for index, (*_, response) in enumerate(drawn["train"])]
     write_lines(folder / "expert.jsonl", map(json.dumps, expert))
     return expert
