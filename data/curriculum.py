@@ -5,26 +5,24 @@ a batch among themselves, nor on earlier draws, so that a resumed run draws what
 import logging
 import random
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import cycle, islice
+from typing import NamedTuple
 
 MIXINGS = ("progressive", "raw")
 LAST_BATCHES = ("fill", "drop")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Epoch:
+class Epoch(NamedTuple):
     """One epoch's mini-batches, in order, and the counts that the metrics_log keeps of them."""
     batches: list[list]
     record: dict
 
 
 def easy_ratio(epoch: int, decay: float) -> float:
-    """Easy samples per hard one: decay^epoch, epochs from 0 (MORE-R1, equation 6, where t counts from 1).
-
-    1 in the first epoch, except that decay 0 means hard samples only, from the first epoch on."""
+    """Easy samples per hard one: decay^epoch, epochs from 0 (MORE-R1, equation 6, where t counts from 1); with decay 0
+    none, from the first epoch on."""
     if epoch < 0 or not 0 <= decay <= 1:
         raise ValueError(f"epoch {epoch}, decay {decay}: epochs from 0 and a decay from 0 to 1 expected")
     return float(decay) ** epoch if decay else 0.0
@@ -33,9 +31,8 @@ def easy_ratio(epoch: int, decay: float) -> float:
 def stratified_draw(samples: list, fraction: float, stratum: Callable, seed: int) -> tuple[list, list]:
     """(drawn, rest): `fraction` of each stratum at random, both lists in the order of `samples`.
 
-    A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: a label that the cold
-    start never shows is not learned there. So the total is `fraction` of all samples up to half a sample a
-    stratum, and a little more where strata are too small for one."""
+    A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: a label that the cold start
+    never shows is not learned there."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction {fraction}: a share between 0 and 1 expected")
     strata: dict[Hashable, list[int]] = {}
@@ -80,11 +77,9 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
     if not size:
         raise ValueError(f"epoch {epoch}: {total} samples are fewer than a batch of {batch_size}, "
                          "and an incomplete last batch is dropped; fill it, or make the batch smaller")
-    ratio = None
     if mixing == "raw":
-        both = [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
-        both = _shuffled(both, _generator(seed, epoch, "raw"))
-        order = list(islice(cycle(both), size))
+        ratio, both = None, [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
+        order = list(islice(cycle(_shuffled(both, _generator(seed, epoch, "raw"))), size))
     else:
         ratio = _exact(easy_ratio(epoch, decay))
         if easy_total < wanted:

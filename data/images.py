@@ -40,9 +40,8 @@ def settle_missing(samples: list, names: list[str], report: str, how: str) -> li
 def check_image(path, where: str, upright: bool = False) -> tuple[int, int]:
     """(width, height) in pixels, from the header alone: milliseconds for an image of any size.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is no image, too elongated, or of numbers whose
-    black and white are not known; `where` names the sample in the one-line message. That a file is cut off after
-    its header is only found by decoding it."""
+    FileNotFoundError if there is no such file, ValueError if it is no image, too elongated, or of numbers whose black
+    and white are not known; `where` names the sample. That it is cut off after its header only decoding finds."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{where}: image {path} is missing")
     try:
@@ -93,8 +92,7 @@ def upright_copy(path, folder) -> str:
 
 
 def is_sixteen_bits(image: Image.Image) -> bool:
-    """Whether it is grey of 16 bits. ValueError for other numbers than bytes: which of them is black and which white no
-    header tells, and an image of one colour would come out."""
+    """Whether it is grey of 16 bits. ValueError for other numbers than bytes, whose black and white no header tells."""
     if not image.mode.startswith(("I", "F")):
         return False
     # a TIFF may have 12 bits; Pillow opens PGM, and in some versions PNG, as 32-bit numbers up to 65,535
@@ -113,10 +111,9 @@ def orientation(image: Image.Image) -> int:
 
 
 def check_box(box, size: tuple[int, int] | None, where: str) -> None:
-    """Refuse a box that leaves nothing to look at: raises a one-line ValueError naming `where`.
+    """ValueError, naming `where`, for a box that leaves nothing to look at; one that spills over the edge is clamped.
 
-    `size` is (width, height) in pixels, or None where there is no image: then the shape in pixels is not
-    known and only area and position are checked. A box that spills over the edge is fine: it is clamped."""
+    `size` is (width, height) in pixels, or None where there is no image: then the shape in pixels is not checked."""
     cx, cy, w, h = box
     for wrong, fault in (
             (not all(math.isfinite(value) and abs(value) < 1e6 for value in box), "holds a value that is no fraction"),
@@ -134,19 +131,15 @@ def check_box(box, size: tuple[int, int] | None, where: str) -> None:
 
 def pixel_box(box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) in pixels, clamped to `size` (width, height), at least 1 px a side."""
-    edges = []
-    for centre, extent, pixels in zip(box[:2], box[2:], size):
-        start = min(max(round((centre - extent / 2) * pixels), 0), pixels - 1)
-        edges.append((start, min(max(round((centre + extent / 2) * pixels), start + 1), pixels)))
-    (left, right), (top, bottom) = edges
-    return left, top, right, bottom
+    edge = lambda way, axis: round((box[axis] + way * box[axis + 2] / 2) * size[axis])
+    left, top = (min(max(edge(-1, axis), 0), size[axis] - 1) for axis in (0, 1))
+    return left, top, min(max(edge(1, 0), left + 1), size[0]), min(max(edge(1, 1), top + 1), size[1])
 
 
 def crop_box(image: Image.Image, box) -> Image.Image:
-    """The pixels inside the box."""
     return image.crop(pixel_box(box, image.size))
 
 
 def grey_image() -> Image.Image:
     """Stands in for an image that is not at hand: 56x56, Qwen2.5-VL's smallest, four image tokens."""
-    return Image.new("RGB", (56, 56), (128, 128, 128))
+    return Image.new("RGB", (56, 56), "grey")

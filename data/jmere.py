@@ -45,10 +45,8 @@ class Sample:
 
 
 def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
-    """Reads and checks a whole split, and the other splits' labels for the list of relations.
-
-    missing_images: see data.images.settle_missing. Anything else that is wrong is a ValueError of one line that names
-    file and item."""
+    """A whole split, checked, and of the other splits the relations. missing_images: see data.images.settle_missing;
+    anything else that is wrong is a ValueError of one line that names file and item."""
     folder = Path(folder)
     file, splits = folder / f"{split}.json", read_splits(folder)
     if split not in splits:
@@ -69,10 +67,8 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
 
 
 def sample_from(image, text: str, *, data="") -> Sample:
-    """One post of the user's own, without gold quintuples; image may be None.
-
-    The relations to choose from are those of the dataset's folder `data` where it is given, JMERE's where not: give
-    the one that the model was trained on."""
+    """One post of the user's own, without gold quintuples; image may be None. The relations to choose from are those of
+    the folder `data`, which the model was trained on, or without one JMERE's."""
     if image is not None:
         check_image(image, "this post")
     words = text.split()
@@ -99,9 +95,9 @@ def read_splits(folder: Path) -> dict[str, list[Post]]:
 
 def read_posts(file: Path) -> list[Post]:
     """One split's posts; raises a one-line ValueError naming the file and the item, counted from 0."""
-    items = read_json(file, "a list of posts")
-    if not isinstance(items, list) or not items:
-        raise ValueError(f"{file}: found {shown(items)}; a list of posts expected")
+    items = read_json(file, "a list of posts", list)
+    if not items:
+        raise ValueError(f"{file}: found []; expected a list of posts")
     return [_read_post(item, f"{file}, item {i}") for i, item in enumerate(items)]
 
 
@@ -170,8 +166,7 @@ def stratum(sample: Sample) -> str:
 
 
 def is_none(sample: Sample) -> bool:
-    """Every post of this dataset holds a quintuple."""
-    return False
+    return False  # every post holds a quintuple
 
 
 def expert_prompt(sample: Sample) -> str:
@@ -191,7 +186,6 @@ def score_prompt(sample: Sample, response: str) -> str:
 
 
 def reasoning_of(response: str) -> str:
-    """What stands between <think> and </think>."""
     return response.partition("<think>")[2].partition("</think>")[0].strip()
 
 

@@ -198,13 +198,11 @@ def target(sample: Sample) -> str:
 
 
 def stratum(sample: Sample) -> str:
-    """What a cold start draws its share of."""
     return sample.category
 
 
 def is_none(sample: Sample) -> bool:
-    """No question here has "nothing there" for an answer."""
-    return False
+    return False  # no question here has "nothing there" for an answer
 
 
 def sample_from(text: str, image: str = "", whole_answer: bool = False) -> Sample:

@@ -40,10 +40,8 @@ class BoxFault(ValueError):
 
 
 def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
-    """Read and validate a whole split, images' headers and boxes included.
-
-    missing_images: see data.images.settle_missing. Anything else that is wrong is a ValueError of one line that names
-    file and line."""
+    """A whole split, checked, images' headers and boxes included. missing_images: see data.images.settle_missing;
+    anything else that is wrong is a ValueError of one line that names file and line."""
     reader, samples, missing = SplitReader(folder, split), [], []
     for where, line in reader.lines():
         sample = reader.sample(line, where)
@@ -60,10 +58,8 @@ def load(folder, split: str, *, missing_images: str = "stop") -> list[Sample]:
 
 
 def sample_from(image, text: str, *, box: str, entity: str, data) -> Sample:
-    """One sample of the user's own, without a label: what grpo.predict answers.
-
-    `box` is "cx,cy,w,h" in fractions of the image; the candidates are those of the rel2id.json in `data`. Raises a
-    one-line ValueError or FileNotFoundError for what does not fit."""
+    """One sample of the user's own, without a label: what grpo.predict answers. `box` is "cx,cy,w,h" in fractions of
+    the image; the candidates are those of the rel2id.json in `data`."""
     try:
         cx, cy, w, h = (float(part) for part in box.split(","))
     except ValueError:
@@ -94,12 +90,10 @@ def target(sample: Sample) -> str:
 
 
 def stratum(sample: Sample) -> str:
-    """What the cold-start draw is stratified by: the relation."""
     return sample.label
 
 
 def is_none(sample: Sample) -> bool:
-    """Whether object and entity are unrelated."""
     return sample.label == "none"
 
 

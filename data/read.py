@@ -4,23 +4,22 @@ A byte order mark is read over. Half of a surrogate pair, which JSON can spell a
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 
-def read_json(path, expected: str):
+def read_json(path, expected: str, kind: type = object):
     """The file's one value. expected: what the file should hold, for the message."""
     try:
-        return json_value(Path(path).read_bytes())
+        found = json_value(Path(path).read_bytes())
     except ValueError as problem:
         raise ValueError(f"{path}: {one_line(problem)}; expected {expected}") from None
-
-
-def read_object(path, expected: str) -> dict:
-    """A file's JSON object; ValueError with what was found, and what was `expected`, for anything else."""
-    found = read_json(path, expected)
-    if not isinstance(found, dict):
+    if not isinstance(found, kind):
         raise ValueError(f"{path}: found {shown(found)}; expected {expected}")
     return found
+
+
+read_object = partial(read_json, kind=dict)
 
 
 def read_json_lines(path, expected: str, blank_lines: bool = False) -> Iterator[tuple[str, dict]]:
@@ -69,7 +68,7 @@ def shown(value) -> str:
 
 
 def one_line(problem: Exception) -> str:
-    """An exception's message without line breaks."""
+    """Its message without line breaks."""
     return " ".join(str(problem).split()) or type(problem).__name__
 
 
