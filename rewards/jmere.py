@@ -3,10 +3,9 @@
 Equations 2 to 5 of the JMERE-R1 paper. An answer is `<answer>` with one `[head, head type, tail, tail type,
 relation]` a line. Whitespace around the parts is free, anything else is not: an unknown type or relation, an
 empty mention, a bracket too many or text between the lines makes the whole answer unreadable."""
-import re
-
 from rewards.assignment import heaviest_pairing
 from rewards.edit_distance import edit_distance
+from rewards.tags import tag_fault
 
 WEIGHTS = {"quintuple": 1.0, "partial": 0.2, "format": 0.1}  # equation 5: 1, α, β
 
@@ -14,11 +13,11 @@ Quintuple = tuple[str, str, str, str, str]  # head, head type, tail, tail type, 
 
 
 def reward(completion: str, sample, *, keep_format: bool = False) -> dict[str, float]:
-    """The unweighted parts r_q (0 to 1), r_p (0 to 2) and r_f (0 or 1) of one completion.
+    """The unweighted parts r_q (0 to 1), r_p (0 to 2) and r_f (0 or 1, equation 4) of one completion.
 
     Wrong tags or one malformed quintuple make every part 0; keep_format leaves r_f = 1 where only the
     quintuples are at fault (the paper's sentence can be read both ways)."""
-    tagged = _tag_fault(completion) is None
+    tagged = tag_fault(completion) is None
     predicted = parse(completion, sample) if tagged else None
     if predicted is None:
         return {"quintuple": 0.0, "partial": 0.0, "format": float(tagged and keep_format)}
@@ -50,16 +49,7 @@ def _equal_parts(a: Quintuple, b: Quintuple) -> int:
 
 def fault(completion: str, sample) -> str | None:
     """What breaks the format, in words, or None where nothing does."""
-    return _tag_fault(completion) or ("a malformed quintuple" if parse(completion, sample) is None else None)
-
-
-def _tag_fault(completion: str) -> str | None:
-    """Equation 4: `<think>…</think>`, then `<answer>…</answer>`, each tag once and nothing outside."""
-    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
-        if completion.count(tag) != 1:
-            return f"{tag} missing" if tag not in completion else f"{tag} more than once"
-    form = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
-    return None if re.fullmatch(form, completion, re.DOTALL) else "text outside the tags, or tags out of order"
+    return tag_fault(completion) or ("a malformed quintuple" if parse(completion, sample) is None else None)
 
 
 def parse(completion: str, sample) -> list[Quintuple] | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rewards.assignment import heaviest_pairing
+from rewards.tags import TAGS, tag_fault
 
 WEIGHTS = {"format": 0.2, "answer": 1.0}
 LONGEST = 1000  # characters that a pattern of the file's is matched with
@@ -212,17 +213,9 @@ def score(completion: str, sample) -> float:
 def fault(completion: str, sample) -> str | None:
     """What is wrong with the form that was asked for, None where nothing is: `<think>…</think>` with --reasoning, then
     `<answer>…</answer>` and nothing else, unless the question asks for a form of its own or needs none."""
-    text = completion.strip()
-    for tag in ("<think>", "</think>") * sample.reasoning + ("<answer>", "</answer>") * sample.asks_for_tags:
-        if text.count(tag) != 1:
-            return f"{tag} missing" if tag not in text else f"{tag} more than once"
-    if sample.reasoning:
-        thoughts, _, text = text.partition("</think>")
-        if not thoughts.startswith("<think>"):
-            return "text before <think>, or tags out of order"
-    if sample.asks_for_tags and not (text.lstrip().startswith("<answer>") and text.endswith("</answer>")):
-        return "text outside the tags"
-    return None if vote_key(completion, sample) is not None else "no answer that can be read"
+    tags = TAGS[:2] * sample.reasoning + TAGS[2:] * sample.asks_for_tags
+    unread = "no answer that can be read" if vote_key(completion, sample) is None else None
+    return (tags and tag_fault(completion, tags)) or unread
 
 
 def reward(completion: str, sample) -> dict[str, float]:

@@ -184,11 +184,11 @@ def test_an_answer_that_the_verifier_cannot_use_is_refused(value, verifier, mess
     ("<answer>7</answer>", "<think> missing"), ("<think>so<answer>7</answer>", "</think> missing"),
     ("7", "<think> missing"), ("<think>a</think><think>b</think><answer>7</answer>", "<think> more than once"),
     ("", "<think> missing"), ("<think>a</think><answer>1</answer><answer>7</answer>", "<answer> more than once"),
-    ("x <think>so</think><answer>7</answer>", "text before <think>, or tags out of order"),
-    ("</think><think><answer>7</answer>", "text before <think>, or tags out of order"),
+    ("x <think>so</think><answer>7</answer>", "text outside the tags"),
+    ("</think><think><answer>7</answer>", "tags out of order"),
     ("<think>so</think> x <answer>7</answer>", "text outside the tags"),
     ("<think>so</think><answer>7</answer>.", "text outside the tags"),
-    ("<think><answer>7</answer></think>", "text outside the tags"),
+    ("<think><answer>7</answer></think>", "tags out of order"),
     ("<think>so</think><answer>x</answer>", "no answer that can be read"),
 ])
 def test_the_form_is_that_which_was_asked_for(completion, expected):
