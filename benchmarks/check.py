@@ -258,7 +258,7 @@ def header(device: torch.device, dtype: str) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": commit(Path(__file__).parent.parent) or "no checkout",
+        "commit": commit() or "no checkout",
         "--dtype": dtype + (f": {str(compute_dtype(dtype, device)).removeprefix('torch.')}" if dtype == "auto" else ""),
         "float32 products": torch.get_float32_matmul_precision(),
     }

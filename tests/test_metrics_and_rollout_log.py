@@ -1,5 +1,6 @@
 """What a run says and writes down: whole lines, bars, plain lines, event files, what ran, and the log of rollouts."""
 
+import inspect
 import json
 import os
 import sys
@@ -154,6 +155,11 @@ def test_a_commit_is_told_only_in_a_checkout_of_this_project(tmp_path):
     assert commit(tmp_path) is None
     (tmp_path / ".git").write_text("no repository")
     assert commit(tmp_path) is None
+
+
+def test_the_checkout_that_is_asked_by_default_is_the_one_that_holds_the_packages():
+    root = inspect.signature(commit).parameters["root"].default
+    assert (root / "setup.py").is_file() and (root / "grpo" / "runtime" / "provenance.py").is_file()
 
 
 def test_what_ran_is_written_before_training(folder):

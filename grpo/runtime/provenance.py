@@ -44,7 +44,7 @@ def check_base(adapter: str, model: str) -> None:
                          f"--model {model}")
 
 
-def commit(root: Path = Path(__file__).parent.parent) -> str | None:
+def commit(root: Path = Path(__file__).parents[2]) -> str | None:
     """The checkout's commit, with "+changes" where tracked files differ from it; None outside a checkout."""
     if not (root / ".git").exists():  # git itself would find whatever repository an installed package lies in
         return None
