@@ -8,7 +8,8 @@ is promised, and what grpo.plan says. Pages of mapped files are not counted: the
 room. Every block of 128 kB and more is given back when it is freed, so that what is counted are tensors.
 
 load      a rank that trains everything (float32 masters and the reference), or an adapter on frozen weights: what it
-          holds, the peak of all ranks together while they load, the peak of a step, the peak of an export
+          holds, the peak of all ranks together while they load, the peak of a step, the peak of an export, which
+          holds the tensors of one file (here all there are, in float32)
 group     activations of one update on G completions of 1,024 tokens each, with --tokens_per_pass for four of them
 offload   an optimizer's step whose moments wait in host memory. A CPU has no memory but the host's: files that are
           mapped stand for it here, and what is counted is the device's
@@ -189,8 +190,8 @@ def load_rows(measure, models: Path) -> list[dict]:
             rows.append(row(f"{name}: a step", 1, found[0]["step"], before["step"], None, plan.peak, "in float32"))
         rows.append(row(f"{name}: while it loads", ranks, sum(one["peak"] for one in found), held, 1.3,
                         ranks * phase(plan, "loading"), "what all ranks keep"))
-        rows.append(row(f"{name}: export, over before", ranks, sum(one["export"] for one in found), weights, 1.0, None,
-                        "the model's float32"))
+        rows.append(row(f"{name}: export, over before", ranks, sum(one["export"] for one in found), weights, 1.1, None,
+                        "one file, 5 GB at most"))
     return rows
 
 
