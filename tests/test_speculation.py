@@ -5,7 +5,7 @@ import torch
 
 from grpo.engine import speculation
 from grpo.engine.rollout import Sampling, sample
-from grpo.engine.speculation import LONGEST, Draft, Speculation, Texts
+from grpo.engine.speculation import Draft, Speculation, Texts
 from grpo.group import Group
 from test_rollout import prompts, sampling, tokens
 from tiny import END, IMAGE, tiny_policy
@@ -92,7 +92,7 @@ def test_speculation_guesses_longer_the_fewer_rows_live_and_the_better_a_row_was
     for chance in (0.5, 0.8, 0.95):
         draft.chance = chance
         lengths.append([len(draft.guess(rows / (20 + rows), 99)) for rows in (64, 8, 1)])
-    assert lengths == [[0, 1, 4], [1, 5, 13], [5, 24, LONGEST]]
+    assert lengths == [[0, 1, 4], [1, 5, 13], [1, 16, 29]]  # the last three: by the share, whatever the chance
     assert len(draft.guess(0.01, 3)) == 3  # the limit of the completion
 
 

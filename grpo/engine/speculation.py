@@ -24,7 +24,7 @@ from grpo.group import Prompt
 ORDERS = (3, 1)  # so many last tokens are looked for, the longer first
 MEMORY = 1 << 24  # tokens of a history: 64 MB
 CANDIDATES = 64  # places of the same last tokens that are kept
-LONGEST = 32  # tokens of a guess
+LONGEST = 32  # tokens of a guess, where few rows live
 WIDTHS = (0, 1, 3, 7, 15)  # tokens of a guess where shapes are static
 FIRST_CHANCE, PACE = 0.8, 0.1  # that a prediction is right: before any was checked; a new one's weight
 # A decode step's fixed cost in tokens: what it costs to read the weights, and to launch a layer's operations times the
@@ -92,10 +92,12 @@ class Draft:
         return self.texts.texts[text][place : place + count]
 
     def guess(self, share: float, limit: int) -> list[int]:
-        """The next tokens, while the chance that all are right exceeds `share`; at most `limit`."""
+        """The next tokens, while the chance that all are right exceeds `share`; at most `limit`. A step's shorter
+        guesses are padded to its longest, which costs the more the larger the share."""
         if self.at is None or self.chance <= share:
             return []
-        return self.ahead(min(int(math.log(share) / math.log(min(self.chance, 0.999))), limit, LONGEST))
+        longest = int(LONGEST * (1 - share) ** 2)
+        return self.ahead(min(int(math.log(share) / math.log(min(self.chance, 0.999))), limit, longest))
 
 
 class Speculation:
