@@ -196,5 +196,5 @@ def test_a_decode_step_is_traced_whole_and_compiled_once_a_bucket(monkeypatch):
 
 
 def test_a_reading_every_minus_one_step_is_refused():
-    with pytest.raises(ValueError, match="read_every is -1; it must be 0"):
+    with pytest.raises(ValueError, match="read_every is -1; at least 0"):
         sampling(read_every=-1)
