@@ -4,9 +4,9 @@
         --text_data JMERE [--record]
 
 The first epoch's completions, drawn with another seed from the same weights, are the guesses. (In training the weights
-have moved a little by then; so the shares here are the upper end.) The text model, of any size, answers JMERE's questions
-without their images, or those below, which have no one answer and are the worst case. Each side runs `--repeats` times,
-in turn, and its fastest run counts: ratios of one run bear a busy machine.
+have moved a little by then; so the shares here are the upper end.) The text model, of any size, answers JMERE's
+questions without their images, or those below, which have no one answer and are the worst case. Each side runs
+`--repeats` times, in turn, and its fastest run counts: ratios of one run bear a busy machine.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import time
 from benchmarks.record import append
 
 QUESTIONS = [f"Explain in a few sentences {topic}." for topic in (
-    "why the sky is blue", "how bread is baked", "what a library is for", "how a bicycle stays upright", "why leaves fall",
-    "how to boil an egg", "what a bridge has to bear", "why the sea is salt", "how a letter reaches its reader",
-    "what makes a good neighbour", "how glass is made", "why we sleep", "how a clock keeps time", "what clouds are",
-    "how birds find their way", "why iron rusts")]
+    "why the sky is blue", "how bread is baked", "what a library is for", "how a bicycle stays upright",
+    "why leaves fall", "how to boil an egg", "what a bridge has to bear", "why the sea is salt",
+    "how a letter reaches its reader", "what makes a good neighbour", "how glass is made", "why we sleep",
+    "how a clock keeps time", "what clouds are", "how birds find their way", "why iron rusts")]
 
 
 def load(model: str, data: str | None, task: str, settings):
@@ -91,8 +91,10 @@ def main() -> None:
     settings = parser.parse_args()
     if bool(settings.model) != bool(settings.data) or not (settings.model or settings.text_model):
         parser.error("expected --model and --data, --text_model, or all three")
-    print(f"{'parameters':>10}{'rows':>6}{'completions':>13}{'tokens':>8}{'seconds':>9}{'without':>9}{'ratio':>7}{'tokens a step':>15}"
-          f"{'accepted':>10}{'equal':>7}")
+    print(
+        f"{'parameters':>10}{'rows':>6}{'completions':>13}{'tokens':>8}{'seconds':>9}{'without':>9}{'ratio':>7}"
+        f"{'tokens a step':>15}{'accepted':>10}{'equal':>7}"
+    )
     figures = []
     cases = [(settings.model, settings.data, settings.task, rows) for rows in settings.rows if settings.model]
     cases += [(settings.text_model, settings.text_data, "jmere", rows) for rows in settings.text_rows
@@ -101,8 +103,11 @@ def main() -> None:
         policy, prompts, ends = load(*case, settings)
         size = sum(parameter.numel() for parameter in policy.parameters())
         figures.append({"parameters": size, **compare(policy, prompts, ends, rows, settings)})
-        print("{parameters:10}{rows:6}{completions:13}{tokens:8}{seconds:9.2f}{seconds_without:9.2f}{ratio:7.2f}{tokens_per_step:15.2f}"
-              "{accepted:10.0%}{equal_completions:7.0%}".format(**figures[-1]), flush=True)
+        print(
+            "{parameters:10}{rows:6}{completions:13}{tokens:8}{seconds:9.2f}{seconds_without:9.2f}{ratio:7.2f}"
+            "{tokens_per_step:15.2f}{accepted:10.0%}{equal_completions:7.0%}".format(**figures[-1]),
+            flush=True,
+        )
     summary = "; ".join(f"{one['parameters'] / 1e6:.0f}M, {one['rows']} rows: {one['tokens_per_step']:.1f} tokens a "
                         f"step and row, ratio {one['ratio']:.2f}" for one in figures)
     print(summary)

@@ -262,7 +262,8 @@ def test_two_ranks_try_their_sharding_too_and_what_one_finds_all_tell():
 
 
 class Moved(Subject):
-    """On the emulated device: a module's `to` is not enough, and stock transformers' forward reads it where it cannot."""
+    """On the emulated device: a module's `to` is not enough, and stock transformers' forward reads it where it
+    cannot."""
 
     def policy(self):
         policy = load_policy(str(self.folder))
@@ -284,7 +285,8 @@ def test_fast_paths_are_tried_on_a_device_that_is_not_the_cpu():
     write_checked(place / "model")
     check.start()
     with emulated() as device:
-        left_out = ("bfloat16", "LoRA", "gradient checkpointing")  # transformers, FSDP and autocast do not know the device
+        left_out = ("bfloat16", "LoRA",
+                    "gradient checkpointing")  # transformers, FSDP and autocast do not know the device
         every = [check.attempt(path, Moved(place, device)) for path in PATHS if path.name not in left_out]
     shutil.rmtree(place)
     assert all(checked.ok and checked.found for checked in every), check.outcome(every)
