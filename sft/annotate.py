@@ -21,7 +21,7 @@ from pathlib import Path
 from data.curriculum import stratified_draw
 from data.read import fill_in, read_json_lines, shown
 from data.task import Task, load_samples, resolve_task, sample_hash
-from grpo.runtime.files import write_json
+from grpo.runtime.files import write_json, write_whole
 from grpo.runtime.log import say, table
 from grpo.runtime.settings import TaskSettings, read_settings, required, run_program, setting
 from sft.experts import ask_all, endpoint_from_environment, local_expert
@@ -128,9 +128,8 @@ def prompt_maker(settings: Settings, task: Task):
         if not template:
             return images, task.data.expert_prompt(sample)
         values = {part.name: getattr(sample, part.name) for part in fields(sample)}
-        texts = {name: ", ".join(map(str, value)) for name, value in values.items() if isinstance(value, tuple)}
-        answer = task.data.target(sample)
-        return images, fill_in(template, **{**values, **texts, "question": question, "answer": answer})
+        values |= {name: ", ".join(map(str, value)) for name, value in values.items() if isinstance(value, tuple)}
+        return images, fill_in(template, **{**values, "question": question, "answer": task.data.target(sample)})
 
     return prompt_of
 
@@ -175,8 +174,8 @@ def make_report(settings: Settings, task: Task, samples: list, drawn: list, kept
 
 def print_report(report: dict) -> None:
     rows = lambda part: [[name, *counts.values()] for name, counts in report[part].items()]
-    total = ["all", report["samples"], report["drawn"], report["kept"]]
-    say(table([["stratum", "samples", "drawn", "kept"], *rows("strata"), total]))
+    columns = ["samples", "drawn", "kept"]
+    say(table([["stratum", *columns], *rows("strata"), ["all", *map(report.get, columns)]]))
     say("\n" + table([["left after", "candidates", "samples"], *rows("stages")]))
     if report["fallen"]:
         say("\n" + table([["fell because", "responses"], *report["fallen"].items()]))
@@ -198,11 +197,9 @@ def main(words: list[str] | None = None) -> None:
     if not kept:
         raise ValueError(f"{settings.expert}: no response of use for any of {len(drawn)} drawn samples; "
                          f"{output.with_suffix('.report.json')} says why")
-    # Last, and whole or not at all: where this file is, the other two are.
-    new = output.with_name(output.name + ".new")
     lines = [{"id": one.sample.id, "response": one.response, "sample": sample_hash(task, one.sample)} for one in kept]
-    new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    new.replace(output)
+    # Last, and whole or not at all: where this file is, the other two are.
+    write_whole(output, "".join(json.dumps(line) + "\n" for line in lines).encode())
     say(f"{output}: {len(kept)} responses")
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from data.read import read_json_lines, shown
 from grpo.runtime.files import append_line
@@ -28,7 +29,9 @@ from grpo.runtime.log import progress, say
 LONGEST_SIDE = 1536  # pixels sent; the big endpoints scale down to less
 LARGEST_REPLY = 16 * 2 ** 20  # bytes
 LONGEST_PAUSE = 60.0  # seconds
+ANSWER = {"id": str, "response": str, "request": str, "tokens_in": int, "tokens_out": int}  # a line of the file
 LOCAL_OPTIONS = {"max_tokens": 2048, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}  # and their defaults
+MAX_PIXELS = 1280 * 28 * 28  # of an image that a local expert is shown
 AT_ONCE = 32  # a local expert's requests that are in memory together; after each of these their answers are on disk
 
 
@@ -172,12 +175,10 @@ def _read_reply(endpoint: Endpoint, reply: bytes) -> dict:
     return {"response": response.encode("utf-8", "replace").decode(), "tokens_in": tokens[0], "tokens_out": tokens[1]}
 
 
-@dataclass(frozen=True)
-class LocalExpert:
+class LocalExpert(NamedTuple):
     """A checkpoint's folder or its name on the hub, and every one of LOCAL_OPTIONS."""
     model: str
     options: dict
-    max_pixels: int = 1280 * 28 * 28
 
     def answer(self, requests: list, keep: Callable, bar) -> None:
         """Gives `keep` each request with its answer, AT_ONCE at a time."""
@@ -189,7 +190,7 @@ class LocalExpert:
         from grpo.runtime.run import load_frozen
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder, options = Encoder(self.model, self.max_pixels), self.options
+        encoder, options = Encoder(self.model, MAX_PIXELS), self.options
         policy = load_frozen(self.model, "", compute_dtype("auto", device), device)
         sampling = Sampling(int(options["max_tokens"]), encoder.end_tokens, options["temperature"], options["top_p"],
                             int(options["top_k"]), rows=AT_ONCE, seed=f"{options['seed']}/expert")
@@ -211,10 +212,8 @@ def local_expert(model: str, options: dict) -> LocalExpert:
 
 
 def ask_all(expert: Endpoint | LocalExpert, requests: list, path: Path, template: str = "") -> dict[str, str]:
-    """Response by request id, where there is one: those in `path`, and new ones, which are appended to it.
-
-    ValueError for a file with answers of another expert, or to other options or another template: a line's `request`
-    is the digest of these."""
+    """Response by request id, where there is one: those in `path`, and new ones, which are appended to it. A line's
+    `request` is the digest of expert, options and template: answers of another are a ValueError."""
     digest = hashlib.sha256(json.dumps([expert.model, expert.options, template]).encode()).hexdigest()[:12]
     answers, new, lock = read_answers(path, digest), {}, threading.Lock()
     missing = [one for one in requests if one.id not in answers]
@@ -239,8 +238,8 @@ def ask_all(expert: Endpoint | LocalExpert, requests: list, path: Path, template
 
 def cost(answers: dict[str, dict]) -> str:
     """What was paid for."""
-    tokens = [sum(answer[name] for answer in answers.values()) for name in ("tokens_in", "tokens_out")]
-    return f"{len(answers):,} responses, {tokens[0]:,} tokens in, {tokens[1]:,} tokens out"
+    into, out = (sum(answer[name] for answer in answers.values()) for name in ("tokens_in", "tokens_out"))
+    return f"{len(answers):,} responses, {into:,} tokens in, {out:,} tokens out"
 
 
 def _wait_for(futures: list, bar, most_in_a_row: int) -> None:
@@ -265,13 +264,9 @@ def read_answers(path: Path, request: str) -> dict[str, dict]:
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     answers, expected = {}, "an expert's answer"
     for where, answer in read_json_lines(path, expected):
-        try:
-            known = answer["request"] == request and answer["tokens_in"] + answer["tokens_out"] >= 0
-            if not (isinstance(answer["id"], str) and isinstance(answer["response"], str)):
-                raise TypeError
-        except (TypeError, KeyError):
-            raise ValueError(f"{where}: found {shown(answer)}; expected {expected}") from None
-        if not known:
+        if not all(isinstance(answer.get(name), kind) for name, kind in ANSWER.items()):
+            raise ValueError(f"{where}: found {shown(answer)}; expected {expected}")
+        if answer["request"] != request:
             raise ValueError(f"{where}: this was asked of another model, or with other options or another template; "
                              "move the file away to ask anew")
         answers[answer["id"]] = answer

@@ -11,13 +11,12 @@ Every filter takes candidates and returns (kept, fallen)."""
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 SCORE = re.compile(r"<score>\s*(0(?:\.\d+)?|1(?:\.0+)?)\s*</score>")
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One question; `prompt()` is (images, text), made only if it is really asked."""
     id: str
     prompt: Callable[[], tuple[list, str]]
@@ -26,8 +25,7 @@ class Request:
 Ask = Callable[[list[Request]], dict[str, str]]  # response by request id, where there is one
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One response for a sample; response is None where the expert gave none."""
     id: str
     sample: object
@@ -43,13 +41,13 @@ def candidates_of(samples: list, count: int, prompt_of: Callable, ask: Ask) -> l
     empty = [Candidate(sample.id if number == 1 else f"{sample.id}#{number}", sample)
              for sample in samples for number in range(1, count + 1)]
     responses = ask([Request(one.id, lambda one=one: prompt_of(one.sample)) for one in empty])
-    return [replace(one, response=responses.get(one.id)) for one in empty]
+    return [one._replace(response=responses.get(one.id)) for one in empty]
 
 
 def filter_responses(task, candidates: list[Candidate]) -> tuple[list[Candidate], list[Fallen]]:
     """Structure intact and answer the gold one (MORE-R1, section 3.2); a task may mend small slips before."""
     mend = getattr(task.data, "normalise_response", lambda text, _: text.strip())
-    mended = [replace(one, response=one.response and mend(one.response, one.sample)) for one in candidates]
+    mended = [one._replace(response=one.response and mend(one.response, one.sample)) for one in candidates]
     return divide(mended, lambda one: reason_to_drop(task, one.sample, one.response))
 
 
@@ -77,13 +75,10 @@ def score_filter(task, candidates: list[Candidate], ask: Ask, threshold: float) 
     replies = ask_about(task, candidates, "score", task.data.score_prompt, ask)
     scores = {name: read_score(reply) for name, reply in replies.items()}
 
-    def reason(one: Candidate) -> str | None:
-        if scores.get(one.id) is None:
-            return "score cannot be read" if one.id in scores else "no score"
-        return None if scores[one.id] >= threshold else f"score below {threshold:g}"
-
-    kept, fallen = divide(candidates, reason)
-    return [replace(one, score=scores[one.id]) for one in kept], fallen
+    kept, fallen = divide(candidates, lambda one: "no score" if one.id not in scores else
+                          "score cannot be read" if scores[one.id] is None else
+                          f"score below {threshold:g}" if scores[one.id] < threshold else None)
+    return [one._replace(score=scores[one.id]) for one in kept], fallen
 
 
 def ask_about(task, candidates: list[Candidate], what: str, words: Callable, ask: Ask) -> dict[str, str]:

@@ -9,8 +9,9 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from data.read import read_json, shown
+from data.read import read_object, shown
 from grpo.plan.costs import COMPONENTS, PHASES, Costs, Shape, read_shape, total
 from grpo.plan.step_time import seconds
 from grpo.runtime.files import write_json
@@ -21,16 +22,13 @@ from grpo.settings import Settings as TrainSettings, check_pass
 GIB = 2**30
 MOST_SUGGESTIONS = 4
 MOST_CHANGES = 4  # settings of one suggestion
-
-
 machine, rate = partial(setting, group="machine"), partial(setting, group="rates", above=0)
 TRAINED = {option.name: option for option in options(TrainSettings())}
 
 
 def as_trained(name: str, **more):
     """A setting of grpo.train: its default, bounds and help text; `more` replaces any of these."""
-    option = TRAINED[name]
-    return setting(option.value, **{**option.about, **more})
+    return setting(TRAINED[name].value, **{**TRAINED[name].about, **more})
 
 
 @dataclass
@@ -90,8 +88,8 @@ class Settings:
 def with_rates(s: Settings) -> Settings:
     """The settings with what was measured in the place of every rate that stands at its default."""
     known = [one.name for one in options(s) if one.title == "rates" and one.type is float]
-    found = read_json(s.rates, expected := f"what ./launch.sh check --rates writes, numbers for {', '.join(known)}")
-    found = found.get("rates") if isinstance(found, dict) else None
+    expected = f"what ./launch.sh check --rates writes, numbers for {', '.join(known)}"
+    found = read_object(s.rates, expected).get("rates")
     if not isinstance(found, dict) or set(found) - set(known) or {type(x) for x in found.values()} - {int, float}:
         raise ValueError(f"{s.rates}: found {shown(found)} for its rates; expected {expected}")
     s = replace(s, **{name: float(x) for name, x in found.items() if getattr(s, name) == getattr(Settings, name)})
@@ -101,7 +99,7 @@ def with_rates(s: Settings) -> Settings:
 
 @dataclass
 class Plan:
-    """One number of GPUs: bytes by phase and component, seconds by phase."""
+    """One number of GPUs: bytes by phase and component, seconds by phase; the most bytes, and how many there are."""
 
     gpus: int
     prompts: int
@@ -109,19 +107,10 @@ class Plan:
     host: dict[str, float]
     seconds: dict[str, float]
     bound: str
+    peak_phase: str
+    peak: float
     limit: float
-
-    @property
-    def peak_phase(self) -> str:
-        return max(self.phases, key=lambda name: total(self.phases[name]))
-
-    @property
-    def peak(self) -> float:
-        return total(self.phases[self.peak_phase])
-
-    @property
-    def fits(self) -> bool:
-        return self.peak <= self.limit
+    fits: bool
 
 
 def plan(shape: Shape, s: Settings, gpus: int) -> Plan:
@@ -129,9 +118,11 @@ def plan(shape: Shape, s: Settings, gpus: int) -> Plan:
     if s.rollout_weights == "auto":
         whole, layers = (plan(shape, replace(s, rollout_weights=how), gpus) for how in ("whole", "layers"))
         return whole if whole.fits else layers
-    costs = Costs(shape, s, gpus)
-    paces, bound = seconds(costs)
-    return Plan(gpus, costs.prompts * gpus, costs.memory(), costs.host(), paces, bound, (s.gpu_memory - s.spare) * GIB)
+    costs, limit = Costs(shape, s, gpus), (s.gpu_memory - s.spare) * GIB
+    phases = costs.memory()
+    highest = max(phases, key=lambda name: total(phases[name]))
+    peak = total(phases[highest])
+    return Plan(gpus, costs.prompts * gpus, phases, costs.host(), *seconds(costs), highest, peak, limit, peak <= limit)
 
 
 def moves(s: Settings, gpus: int) -> list[tuple[str, object]]:
@@ -147,8 +138,7 @@ def moves(s: Settings, gpus: int) -> list[tuple[str, object]]:
     return tried + ([] if s.lora_rank else [("lora_rank", 64)])
 
 
-@dataclass
-class Suggestion:
+class Suggestion(NamedTuple):
     """Changes that together make a plan fit, none of them in vain."""
 
     changes: tuple[tuple[str, object], ...]
@@ -239,8 +229,7 @@ def main() -> None:
     plans = [plan(shape, s, gpus) for gpus in sorted(set(s.gpus))]
     say(report(shape, s, plans))
     if s.json:
-        write_json(Path(s.json), {"settings": asdict(s), "shape": asdict(shape), "plans": [
-            {**asdict(one), "peak": one.peak, "peak_phase": one.peak_phase, "fits": one.fits} for one in plans]})
+        write_json(Path(s.json), {"settings": asdict(s), "shape": asdict(shape), "plans": list(map(asdict, plans))})
 
 
 if __name__ == "__main__":
