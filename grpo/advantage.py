@@ -16,9 +16,8 @@ from grpo.variants import COMBINATIONS, SCALES, check_choice
 EQUAL = 1e-12  # relative: another order of adding the same float64 parts moves a sum by less
 
 
-def group_advantages(
-    rewards: Tensor, scale: str = "group", ddof: int = 1, eps: float = 1e-4, counted: Tensor | None = None
-) -> Tensor:
+def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: float = 1e-4,
+                     counted: Tensor | None = None) -> Tensor:
     """A_i = (r_i − mean(r)) / (std(r) + eps), the mean always over the group.  (groups, G) -> (groups, G)
 
     `scale` says what the centred rewards are divided by:
@@ -82,9 +81,8 @@ def standard_deviation(deviations: Tensor, n: Tensor, ddof: int) -> Tensor:
     return (deviations.square().sum(dim=-1, keepdim=True) / (n - ddof).clamp(min=1)).sqrt()
 
 
-def combine_rewards(
-    parts: Tensor, weights: Tensor, how: str = "sum", ddof: int = 1, eps: float = 1e-4, counted: Tensor | None = None
-) -> Tensor:
+def combine_rewards(parts: Tensor, weights: Tensor, how: str = "sum", ddof: int = 1, eps: float = 1e-4,
+                    counted: Tensor | None = None) -> Tensor:
     """K reward parts to the one number that `group_advantages` takes.  (groups, G, K), (K,) -> (groups, G)
 
     "sum"         Σ_k w_k r_k.  The papers' way (MORE-R1 eq. 5, JMERE-R1 eq. 5): z-score the sum afterwards.
@@ -118,8 +116,7 @@ def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
     return (((limit - cache) - lengths) / cache).clamp(-1.0, 0.0)
 
 
-def kl_penalised_rewards(rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float
-) -> Tensor:
+def kl_penalised_rewards(rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
     """R_i = r_i − β log(π(o_i) / π_ref(o_i)): the KL in the reward.  (groups, G) -> (groups, G)
 
     RLOO's reward (arXiv 2402.14740).  `logp`, `ref_logp` and `mask` are (groups · G, L), those of the policy

@@ -14,8 +14,7 @@ def sapo_surrogate(r: Tensor, A: Tensor, tau_positive: float = 1.0, tau_negative
 
 
 def vespo_surrogate(logp: Tensor, old_logp: Tensor, A: Tensor, k_positive: float = 2.0, lambda_positive: float = 3.0,
-    k_negative: float = 3.0, lambda_negative: float = 2.0,
-) -> Tensor:
+                    k_negative: float = 3.0, lambda_negative: float = 2.0) -> Tensor:
     """sg(φ(w)) A log π_θ, φ(w) = w^k exp(λ (1 − w)): a weight that fades on both sides of w = 1.  VESPO, arXiv
     2602.10693
 

@@ -89,9 +89,8 @@ def bounded(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     return x.clamp(low, high), (x - high).relu() + (low - x).relu()
 
 
-def probability_ratio(
-    logp: Tensor, old_logp: Tensor, mask: Tensor, level: str, log_ratio_bound: float | None = 20.0
-) -> Tensor:
+def probability_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str,
+                      log_ratio_bound: float | None = 20.0) -> Tensor:
     """r = π_θ / π_old of each token, or of its whole completion.  (N, L) x 3 -> (N, L)
 
     "token"     r_it = π_θ(o_it) / π_old(o_it).  arXiv 2402.03300 eq. 3
@@ -123,9 +122,7 @@ def ppo_surrogate(r: Tensor, A: Tensor, clip_low: float | None, clip_high: float
     return torch.minimum(r * A, clip_ratio(r, clip_low, clip_high) * A)
 
 
-def cispo_surrogate(
-    r: Tensor, A: Tensor, logp: Tensor, clip_low: float | None, clip_high: float | None
-) -> Tensor:
+def cispo_surrogate(r: Tensor, A: Tensor, logp: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
     """sg(clip(r)) A log π_θ: the clip bounds a token's weight and no token loses its gradient.
 
     CISPO, arXiv 2506.13585 eq. 4 and 5, sg = stop-gradient.
@@ -156,9 +153,8 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, log_ratio_bound: floa
     return d.expm1() - d + beyond  # expm1: exp(d) − 1 loses all digits where the policies agree
 
 
-def aggregate_loss(
-    x: Tensor, mask: Tensor, how: str, denominator: float | Tensor | None = None, length: int | None = None
-) -> Tensor:
+def aggregate_loss(x: Tensor, mask: Tensor, how: str, denominator: float | Tensor | None = None,
+                   length: int | None = None) -> Tensor:
     """A loss per token to one number.  (N, L) -> ()
 
     "sequence"  1/N Σ_i 1/|o_i| Σ_t x_it.  GRPO, arXiv 2402.03300 eq. 3; JMERE-R1 eq. 7
@@ -169,10 +165,7 @@ def aggregate_loss(
     N counts all rows: a completion that is masked altogether adds 0 and does not raise the others' weight.
     """
     check_choice("aggregate", how, AGGREGATES)
-    if how == "sequence":
-        total = sequence_mean(x, mask).sum()
-    else:
-        total = x.masked_fill(~mask, 0.0).sum()
+    total = (sequence_mean(x, mask) if how == "sequence" else x.masked_fill(~mask, 0.0)).sum()
     if how == "constant":
         if length is None or length <= 0:
             raise ValueError(f'length is {length}; aggregate="constant" takes a positive number of tokens')
@@ -240,12 +233,10 @@ def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
     totals.pop("sequences", None)
     if "clipped_low" in totals and "clipped_high" in totals:
         totals["clipped"] = totals["clipped_low"] + totals["clipped_high"]
-    names = {
-        "ratio": "ratio_mean", "clipped_low": "clip_ratio/low_mean", "clipped_high": "clip_ratio/high_mean",
-        "clipped": "clip_ratio/region_mean",
-    }
+    names = {"ratio": "ratio_mean", "clipped_low": "clip_ratio/low_mean", "clipped_high": "clip_ratio/high_mean",
+             "clipped": "clip_ratio/region_mean"}
     return {names.get(name, name): total if name.endswith("_tokens") else total / tokens
-        for name, total in totals.items()}
+            for name, total in totals.items()}
 
 
 def check_inputs(logp: Tensor, advantages: Tensor, mask: Tensor, **others: Tensor | None) -> Tensor:

@@ -10,8 +10,10 @@ No torch here, so that a help text costs none.
 
 import difflib
 import importlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 SCALES = ("group", "batch", "centred-batch", "leave-one-out", "none")
 COMBINATIONS = ("sum", "normalised")
@@ -106,48 +108,9 @@ class Vespo(Preset):
     lambda_negative: float = setting(2.0, "decay with w where A < 0", least=0)
 
 
-PRESETS = {
-    "grpo": Preset(
-        source="DeepSeekMath, arXiv 2402.03300 eq. 3; its clip range is not given: 0.2, PPO's [chosen]",
-        beta=0.04),
-    "more-r1": Preset(
-        source="MORE-R1 eq. 2-4 and Algorithm 1; G and the ratio per token are [chosen]",
-        beta=0.001, updates=2, temperature=0.8),
-    "jmere-r1": Preset(
-        source="JMERE-R1 eq. 6 and 7: no clip, one update; the temperature, its evaluation's, is [chosen]",
-        clip_low=None, clip_high=None, beta=0.01, updates=1, temperature=0.8),
-    "dr-grpo": Preset(
-        source="Dr. GRPO, arXiv 2503.20783 §3.2: no std, no division by the completion's own length",
-        scale="none", aggregate="constant"),
-    "dapo": Preset(
-        source="DAPO, arXiv 2503.14476 eq. 8, 10-13: cache 4096 of 20480 tokens; number of updates [chosen]",
-        clip_high=0.28, aggregate="token", zero_variance_groups="resampled", overlong_share=0.2, updates=2),
-    "gspo": Preset(
-        source="GSPO, arXiv 2507.18071 eq. 5-7 and §5.1; number of updates [chosen]",
-        level="sequence", clip_low=3e-4, clip_high=4e-4, updates=2),
-    "cispo": Preset(
-        source="CISPO, arXiv 2506.13585 eq. 4 and 5; the weight's bound, 5, and number of updates [chosen]",
-        surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token", updates=2),
-    "bnpo": Preset(
-        source="TRL's name for the mean over all tokens of the batch; number of updates [chosen]",
-        aggregate="token", updates=2),
-    "luspo": Preset(
-        source="LUSPO, arXiv 2602.05261: GSPO's ratio, each completion weighed by its length; updates [chosen]",
-        level="sequence", aggregate="constant", length=1, clip_low=3e-4, clip_high=4e-4, updates=2),
-    "sapo": Sapo(
-        source="SAPO, arXiv 2511.20347; number of updates [chosen]",
-        surrogate="sapo", clip_low=None, clip_high=None, updates=2),
-    "vespo": Vespo(
-        source="VESPO, arXiv 2602.10693; number of updates [chosen]",
-        surrogate="vespo", clip_low=None, clip_high=None, aggregate="token", updates=2),
-    "rloo": Preset(
-        source="RLOO, arXiv 2402.14740: the completion is one action, its tokens are summed; beta [chosen]",
-        scale="leave-one-out", clip_low=None, clip_high=None, aggregate="constant", length=1,
-        beta=0.05, kl_in_reward=True),
-    "reinforce++": Preset(
-        source="REINFORCE++ with baseline, arXiv 2501.03262; beta and the mean over sequences [chosen]",
-        scale="centred-batch", kl="k2", beta=0.001),
-}
+# Where each differs: presets.json beside this file, a paper's settings under its name.
+TABLE = json.loads(Path(__file__).with_name("presets.json").read_text("utf-8"))
+PRESETS = {name: {"sapo": Sapo, "vespo": Vespo}.get(name, Preset)(**settings) for name, settings in TABLE.items()}
 
 
 def resolve(name: str, **overrides) -> Preset:
