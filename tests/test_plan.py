@@ -316,7 +316,7 @@ def test_measured_rates_take_the_places_of_assumed_ones_but_not_of_given_ones(tm
 
 
 @pytest.mark.parametrize("content,expected", [
-    ("[1]", "found None for its rates; expected what ./launch.sh check --rates writes"),
+    ("[1]", "found [1]; expected what ./launch.sh check --rates writes"),
     ('{"rates": {"tflops": "fast"}}', "found {'tflops': 'fast'}"),
     ('{"rates": {"speed": 1}}', "found {'speed': 1}"), ("{", "rates.json"),
     ('{"rates": {"tflops": 0}}', "--tflops is 0.0; it must be above 0")])
