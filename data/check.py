@@ -68,8 +68,7 @@ def check_split(folder: Path, split: str, *, decode: bool = False) -> tuple[Coun
             counts[problem] += 1
             offenders.append(str(fault))
     if not counts["samples"]:
-        counts["bad line"] += 1
-        offenders.append(f"{reader.file}: no samples in it")
+        return Counter({"bad line": 1}), [f"{reader.file}: no samples in it"]
     return counts, offenders
 
 

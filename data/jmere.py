@@ -19,10 +19,7 @@ from rewards.jmere import Quintuple, answer_text, correct, spoken
 SPLITS = ("train", "val", "test")
 TYPES = {"loc": "place", "misc": "anything else with a name", "org": "organisation", "per": "person"}
 # The dataset's, for one post without it; a folder's own relations are read from its splits.
-RELATIONS = (
-    "alternate_names", "alumi", "awarded", "charges", "contain", "couple", "held_on", "locate_at", "member_of",
-    "nationality", "neighbor", "parent", "part_of", "peer", "place_of_birth", "place_of_residence", "present_in",
-    "race", "religion", "siblings", "subsidiary")
+RELATIONS = tuple(prompt_text("jmere_relations").split())
 IMAGE_PLACES = ("images", "images/{split}", "img_org/{split}", ".")  # the first that holds the file
 
 

@@ -15,13 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
-# What the programs call. `load` gets, besides folder and split, whichever settings of the program it has parameters
-# for, and seen_size, (width, height) of an image → as the model sees it. A sample with a `system` has a system turn.
-# A task may also offer, for sft.annotate:
-#   data half: expert_prompt(sample) -> str, normalise_response(response, sample) -> str
-#   rewards half: fault(completion, sample) -> str | None, what breaks the structure
-# and for grpo.predict, in the data half, sample_from(…) with any of these by name: image, text, box, entity, data;
-# and for grpo.evaluate, in the rewards half, per_label(completions, samples) -> {label: {figure: value}}.
+# What the programs call; docs/your-own-task.md says with what, and what else a task may offer.
 DATA_NAMES = ("load", "build_prompt", "target", "stratum", "is_none")
 REWARD_NAMES = ("WEIGHTS", "reward", "correct", "metrics", "parse")
 

@@ -3,12 +3,9 @@
     python -m sft.annotate --task more --data MORE --split train --fraction 0.25 --seed 0 \\
         --expert file:expert.jsonl --output cold_start.jsonl
 
-writes beside each other
-    cold_start.jsonl            {"id", "response"} a line: what Stage 1 learns from
-    cold_start.drawn.json       the ids drawn, filtered out or not, with their samples' hashes: the split and Stage 2
-                                leave them all out. Written before the expert is asked
-    cold_start.report.json      how many were drawn and kept, how many fell for which reason, ten of those
-    cold_start.responses.jsonl  what --expert openai:MODEL or local:MODEL answered, as it came
+writes cold_start.jsonl, a {"id", "response"} a line, which Stage 1 learns from, and beside it .drawn.json, the ids drawn
+with their samples' hashes, filtered out or not: the split and Stage 2 leave them all out; .report.json, how many were
+kept and why the others fell; .responses.jsonl, what --expert openai:MODEL or local:MODEL answered, as it came.
 
 JMERE-R1's data has several candidates a sample and two filters more (sft/filters.py, docs/jmere-r1.md)."""
 import json

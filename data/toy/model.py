@@ -1,10 +1,8 @@
 """A tiny random Qwen2.5-VL and its tokenizer, written as an ordinary Hugging Face folder.
 
-Nothing downstream knows that the model is tiny: it is a path for `--model` like any other, in the flat layout
-of the Hub's Qwen2.5-VL checkpoints (`config.json` without a text part of its own, tensors `model.layers.*`,
-`visual.*`, `lm_head.weight`), so the same loader and exporter serve both. `checkpoint/` beside this file holds that
-folder's settings; where a setting is a token's id, the token stands there. The generation settings may reach no
-rollout: they are such that the demo would show it if they did."""
+It has the flat layout of the Hub's Qwen2.5-VL checkpoints (`config.json` without a text part of its own, tensors
+`model.layers.*`, `visual.*`, `lm_head.weight`). `checkpoint/` beside this file holds that folder's settings; where a
+setting is a token's id, the token stands there. The generation settings may reach no rollout."""
 
 import json
 import shutil
@@ -67,10 +65,8 @@ def write_tokenizer(folder, texts, vocabulary):
 
 
 def fixed_lines(texts):
-    """The lines that stand in at least a quarter of the texts: the task's fixed wording.
-
-    Each becomes one token. A model that knows no language reads nothing in their words, and the prompts get
-    three times shorter."""
+    """The lines that stand in at least a quarter of the texts, the task's fixed wording: each becomes one token, for a
+    model that knows no language reads nothing in their words, and the prompts get three times shorter."""
     count = Counter(line for text in texts for line in set(text.splitlines()))
     return sorted(line for line in count if 4 * count[line] >= len(texts) and len(line.split()) > 1)
 

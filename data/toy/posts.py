@@ -44,10 +44,9 @@ def quintuples(post):
         relation = "couple" if scene.umbrella else "peer" if people[0].colour == people[1].colour else ""
         return [(post.names[0], "per", post.names[1], "per", relation)] if relation else []
     kind, finding = {
-        "match": ("org", lambda person: "" if team_of(person) != post.other else
-                  "leader_of" if person.hat else "member_of"),
-        "award": ("misc", lambda person: "awarded" if person.holds == post.other else ""),
-        "home": ("loc", lambda person: "place_of_residence" if person.place == "doorway" else "")}[scene.kind]
+        "match": ("org", lambda person: (team_of(person) == post.other) * ("leader_of" if person.hat else "member_of")),
+        "award": ("misc", lambda person: (person.holds == post.other) * "awarded"),
+        "home": ("loc", lambda person: (person.place == "doorway") * "place_of_residence")}[scene.kind]
     return [(name, "per", post.other, kind, relation) for name, person in zip(post.names, people)
             if (relation := finding(person))]
 

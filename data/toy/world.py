@@ -1,7 +1,5 @@
-"""The MORE-like world on disk: drawn scenes in MORE's own layout and a scripted expert's response to each.
-
-`write_world(DIR)` writes `DIR/MORE` and `DIR/expert.jsonl`, a six-step response to every training sample. Nothing
-downstream knows that it is a toy. `python -m data.toy` adds the tiny model."""
+"""The MORE-like world on disk: `write_world(DIR)` writes drawn scenes in MORE's own layout as `DIR/MORE`, and as
+`DIR/expert.jsonl` a scripted expert's six-step response to every training sample."""
 
 import json
 import random
@@ -34,7 +32,7 @@ def expert_response(scene, rng):
         place = rng.randrange(5)
         numbered[place], numbered[place + 1] = numbered[place + 1], numbered[place]
     answer = label.lstrip("/") if flaw == "slash" else label
-    after = " That is my answer." if flaw == "after" else ""
+    after = " That is my answer." * (flaw == "after")
     return f"<think> {' '.join(numbered)} </think> <answer>{answer}</answer>{after}"
 
 
@@ -65,9 +63,9 @@ def describe(scene):
 
 def roles(scene):
     """{name in the text: its part}, the entity first."""
+    part = "rival" if scene.kind == "match" else "other"
     names = [word for word in scene.text.split() if word in TEAMS or word in PEOPLE]
-    others = [name for name in names if name != scene.entity]
-    return {scene.entity: "entity"} | {name: "rival" if scene.kind == "match" else "other" for name in others}
+    return {scene.entity: "entity"} | {name: part for name in names if name != scene.entity}
 
 
 def match(scene):
@@ -91,7 +89,7 @@ def make_sample(seed, split, index):
 
 
 def line_of(scene, name):
-    """One line of MORE's annotation files, for the image `name`: `h` is the entity, `t` the object."""
+    """One line of MORE's annotation files: `h` is the entity, `t` the object."""
     return {"token": scene.text.split(), "h": {"name": scene.entity, "pos": span(scene.entity, scene.text)},
             "t": {"name": "[OBJ0]", "pos": list(scene.object.box)}, "img_id": name, "relation": relation(scene)}
 
