@@ -3,7 +3,7 @@
     python -m sft.annotate --task more --data MORE --split train --fraction 0.25 --seed 0 \\
         --expert file:expert.jsonl --output cold_start.jsonl
 
-writes cold_start.jsonl, a {"id", "response"} a line, which Stage 1 learns from, and beside it .drawn.json, the ids drawn
+writes cold_start.jsonl, {"id", "response"} a line, which Stage 1 learns from, and beside it .drawn.json, the ids drawn
 with their samples' hashes, filtered out or not: the split and Stage 2 leave them all out; .report.json, how many were
 kept and why the others fell; .responses.jsonl, what --expert openai:MODEL or local:MODEL answered, as it came.
 
