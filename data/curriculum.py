@@ -56,14 +56,12 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
                   decay: float = 0.5, mixing: str = "progressive", last: str = "fill", seed: int = 0) -> Epoch:
     """The epoch in mini-batches of `batch_size` samples, the prompts per rollout of all ranks together.
 
-    "progressive" (MORE-R1, section 3.3.2): every hard sample, and `easy_ratio(epoch, decay)` times as many
-    easy ones, drawn anew each epoch. After every batch, the easy samples so far are the ratio's share of all
-    so far, rounded down: never off by a whole sample. Too few easy samples: all are taken and the ratio is
-    what they give, with a warning; none at all: hard ones only. No hard one is a ValueError: there is nothing
-    to teach. "raw" (the ablation): every sample of both, in one shuffle.
+    "progressive" (MORE-R1, section 3.3.2): every hard sample, and `easy_ratio(epoch, decay)` times as many easy ones,
+    drawn anew each epoch. After every batch, the easy samples so far are the ratio's share of all so far, rounded down.
+    Too few easy samples: all are taken, with a warning. "raw" (the ablation): every sample of both, in one shuffle.
 
-    The last batch, where incomplete, is filled up in the same ratio ("fill": more easy samples are drawn,
-    hard ones come a second time), or dropped ("drop": a few hard samples are not seen in this epoch)."""
+    The last batch, where incomplete, is filled up in the same ratio ("fill": more easy samples are drawn, hard ones
+    come a second time), or dropped ("drop": a few hard samples are not seen in this epoch)."""
     if mixing not in MIXINGS or last not in LAST_BATCHES or batch_size < 1:
         raise ValueError(f"mixing {mixing!r}, last {last!r}, batch size {batch_size}: one of {', '.join(MIXINGS)}, "
                          f"one of {', '.join(LAST_BATCHES)}, and at least 1 expected")

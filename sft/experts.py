@@ -74,14 +74,24 @@ class Endpoint:
     def answer(self, requests: list, keep: Callable, bar) -> None:
         """Gives `keep` each request with its answer, those without one left out; as many of these in a row as there
         are requests at a time, at least three, are a ValueError."""
-        pool, stop = ThreadPoolExecutor(self.concurrency), threading.Event()
+        pool, stop, in_a_row, total = ThreadPoolExecutor(self.concurrency), threading.Event(), 0, 0
         # kept in the thread: what is paid for is not lost
         ask_one = lambda request: keep(request, ask(self, request_body(self, *request.prompt()), stop))
         try:
-            _wait_for([pool.submit(ask_one, request) for request in requests], bar, max(3, self.concurrency))
+            for future in as_completed([pool.submit(ask_one, request) for request in requests]):
+                try:
+                    future.result()
+                    in_a_row = 0
+                except GaveUp as problem:
+                    in_a_row, total, reason = in_a_row + 1, total + 1, problem
+                if in_a_row == max(3, self.concurrency):
+                    raise ValueError(f"no response for {in_a_row} samples in a row: {reason}")
+                bar.update()
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)  # those on their way still arrive, and are kept
+        if total:
+            say(f"no response for {total} of {len(requests)} samples (another run asks again); the last: {reason}")
 
 
 def endpoint_from_environment(model: str, **settings) -> Endpoint:
@@ -240,21 +250,6 @@ def cost(answers: dict[str, dict]) -> str:
     """What was paid for."""
     into, out = (sum(answer[name] for answer in answers.values()) for name in ("tokens_in", "tokens_out"))
     return f"{len(answers):,} responses, {into:,} tokens in, {out:,} tokens out"
-
-
-def _wait_for(futures: list, bar, most_in_a_row: int) -> None:
-    in_a_row, total = 0, 0
-    for future in as_completed(futures):
-        try:
-            future.result()
-            in_a_row = 0
-        except GaveUp as problem:
-            in_a_row, total, reason = in_a_row + 1, total + 1, problem
-        if in_a_row == most_in_a_row:
-            raise ValueError(f"no response for {in_a_row} samples in a row: {reason}")
-        bar.update()
-    if total:
-        say(f"no response for {total} of {len(futures)} samples (another run asks again); the last: {reason}")
 
 
 def read_answers(path: Path, request: str) -> dict[str, dict]:

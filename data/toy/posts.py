@@ -1,14 +1,7 @@
 """The embedded example in JMERE's layout: posts about two people, whose image decides what holds between whom.
 
-| kind  | the text names                | a quintuple for each person who …                                     |
-|-------|-------------------------------|------------------------------------------------------------------------|
-| match | two people, a team            | wears the team's shirt: member_of, with a hat on: leader_of            |
-| award | two people, a prize           | has that very prize beside them: awarded                               |
-| home  | two people, a city            | stands in a doorway: place_of_residence                                |
-| pair  | two people                    | (one of both) under one umbrella: couple; in equal shirts: peer        |
-
-Who is named first stands on the left. A post without any quintuple is no post of JMERE's: it is drawn again.
-`python -m data.toy --task jmere --output DIR` writes it with its scripted expert."""
+docs/miniature.md has the rules. Who is named first stands on the left. A post without any quintuple is no post of
+JMERE's: it is drawn again. `python -m data.toy --task jmere --output DIR` writes it with its scripted expert."""
 
 import json
 import random
@@ -38,7 +31,7 @@ class Post:
 
 
 def quintuples(post):
-    """All that the post says, by the rules of the table above: left before right."""
+    """All that the post says, by the rules in docs/miniature.md: left before right."""
     people, scene = post.scene.things[:2], post.scene
     if scene.kind == "pair":
         relation = "couple" if scene.umbrella else "peer" if people[0].colour == people[1].colour else ""

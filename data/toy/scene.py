@@ -1,17 +1,7 @@
-"""Small scenes in which the image decides how the boxed object and the text's entity are related.
+"""Small scenes in which the image decides how the boxed object and the text's entity are related: docs/miniature.md.
 
-| kind  | the text names                  | the boxed object is related to the entity when …              |
-|-------|---------------------------------|---------------------------------------------------------------|
-| match | two teams, one is the entity    | a person in the entity's shirt: member_of, in a hat leader_of |
-|       |                                 | a person in the other team's shirt: opposed_to                |
-| award | a person, a prize (the entity)  | a person who holds that very prize: awarded                   |
-| site  | a team, a city (the entity)     | that team's logo, mounted on a wall: locate_at                |
-| home  | a person, a city (the entity)   | a person in a doorway: place_of_residence                     |
-| pair  | two people, one is the entity   | a person under one umbrella with the other: couple            |
-|       |                                 | a person in the same shirt as the other: peer                 |
-
-Everything else is `none`, which is most of it. The label follows from image, box, text and entity; text and entity
-alone never decide it. About a third of the scenes are hard: small, off-centre, cluttered, with longer captions."""
+The label follows from image, box, text and entity; text and entity alone never decide it. Most are `none`. About a
+third of the scenes are hard: small, off-centre, cluttered, with longer captions."""
 
 import json
 from dataclasses import dataclass, field
@@ -86,7 +76,7 @@ def team_of(thing):
 
 
 def relation(scene):
-    """The scene's label, by the rules of the table above."""
+    """The scene's label, by the rules in docs/miniature.md."""
     thing, team, teams = scene.object, team_of(scene.object), teams_in(scene)
     if thing.what != ("logo" if scene.kind == "site" else "person"):
         return "none"

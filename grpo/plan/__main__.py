@@ -99,7 +99,7 @@ def with_rates(s: Settings) -> Settings:
 
 @dataclass
 class Plan:
-    """One number of GPUs: bytes by phase and component, seconds by phase; the most bytes, and how many there are."""
+    """One number of GPUs: bytes by phase and component, the highest of them and the limit, seconds by phase."""
 
     gpus: int
     prompts: int
