@@ -81,11 +81,10 @@ def upright_copy(path, folder) -> str:
     pixels as they are stored."""
     try:
         with Image.open(path) as image:
-            turned = orientation(image) in TURNS
+            if orientation(image) not in TURNS:
+                return str(path)
     except UNREADABLE:
-        turned = False  # the task has words of its own for that
-    if not turned:
-        return str(path)
+        return str(path)  # the task has words of its own for that
     copy = Path(folder) / Path(path).name
     open_image(path, upright=True).save(copy, "PNG", exif=b"")  # else it might say once more how to turn it
     return str(copy)

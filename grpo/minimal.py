@@ -16,8 +16,7 @@ from grpo.runtime.settings import read_settings, refuse_early, required, run_pro
 class Settings:
     """GRPO in one file. The defaults are MORE-R1's."""
 
-    model: str = required("checkpoint folder or hub name of the policy to start from, which is the reference too",
-        path="model")
+    model: str = required("checkpoint folder or hub name: where the policy starts, and the reference", path="model")
     data: str = required("folder of the task's dataset, or its file", path="data")
     output: str = setting("", "folder for the trained model; empty: it is not kept")
     task: str = setting("more", "a task here (more, jmere) or a module of yours")

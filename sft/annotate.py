@@ -162,11 +162,10 @@ def make_report(settings: Settings, task: Task, samples: list, drawn: list, kept
     """The report's content: the settings, the counts in all and by stratum, the reasons, the examples."""
     columns = {"samples": samples, "drawn": drawn, "kept": [one.sample for one in kept]}
     counts = {name: Counter(str(task.data.stratum(one)) for one in members) for name, members in columns.items()}
+    strata = {stratum: {name: counts[name][stratum] for name in columns} for stratum in counts["samples"]}
     return {**{name: getattr(settings, name) for name in ("task", "split", "expert", "fraction", "seed")},
-            **{name: len(members) for name, members in columns.items()},
-            "strata": {stratum: {name: counts[name][stratum] for name in columns} for stratum in counts["samples"]},
-            "stages": stages, "fallen": dict(Counter(reason for _, reason in fallen).most_common()),
-            "examples": examples(fallen, task)}
+            **{name: len(members) for name, members in columns.items()}, "strata": strata, "stages": stages,
+            "fallen": dict(Counter(why for _, why in fallen).most_common()), "examples": examples(fallen, task)}
 
 
 def print_report(report: dict) -> None:

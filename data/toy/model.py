@@ -110,8 +110,7 @@ def model_config(tokens, *, hidden=128, layers=4, heads=4, key_value_heads=2, in
     return config | {
         "hidden_size": hidden, "initializer_range": initial_std, "intermediate_size": intermediate,
         "max_window_layers": layers, "num_attention_heads": heads, "num_hidden_layers": layers,
-        "num_key_value_heads": key_value_heads, "tie_word_embeddings": tied,
-        "vocab_size": -(-tokens[""] // 16) * 16}
+        "num_key_value_heads": key_value_heads, "tie_word_embeddings": tied, "vocab_size": -(-tokens[""] // 16) * 16}
 
 
 def write_weights(folder, seed):

@@ -5,8 +5,7 @@ import json
 import random
 from pathlib import Path
 
-from data.toy.scene import (LABELS, PEOPLE, TEAMS, make_scene, paint, relation, span, team_of, write_images,
-                            write_lines)
+from data.toy.scene import LABELS, PEOPLE, TEAMS, make_scene, paint, relation, span, team_of, write_images, write_lines
 
 GIVES_UP = 0.8  # how often the expert calls a hard scene's object unclear
 FLAWED = 0.1  # how often its answer is broken besides

@@ -76,8 +76,8 @@ class Settings:
         if min(self.gpus, default=0) < 1:
             raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
         if self.image_tokens >= self.prompt_tokens:
-            raise ValueError(f"--image_tokens is {self.image_tokens}; "
-                             f"it must be below --prompt_tokens {self.prompt_tokens}")
+            raise ValueError(f"--image_tokens is {self.image_tokens}; it must be below --prompt_tokens "
+                             f"{self.prompt_tokens}")
         if self.spare >= self.gpu_memory:
             raise ValueError(f"--spare is {self.spare}; it must be below --gpu_memory {self.gpu_memory}")
         for gpus in self.gpus:
