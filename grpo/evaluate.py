@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.runtime.settings import CommonSettings, parse_options, read_settings, refuse_early, run_program, setting, speed
+from grpo.runtime.settings import (CommonSettings, parse_options, read_settings, refuse_early, run_program, setting,
+                                   speed)
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Settings(CommonSettings):
     def check(self) -> None:
         super().check()
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"--samples {self.samples} at --temperature 0: equal answers; a temperature above 0 expected")
+            raise ValueError(f"--samples {self.samples} at --temperature 0: equal answers; one above 0 expected")
 
 
 refuse_early(Settings, __name__)
