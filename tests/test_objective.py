@@ -9,7 +9,6 @@ import scalar_reference
 import torch
 
 from grpo.advantage import group_advantages, kl_penalised_rewards
-from grpo.gates import sapo_surrogate, vespo_surrogate
 from grpo.objective import (
     AGGREGATES,
     KL_KINDS,
@@ -22,6 +21,8 @@ from grpo.objective import (
     mean_statistics,
     ppo_surrogate,
     truncation_mask,
+    sapo_surrogate,
+    vespo_surrogate,
 )
 
 NAN = float("nan")

@@ -9,8 +9,7 @@ import scalar_reference
 import torch
 
 from grpo.advantage import group_advantages
-from grpo.gates import sapo_surrogate, vespo_surrogate
-from grpo.objective import grpo_loss
+from grpo.objective import grpo_loss, sapo_surrogate, vespo_surrogate
 from grpo.variants import PRESETS, Preset, load_objective, loss_options, resolve
 
 LIMIT = 7  # tokens a completion may have
