@@ -24,7 +24,6 @@ IMAGE_PLACES = ("images", "images/{split}", "img_org/{split}", ".")  # the first
 
 
 class Post(NamedTuple):
-    """What the file says of one post."""
     text: str
     image: str  # the file's name
     quintuples: tuple[Quintuple, ...]
@@ -81,7 +80,6 @@ def relations_in(splits: dict[str, list[Post]]) -> tuple[str, ...]:
 
 
 def read_splits(folder: Path) -> dict[str, list[Post]]:
-    """The posts of every split that is there."""
     check_folder(folder, "train.json, val.json or test.json")
     files = {split: folder / f"{split}.json" for split in SPLITS}
     splits = {split: read_posts(file) for split, file in files.items() if file.is_file()}
@@ -134,7 +132,6 @@ def _leading_rt(tokens: list[str]) -> int:
 
 
 def find_image(folder: Path, split: str, name: str) -> Path | None:
-    """The first of IMAGE_PLACES that holds the image."""
     candidates = (folder / place.format(split=split) / name for place in IMAGE_PLACES)
     return next((path for path in candidates if path.is_file()), None)
 

@@ -84,7 +84,6 @@ def field(record, path: str, kind: type, where: str):
 
 
 def words_field(record, path: str, where: str) -> list[str]:
-    """A field that is a list of texts."""
     words = field(record, path, list, where)
     if not all(isinstance(word, str) for word in words):
         raise ValueError(f"{where}: {path!r} is {shown(words)}; a list of words expected")

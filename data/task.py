@@ -21,7 +21,6 @@ REWARD_NAMES = ("WEIGHTS", "reward", "correct", "metrics", "parse")
 
 
 class Task(NamedTuple):
-    """The two halves of a task, as modules."""
     data: ModuleType
     rewards: ModuleType
 

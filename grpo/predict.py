@@ -87,7 +87,6 @@ def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "
 
 
 def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
-    """The completion's text, and whether it ended by itself."""
     images, text = task.data.build_prompt(one, reasoning=settings.reasoning)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = Encoder(settings.model, settings.max_pixels)

@@ -48,7 +48,6 @@ def _equal_parts(a: Quintuple, b: Quintuple) -> int:
 
 
 def fault(completion: str, sample) -> str | None:
-    """What breaks the format, in words, or None where nothing does."""
     return tag_fault(completion) or ("a malformed quintuple" if parse(completion, sample) is None else None)
 
 

@@ -247,7 +247,6 @@ def ask_all(expert: Endpoint | LocalExpert, requests: list, path: Path, template
 
 
 def cost(answers: dict[str, dict]) -> str:
-    """What was paid for."""
     into, out = (sum(answer[name] for answer in answers.values()) for name in ("tokens_in", "tokens_out"))
     return f"{len(answers):,} responses, {into:,} tokens in, {out:,} tokens out"
 

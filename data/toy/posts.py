@@ -143,7 +143,6 @@ def make_sample(seed, split, index):
 
 
 def item_of(post, name):
-    """One item of JMERE's lists, for the image `name`."""
     entity = lambda words, kind: {"name": words, "pos": span(words, post.scene.text), "tags": kind}
     labels = [[{"beg_ent": entity(head, head_type), "sec_ent": entity(tail, tail_type), "relation": relation}]
               for head, head_type, tail, tail_type, relation in quintuples(post)]

@@ -66,7 +66,6 @@ class Scene:
 
 
 def teams_in(scene):
-    """The teams that the caption names, in its order."""
     return [word for word in scene.text.split() if word in TEAMS]
 
 
@@ -117,7 +116,6 @@ def make_scene(rng):
 
 
 def clutter(rng, colours):
-    """Two to five balls."""
     return [Thing("decoy", rng.uniform(4, SIDE - 4), rng.uniform(4, SIDE - 4), 2 * rng.uniform(3, 6),
                   rng.choice(colours)) for _ in range(rng.randint(2, 5))]
 

@@ -66,7 +66,6 @@ class Settings(AsTrained):
     json: str = setting("", "file for all the numbers; empty for none", group="output")
 
     def check(self) -> None:
-        """Refuse what cannot be planned."""
         check_pass(self)
         if min(self.gpus, default=0) < 1:
             raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
@@ -109,7 +108,6 @@ class Plan:
 
 
 def plan(shape: Shape, s: Settings, gpus: int) -> Plan:
-    """The arithmetic for one number of GPUs."""
     if s.rollout_weights == "auto":
         whole, layers = (plan(shape, replace(s, rollout_weights=how), gpus) for how in ("whole", "layers"))
         return whole if whole.fits else layers
@@ -145,7 +143,6 @@ class Suggestion(NamedTuple):
 
 
 def changed(shape: Shape, s: Settings, gpus: int, changes) -> Plan:
-    """The plan under other settings."""
     other = {"gpus": gpus, **dict(changes)}
     return plan(shape, replace(s, **{name: value for name, value in other.items() if name != "gpus"}), other["gpus"])
 
@@ -165,7 +162,6 @@ def suggestions(shape: Shape, s: Settings, gpus: int) -> list[Suggestion]:
 
 
 def by_phase(one: Plan) -> str:
-    """GiB by phase and component."""
     parts = [part for part in COMPONENTS if any(phase[part] for phase in one.phases.values())]
     rows = [["phase", *parts, "all", "fits"]]
     for name, phase in one.phases.items():
@@ -183,7 +179,6 @@ def by_gpus(plans: list[Plan]) -> str:
 
 
 def advice(shape: Shape, s: Settings, one: Plan) -> list[str]:
-    """Lines for a plan that does not fit."""
     too_large = [name for name in PHASES if total(one.phases[name]) > one.limit]
     found = suggestions(shape, s, one.gpus)
     lines = [f"{one.gpus} {devices(s, one.gpus)}: {', '.join(too_large)} need{'s' * (len(too_large) == 1)} more than "
