@@ -6,7 +6,7 @@ What does not fit is followed by the settings that make it fit, each tried in th
 downloaded and no GPU is asked: costs.py counts the bytes, step_time.py the seconds."""
 
 import itertools
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,16 +28,11 @@ TRAINED = {option.name: option for option in options(TrainSettings())}
 
 def as_trained(name: str, **more):
     """A setting of grpo.train: its default, bounds and help text; `more` replaces any of these."""
-    return setting(TRAINED[name].value, **{"group": "settings of grpo.train", **TRAINED[name].about, **more})
-
-
-AsTrained = make_dataclass("AsTrained", [(name, TRAINED[name].type, as_trained(name)) for name in (
-    "updates", "beta", "rollout_rows", "tokens_per_pass", "gradient_checkpointing", "lora_targets", "offload_reference",
-    "offload_optimizer", "shard_size", "rollout_weights")])
+    return setting(TRAINED[name].value, **{**TRAINED[name].about, **more})
 
 
 @dataclass
-class Settings(AsTrained):
+class Settings:
     """Plan Stage 2. Settings that grpo.train has too mean the same here; the defaults are its own."""
 
     model: str = required("checkpoint folder, its config.json, or hub name; no weights are read", path="model")
@@ -60,9 +55,19 @@ class Settings(AsTrained):
     max_completion_tokens: int = as_trained("max_completion_tokens", help="of every completion: all at the limit")
     group_size: int = as_trained("group_size", least=1, help="completions a prompt; 1, with --beta 0: SFT, evaluation")
     prompts_per_rollout: int = as_trained("prompts_per_rollout", help="over all ranks; made a multiple of the GPUs")
+    updates: int = as_trained("updates", group="settings of grpo.train")
+    beta: float = as_trained("beta")
+    rollout_rows: int = as_trained("rollout_rows")
+    tokens_per_pass: int = as_trained("tokens_per_pass")
     dtype: str = as_trained("dtype", help="what is computed in. auto: bfloat16 on a GPU, float32 on a CPU",
                             choices=("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = as_trained("gradient_checkpointing")
     lora_rank: int = as_trained("lora_rank", help="train an adapter of this rank instead of the weights; 0 for none")
+    lora_targets: str = as_trained("lora_targets")
+    offload_reference: bool = as_trained("offload_reference")
+    offload_optimizer: bool = as_trained("offload_optimizer")
+    shard_size: int = as_trained("shard_size")
+    rollout_weights: str = as_trained("rollout_weights")
     json: str = setting("", "file for all the numbers; empty for none", group="output")
 
     def check(self) -> None:
