@@ -98,7 +98,7 @@ def file_name_field(record, path: str, where: str) -> str:
     return name
 
 
-def fill_in(template: str, **values) -> str:
+def fill_in(template: str, /, **values) -> str:
     """The template with {name} replaced by its value; a name that has none stays as it is."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from data import more
+from data.read import fill_in
 from data.task import resolve_task
 from more_folder import line, write_more
 from sft import annotate, filters
@@ -201,3 +202,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(folder, words, message,
         annotate.run_program(annotate.main)
     assert ended.value.code == 2 and re.fullmatch(message + ".*\n", capsys.readouterr().err)
     assert not (folder / "out").exists()
+
+
+def test_a_sample_may_have_a_field_of_any_name():
+    assert fill_in("{template} and {name}, {other}", template="a", name="b") == "a and b, {other}"

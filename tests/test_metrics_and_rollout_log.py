@@ -1,5 +1,6 @@
 """What a run says and writes down: whole lines, bars, plain lines, event files, what ran, and the log of rollouts."""
 
+import errno
 import inspect
 import json
 import os
@@ -57,6 +58,15 @@ def test_a_line_that_finds_no_room_leaves_no_half_behind_that_the_next_would_joi
     monkeypatch.undo()
     append_line(path, {"step": 3})
     assert lines(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_a_line_for_which_there_is_no_room_at_all_names_its_file(tmp_path, monkeypatch):
+    def full(file, line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left on device.*/a"):
+        append_line(tmp_path / "a", {"step": 1})
 
 
 def test_what_is_no_number_is_null_in_a_line(tmp_path):

@@ -105,7 +105,8 @@ def test_another_programs_record_does_not_break_the_page(tmp_path):
     folder = write_run(tmp_path / "run")
     strange = [{"step": 1, "groups": [{"id": 3}]}, {"step": 2}, {"step": 4, "groups": [group("train/9", box=[1])]},
                {"step": 5, "groups": [group("train/9", text=5)]},
-               {"step": 6, "groups": [group("train/9", completions=[])]}]
+               {"step": 6, "groups": [group("train/9", completions=[])]}, {"step": 7, "groups": {}},
+               {"step": 8, "groups": [group("train/9", completions=[completion(0.5, "no") | {"pieces": "no"}])]}]
     write_lines(folder / "rollouts.jsonl", [*strange, {"step": 3, "groups": [group("train/9")]}])
     assert [record["step"] for record in read_run(folder, "run").rollouts] == [3]
 

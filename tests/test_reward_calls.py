@@ -1,5 +1,6 @@
 """Whatever a reward does wrong is one line that names its sample and completion, and what happens then is a setting."""
 
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from programs import ROOT
 
 from grpo.group import Group, Prompt
-from grpo.runtime.reward_calls import RewardCalls, within_seconds
+from grpo.runtime.reward_calls import CLOCK, RewardCalls, within_seconds
 
 GOOD = {"format": 1.0, "answer": 0.5}
 
@@ -86,6 +87,13 @@ def test_after_a_call_no_alarm_is_left_and_the_rewards_own_are_its_own():
         assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_name_that_is_cut_inside_a_letter_does_not_stop_the_clock():
+    clock = [sys.executable, "-c", CLOCK, "1"]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as a terminal's locale has it
+    done = subprocess.run(clock, input="9 é".encode()[:-1] + b"\n0\n", env=strict, capture_output=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_reward_that_holds_the_interpreter_is_named_too_and_its_process_ended():

@@ -212,6 +212,12 @@ def test_a_recipes_value_of_another_type_is_refused_with_file_and_setting(tmp_pa
         parse(Kinds, ["--config", str(tmp_path / "recipe.json")])
 
 
+def test_a_recipe_whose_objective_is_null_is_refused_with_file_and_setting(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"objective": null}')
+    with pytest.raises(ValueError, match="--config .*recipe.json: objective is null; a text expected"):
+        parse(GRPOSettings, ["--config", str(tmp_path / "recipe.json")])
+
+
 def test_a_recipe_with_a_byte_order_mark_and_values_of_their_types_is_read(tmp_path):
     recipe = {"flag": True, "count": 3, "share": 1, "limit": None, "word": "b", "sizes": [4]}
     (tmp_path / "recipe.json").write_text("\ufeff" + json.dumps(recipe), encoding="utf-8")

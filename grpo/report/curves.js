@@ -23,7 +23,7 @@ const NAMES = {
   "completions/mean_length": "Length, mean",
   "completions/max_length": "Length, longest",
   "completions/clipped_ratio": "Cut by the limit",
-  frac_reward_zero_std: "Flat groups",
+  frac_reward_zero_std: "Zero-variance groups",
   "curriculum/easy_per_hard": "Curriculum, easy : hard",
   groups_dropped: "Groups dropped",
   prompts: "Prompts",

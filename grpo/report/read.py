@@ -131,7 +131,7 @@ def is_number(value) -> bool:
 
 def is_record(record: dict) -> bool:
     """Whether the page can show it: another program's line must not break the page."""
-    words, numbers = [], [record.get("step")]
+    words, numbers, lists = [], [record.get("step")], [record.get("groups")]
     try:
         for group in record["groups"]:
             words += [group["id"], *(group.get(name) or "" for name in ("prompt", "target", "text", "entity"))]
@@ -139,11 +139,13 @@ def is_record(record: dict) -> bool:
             cx, cy, width, height = group.get("box") or [0, 0, 0, 0]
             numbers += [cx, cy, width, height, group["completions"][0]["reward"]]
             for completion in group["completions"]:
-                words += [*completion["pieces"]]
+                lists.append(completion["pieces"])
+                words += lists[-1]
                 numbers += [completion["advantage"], completion["reward"]]
     except (AttributeError, LookupError, TypeError, ValueError):
         return False
-    return all(isinstance(word, str) for word in words) and all(map(is_number, numbers))
+    kinds = (words, str), (lists, list)
+    return all(isinstance(one, kind) for some, kind in kinds for one in some) and all(map(is_number, numbers))
 
 
 def spread(records: list[dict], budget: int) -> list[dict]:

@@ -66,7 +66,10 @@ def append_line(path: Path, content: dict) -> None:
     try:
         if (written := os.write(file, line)) < len(line):  # the next line would join the half one
             os.ftruncate(file, os.fstat(file).st_size - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as problem:
+        problem.filename = str(path)
+        raise
     finally:
         os.close(file)
 

@@ -28,7 +28,7 @@ def over(*_):
     print(message, end="", file=sys.stderr, flush=True)
     os.kill(int(sys.argv[1]), signal.SIGKILL)
 signal.signal(signal.SIGALRM, over)
-for line in sys.stdin:
+for line in open(0, errors="replace"):
     seconds, _, message = line.partition(" ")
     signal.setitimer(signal.ITIMER_REAL, float(seconds))
 """

@@ -215,7 +215,7 @@ def parse(kind: type[T], words: list[str] | None = None) -> T:
     path = chosen.pop("config", None)
     recipe = {} if path is None else read_recipe(path)
     chosen = recipe | chosen
-    for name in families.keys() & chosen.keys():
+    for name in (name for name in families if chosen.get(name) is not None):
         settings = replace(settings, **{name: families[name](str(chosen[name]))})
     known = {option.name: option for option in options(settings)}
     found, rest = make_parser(kind, settings).parse_known_args(words)
