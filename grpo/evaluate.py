@@ -31,7 +31,8 @@ class Settings(CommonSettings):
     def check(self) -> None:
         super().check()
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"--samples {self.samples} at --temperature 0: equal answers; one above 0 expected")
+            raise ValueError(f"--samples {self.samples} at --temperature 0 would be as many equal answers; "
+                             f"a temperature above 0 expected")
 
 
 refuse_early(Settings, __name__)
