@@ -4,8 +4,7 @@
     --task jsonl --data FOLDER         which holds train.jsonl, valid.jsonl, test.jsonl, or as a split is called
 
 A line is a JSON object. What its fields mean stands in docs/your-own-task.md; those that mean nothing here are in the
-sample's `fields`, for a verifier or a reward of one's own.
-"""
+sample's `fields`, for a verifier or a reward of one's own."""
 import json
 import string
 from collections.abc import Callable

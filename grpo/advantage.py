@@ -4,8 +4,7 @@ Rewards are a tensor of shape (groups, G): a row is one prompt, a column one of 
 the advantages.  Rewards have the task's unit; advantages have the same, or none where they are scaled.
 
 What compares groups with each other (`scale="batch"`, `scale="centred-batch"`) must see the rewards of
-every rank; they are a few floats, so gather them first.  Everything else may see any part.
-"""
+every rank; they are a few floats, so gather them first.  Everything else may see any part."""
 
 import torch
 from torch import Tensor
@@ -36,8 +35,7 @@ def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: 
     `counted` (groups, G) bool: False takes a completion whose reward is not known out of every mean and std, and
     gives it 0.
 
-    Raises ValueError: NaN or infinite rewards (and where), another shape, an unknown option.
-    """
+    Raises ValueError: NaN or infinite rewards (and where), another shape, an unknown option."""
     check_choice("scale", scale, SCALES)
     check_choice("ddof", ddof, (0, 1))
     rewards = check_rewards("rewards", rewards, ("groups", "G"))
@@ -91,8 +89,7 @@ def combine_rewards(parts: Tensor, weights: Tensor, how: str = "sum", ddof: int 
                   `scale="centred-batch"` for that paper's normalisation over the batch.
 
     Equal parts give bitwise equal sums, so a zero-variance group stays one; a sum that is 0 but for the order of
-    adding is 0. `counted` as in group_advantages.  Raises ValueError as `group_advantages`.
-    """
+    adding is 0. `counted` as in group_advantages.  Raises ValueError as `group_advantages`."""
     check_choice("how", how, COMBINATIONS)
     parts = check_rewards("parts", parts, ("groups", "G", "K"))
     weights = torch.as_tensor(weights, dtype=parts.dtype, device=parts.device)
@@ -109,8 +106,7 @@ def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
     """DAPO's soft overlong punishment, to be added to the reward; any shape, lengths in tokens.
 
     0 up to limit − cache tokens, falling linearly to −1 at `limit` (L_max), −1 beyond.
-    arXiv 2503.14476 eq. 13, L_cache = `cache`.
-    """
+    arXiv 2503.14476 eq. 13, L_cache = `cache`."""
     if not 0 < cache <= limit:
         raise ValueError(f"cache is {cache}; it takes a number of tokens from 1 to the limit, {limit}")
     return (((limit - cache) - lengths) / cache).clamp(-1.0, 0.0)
@@ -121,8 +117,7 @@ def kl_penalised_rewards(rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: 
 
     RLOO's reward (arXiv 2402.14740).  `logp`, `ref_logp` and `mask` are (groups · G, L), those of the policy
     that drew the completions; they enter as numbers, without gradient.  Not the same as k1 in the loss,
-    whose gradient is zero on average (docs/mathematics.md).
-    """
+    whose gradient is zero on average (docs/mathematics.md)."""
     for name, x in {"logp": logp, "ref_logp": ref_logp, "mask": mask}.items():
         if x.shape != (rewards.numel(), *logp.shape[1:2]):
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it takes ({rewards.numel()}, tokens)")

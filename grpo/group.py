@@ -1,8 +1,7 @@
 """A group is one prompt and G continuations; a pack is what one pass through the network holds.
 
 Rows stay ragged: a completion is its own 1-D tensor of token ids, end token included, until the mathematics asks for a
-rectangle, which `pad_rows` makes together with its mask.
-"""
+rectangle, which `pad_rows` makes together with its mask."""
 
 from dataclasses import dataclass, field
 from typing import Callable
@@ -20,8 +19,7 @@ class Prompt:
     pixels     (patches, patch values) of all its images, or None
     grids      (images, 3) patches per image: time, height, width, or None
     features   (image tokens, hidden) once the frozen vision encoder has seen the pixels, else None
-    sample     the task's own sample; `id` names it in errors and seeds its noise
-    """
+    sample     the task's own sample; `id` names it in errors and seeds its noise"""
 
     tokens: Tensor
     positions: Tensor
@@ -46,8 +44,7 @@ class Group:
     rewards      (G,) the one number that each completion is judged by
     counted      (G,) bool: False where the reward failed and the completion is left out (--reward_failures mask)
     earlier      how often its sample came before in the same rollout
-    whole        the group of which this one holds some completions, None where it is whole itself
-    """
+    whole        the group of which this one holds some completions, None where it is whole itself"""
 
     prompt: Prompt
     completions: list[Tensor]
@@ -87,8 +84,7 @@ class Pack:
     ref_logp    (N, L) log-probabilities under the reference, None without one
     old_logp    (N, L) under the policy that drew them: those of the first update's pass
     loss        this pass's share of the last update's loss
-    chain       the same object in consecutive packs that share their prompts' pass, see engine/split_group.py
-    """
+    chain       the same object in consecutive packs that share their prompts' pass, see engine/split_group.py"""
 
     groups: list[Group]
     mask: Tensor

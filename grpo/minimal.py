@@ -3,8 +3,7 @@
     python -m grpo.minimal --model runs/demo/stage_1/model --data runs/demo/world/MORE --task more --rollouts 20
 
 It is the real one: from the same checkpoint, settings and seed its weights are those of grpo.train to the bit
-(tests/test_minimal.py), which adds what long runs on many GPUs need and nothing to the algorithm.
-"""
+(tests/test_minimal.py), which adds what long runs on many GPUs need and nothing to the algorithm."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,7 @@ tokens that were drawn, in nats, under π_θ (trained), π_old (drew them) and �
 `mask` (N, L) is True, or 1, at the completion's tokens, its end token included.  Masks come from positions:
 where the mask is 0 a tensor may hold anything, NaN included, and its gradient there is exactly 0.
 
-A loss is to be minimised: the papers' objectives with the sign turned.
-"""
+A loss is to be minimised: the papers' objectives with the sign turned."""
 
 import math
 
@@ -43,8 +42,7 @@ def grpo_loss(
     add them up over micro-batches and ranks, then `mean_statistics`.
 
     Raises ValueError: shapes that do not fit, a mask that is not 0/1 or is empty (a *part* may be, its loss
-    is 0: hence not with `denominator`), beta without ref_logp, an unknown option.
-    """
+    is 0: hence not with `denominator`), beta without ref_logp, an unknown option."""
     check_choice("surrogate", surrogate, SURROGATES)
     check_choice("aggregate", aggregate, AGGREGATES)
     check_choice("level", level, LEVELS)
@@ -83,8 +81,7 @@ def bounded(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
 
     exp(50) is 5e21: as an importance weight, of the KL or of the surrogate, one such token has the whole gradient once
     it is clipped, and from 89 on float32 overflows and the update is lost.  Slope 1 is the pull of one token of an
-    on-policy batch, whose ratio is 1: it stays, and no more of it.  [chosen]
-    """
+    on-policy batch, whose ratio is 1: it stays, and no more of it.  [chosen]"""
     return x.clamp(low, high), (x - high).relu() + (low - x).relu()
 
 
@@ -95,8 +92,7 @@ def probability_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str,
     "token"     r_it = π_θ(o_it) / π_old(o_it).  arXiv 2402.03300 eq. 3
     "sequence"  s_i = (π_θ(o_i) / π_old(o_i))^(1/|o_i|), their geometric mean.  GSPO, arXiv 2507.18071 eq. 7
 
-    Above exp(log_ratio_bound) it goes on as a straight line in the log-ratio (`bounded`).
-    """
+    Above exp(log_ratio_bound) it goes on as a straight line in the log-ratio (`bounded`)."""
     check_choice("level", level, LEVELS)
     log_ratio = logp - old_logp
     if level == "sequence":
@@ -116,24 +112,21 @@ def ppo_surrogate(r: Tensor, A: Tensor, clip_low: float | None, clip_high: float
     """min(r A, clip(r, 1 − ε_low, 1 + ε_high) A).  PPO, arXiv 1707.06347 eq. 7; MORE-R1 eq. 3
 
     The min makes it pessimistic: a clip may take a gain away, never a loss (r = 1.5, A = −1 stays −1.5).
-    Without clipping it is r A: JMERE-R1 eq. 7.
-    """
+    Without clipping it is r A: JMERE-R1 eq. 7."""
     return torch.minimum(r * A, clip_ratio(r, clip_low, clip_high) * A)
 
 
 def cispo_surrogate(r: Tensor, A: Tensor, logp: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
     """sg(clip(r)) A log π_θ: the clip bounds a token's weight and no token loses its gradient.
 
-    CISPO, arXiv 2506.13585 eq. 4 and 5, sg = stop-gradient.
-    """
+    CISPO, arXiv 2506.13585 eq. 4 and 5, sg = stop-gradient."""
     return clip_ratio(r, clip_low, clip_high).detach() * A * logp
 
 
 def sapo_surrogate(r: Tensor, A: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
     """4/τ σ(τ (r − 1)) A, with a τ for A > 0 and one for the rest: a gate without an edge, of slope A at r = 1.
 
-    SAPO, arXiv 2511.20347: the larger τ, the sooner the gradient fades away from r = 1.
-    """
+    SAPO, arXiv 2511.20347: the larger τ, the sooner the gradient fades away from r = 1."""
     tau = torch.where(A > 0, A.new_tensor(tau_positive), A.new_tensor(tau_negative))
     return 4 / tau * torch.sigmoid(tau * (r - 1)) * A
 
@@ -144,8 +137,7 @@ def vespo_surrogate(logp: Tensor, old_logp: Tensor, A: Tensor, k_positive: float
     2602.10693
 
     w = π_θ(o) / π_old(o) of the whole completion, neither clipped nor divided by its length; both log-probabilities
-    are 0 in the padding. k and λ are one pair for A ≥ 0, one for A < 0.
-    """
+    are 0 in the padding. k and λ are one pair for A ≥ 0, one for A < 0."""
     k = torch.where(A >= 0, A.new_tensor(k_positive), A.new_tensor(k_negative))
     lam = torch.where(A >= 0, A.new_tensor(lambda_positive), A.new_tensor(lambda_negative))
     log_w = (logp - old_logp).detach().sum(dim=1, keepdim=True).clamp(max=20.0)  # exp(−λ exp(20)) is 0
@@ -162,8 +154,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, log_ratio_bound: floa
                              direction's.  arXiv 2402.03300 eq. 4; MORE-R1 eq. 4
     J. Schulman, "Approximating KL Divergence", 2020: http://joschu.net/blog/kl-approx.html
 
-    Where |d| > log_ratio_bound, k2 and k3 go on as straight lines of slope ±1, k1's (`bounded`); None: they do not.
-    """
+    Where |d| > log_ratio_bound, k2 and k3 go on as straight lines of slope ±1, k1's (`bounded`); None: they do not."""
     check_choice("kl", kind, KL_KINDS)
     d = ref_logp - logp
     if kind == "k1":
@@ -184,8 +175,7 @@ def aggregate_loss(x: Tensor, mask: Tensor, how: str, denominator: float | Tenso
     "constant"  1/(N · length) Σ_i Σ_t x_it.  Dr. GRPO, arXiv 2503.20783 §3.2: `length` usually is the most
                 tokens a completion may have; length = 1 is the plain sum, REINFORCE's
 
-    N counts all rows: a completion that is masked altogether adds 0 and does not raise the others' weight.
-    """
+    N counts all rows: a completion that is masked altogether adds 0 and does not raise the others' weight."""
     check_choice("aggregate", how, AGGREGATES)
     total = (sequence_mean(x, mask) if how == "sequence" else x.masked_fill(~mask, 0.0)).sum()
     if how == "constant":
@@ -213,8 +203,7 @@ def truncation_mask(mask: Tensor, truncated: Tensor, how: str = "kept") -> Tenso
     """The mask with completions cut by the length limit "kept" or "masked".  (N, L), (N,) -> (N, L)
 
     Masked, they still are in the group's mean and std, only their tokens are not trained: DAPO's overlong
-    filtering, arXiv 2503.14476 §3.4.
-    """
+    filtering, arXiv 2503.14476 §3.4."""
     check_choice("truncated", how, TRUNCATED)
     return mask if how == "kept" else mask * ~truncated.bool().unsqueeze(1)
 
@@ -224,8 +213,7 @@ def sum_statistics(r, A, mask, clip_low, clip_high, surrogate, divergence, entro
     """Sums over the tokens, their count and that of completions with any: 0-dim, may be added up over parts.
 
     A token counts as clipped where the clip changes its term: for "ppo" below with A < 0 or above with
-    A > 0, for "cispo" wherever the weight is cut.  The KL is the bare estimate, without beta or ratio.
-    """
+    A > 0, for "cispo" wherever the weight is cut.  The KL is the bare estimate, without beta or ratio."""
     clipped = clip_ratio(r, clip_low, clip_high)
     below, above = r < clipped, r > clipped
     if surrogate == "ppo":
@@ -246,8 +234,7 @@ def mean_statistics(sums: dict[str, Tensor]) -> dict[str, float]:
     ratio_mean, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (either side), kl in nats if
     there was a reference, entropy in nats if it was given.  A fork's own sums keep their names.  Sums called
     …_tokens are counts and stay: kl/bounded_tokens, those beyond log_ratio_bound.  No tokens at all: NaN, there is
-    no mean.  Raises ValueError without "tokens", the count to divide by.
-    """
+    no mean.  Raises ValueError without "tokens", the count to divide by."""
     if "tokens" not in sums:
         raise ValueError(f"statistics are {', '.join(sums) or 'empty'}; they take 'tokens', the count to divide by")
     totals = {name: float(total) for name, total in sums.items()}

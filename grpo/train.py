@@ -6,8 +6,7 @@
         --predictions runs/split/predictions.jsonl --output runs/stage-2
 
 What is kept of GRPO: group-normalised advantages, the clipped ratio, the KL to the frozen starting policy. There is
-no critic, no learned reward, no replay: a rollout is used for μ updates and forgotten.
-"""
+no critic, no learned reward, no replay: a rollout is used for μ updates and forgotten."""
 
 import math
 

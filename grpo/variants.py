@@ -5,8 +5,7 @@ marked [chosen].  Sizes are a matter of cost more than of method: G is 8 unless 
 where a paper cuts its rollout into mini-batches we update on all of it, `updates` times.
 
 `Preset` is the one home of these settings: the command line, its help and settings.json are made from its fields.
-No torch here, so that a help text costs none.
-"""
+No torch here, so that a help text costs none."""
 
 import difflib
 import importlib
@@ -46,8 +45,7 @@ def check_choice(name: str, value, choices: tuple) -> None:
 class Preset:
     """The settings in which GRPO's variants differ; an unknown option is a ValueError at once.
 
-    A fork's `PRESET` may be of a subclass with further settings.  loss=True: the loss takes it as a keyword.
-    """
+    A fork's `PRESET` may be of a subclass with further settings.  loss=True: the loss takes it as a keyword."""
 
     name: str = field(default="", compare=False)  # as --objective has it
     source: str = ""  # paper and equation
@@ -117,8 +115,7 @@ def resolve(name: str, **overrides) -> Preset:
     """The settings called `name`, with some replaced: resolve("more-r1", beta=0.0).
 
     A module of a fork may bring its own `PRESET`, a `Preset`; without one it starts from GRPO's.
-    Raises ValueError: an unknown name or setting, with the nearest right one.
-    """
+    Raises ValueError: an unknown name or setting, with the nearest right one."""
     preset = PRESETS.get(name) or getattr(load_module(name), "PRESET", PRESETS["grpo"])
     if not isinstance(preset, Preset):
         raise ValueError(f"PRESET of module {name!r} is a {type(preset).__name__}; a grpo.variants.Preset expected")
@@ -134,8 +131,7 @@ def load_objective(name: str) -> Callable:
 
     A fork's `loss` is called exactly as `grpo_loss` is, and returns a loss and statistics as it does.  Settings
     that its `PRESET` has besides ours are keywords of it; statistics besides ours are sums over tokens.
-    Raises ValueError: neither a preset nor a module (with the nearest preset), or a module without `loss`.
-    """
+    Raises ValueError: neither a preset nor a module (with the nearest preset), or a module without `loss`."""
     if name in PRESETS:
         return load_module("grpo.objective").grpo_loss
     loss = getattr(load_module(name), "loss", None)

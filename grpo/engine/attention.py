@@ -5,8 +5,7 @@ forward down to it. Ours is called "layout": it passes queries, keys and values 
 layout of the pass at hand, which is one of
     Packed   score and prefill: whole groups end to end in one row, (1, heads, T, head size)
     Decode   sample: some new tokens of every row, end to end; see decode.py and LeanAttention in lean.py
-Only the language model is switched to it; the vision encoder keeps its own attention.
-"""
+Only the language model is switched to it; the vision encoder keeps its own attention."""
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,7 @@ class Packed:
     the keys and values of every prompt: [(heads, P, head size), …] twice; that is what makes a pass a prefill.
 
     One call for the prompt, then one lower-right causal call per continuation on [prompt, own] keys: P² + Σ C_i (P +
-    C_i) scores. Other forms were measured and are slower, or slower where ragged (benchmarks/RESULTS.md).
-    """
+    C_i) scores. Other forms were measured and are slower, or slower where ragged (benchmarks/RESULTS.md)."""
 
     def __init__(self, segments: list[tuple[int, list[int]]], prompt_cache: list | None = None):
         # a prompt and one continuation are one causal sequence
@@ -42,8 +40,7 @@ class Packed:
         """(C, P + C): row j of a continuation sees the whole prompt and its own first j + 1 tokens; 0 there, −∞
         elsewhere.
 
-        Added and not bool: torch would make this of a bool mask in every layer, and keep each for the backward.
-        """
+        Added and not bool: torch would make this of a bool mask in every layer, and keep each for the backward."""
         at = (rows, columns, like.dtype, like.device)
         if at not in self._masks:  # the same in every layer
             self._masks[at] = like.new_full((rows, columns), float("-inf")).triu_(columns - rows + 1)

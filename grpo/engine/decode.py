@@ -15,8 +15,7 @@ class KeysValues:
     """One layer's cache while sampling, allocated once.
 
     prompt   (2, group slots, H_kv, P max, d): keys and values of every prompt once, whatever G is
-    suffix   (2, row slots, H_kv, C max, d): of each row's continuation; see static.py for another order
-    """
+    suffix   (2, row slots, H_kv, C max, d): of each row's continuation; see static.py for another order"""
 
     prompt: Tensor
     suffix: Tensor
@@ -53,8 +52,7 @@ def as_bias(mask: Tensor) -> Tensor:
 class Grid:
     """N tokens, end to end, by owner: (n owners, t the most tokens of one). Spare places repeat token 0.
 
-    owner  (N,) of each token; `step` is its place among its owner's tokens
-    """
+    owner  (N,) of each token; `step` is its place among its owner's tokens"""
 
     def __init__(self, owner: Tensor, owners: int, heads: int, device: torch.device):
         order, counts = owner.argsort(stable=True), owner.bincount(minlength=owners)

@@ -5,8 +5,7 @@ made tile by tile, some tokens × some rows of the vocabulary, reduced to a few 
 once more in the backward pass (a trained head's gradient needs each token's upstream gradient, which the objective
 knows only after the whole forward). Only the first KEPT bytes of them wait for the backward, which spares their second
 product; however many completions there are, it is never more. A tile that fits in the processor's cache is also several
-times faster than one that does not: what follows the matrix product reads and writes each logit half a dozen times.
-"""
+times faster than one that does not: what follows the matrix product reads and writes each logit half a dozen times."""
 
 from collections import deque
 from typing import Iterator
@@ -30,8 +29,7 @@ def token_logits(hidden: Tensor, weight: Tensor, temperature: float, banned: lis
     """(T, hidden) × (V, hidden) → (T, V) float32 logits of the distribution that is sampled *and* scored.
 
     Temperature divides; image and video tokens, which a completion cannot hold, are impossible.
-    Sampler and scorer both call this function: their distributions cannot drift apart.
-    """
+    Sampler and scorer both call this function: their distributions cannot drift apart."""
     if len(hidden) > FEW_ROWS or hidden.is_cuda:
         scale = dict(beta=0, alpha=1 / temperature)  # within the product: no pass of its own
         logits = torch.addmm(hidden.new_empty(1), hidden, weight.T, **scale).to(wide(hidden))
@@ -48,8 +46,7 @@ def few_rows(hidden: Tensor, weight: Tensor) -> Tensor:
 
     The other way round it is up to three times as fast, in float32 up to 8 rows. From there on oneDNN is twice as fast
     again (and three times at hidden size 2,048; AVX-512, MKL), and torch leads to it by a convolution: the weight is a
-    image of V pixels with `hidden size` channels, and each row of `hidden` a filter of one pixel.
-    """
+    image of V pixels with `hidden size` channels, and each row of `hidden` a filter of one pixel."""
     if len(hidden) <= 8 or hidden.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return (weight @ hidden.T).T
     return F.conv2d(weight[None, :, None].permute(0, 3, 1, 2), hidden[:, :, None, None])[0, :, :, 0]
@@ -58,8 +55,7 @@ def few_rows(hidden: Tensor, weight: Tensor) -> Tensor:
 class Head:
     """The head's weight (V, hidden), its temperature and ban, cut into tiles of (tokens, vocabulary rows).
 
-    `kept` holds the logits of the first tiles, `room` is the number of logits that may still join them.
-    """
+    `kept` holds the logits of the first tiles, `room` is the number of logits that may still join them."""
 
     def __init__(self, weight: Tensor, temperature: float, banned: tuple[int, ...], rows: int, tile: tuple[int, int],
             room: int = 0):

@@ -6,8 +6,7 @@ overwritten by the last one, and every product runs on a plain slice.
 
 A decode step feeds each row its last token and what is guessed of the next ones (grpo/engine/speculation.py). Every
 token is drawn with its own number of the completion's noise, so a guess decides how many tokens a step gives, and
-never which.
-"""
+never which."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -34,8 +33,7 @@ class Row:
     """One continuation being written.
 
     noise  one uniform number a token
-    guess  what the last decode step was fed of the tokens to come; `draft` makes it
-    """
+    guess  what the last decode step was fed of the tokens to come; `draft` makes it"""
 
     prompt: int  # index of its prompt
     index: int  # which of the G
@@ -98,8 +96,7 @@ class Rollout:
     def admit(self) -> None:
         """Waiting rows into free places; those whose prompt is cached at once.
 
-        New prompts wait until an eighth of the places is free: a prefill of several costs less than several.
-        """
+        New prompts wait until an eighth of the places is free: a prefill of several costs less than several."""
         free = self.static.free() if self.static else self.max_rows - len(self.rows)
         entering, cached = [], {slot.prompt for slot in self.slots}
         patient = self.rows and free < self.max_rows // 8
@@ -208,8 +205,7 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sam
     Weights are unsharded meanwhile, or every pass through the layers is a collective and `turn` keeps the ranks in
     step: it is called before every pass and tells whether any rank has work; a rank without any joins with a dummy
     forward as long as others have. `fsdp.sample_unsharded` sees to both. `speculation` guesses, None for one token
-    a step and row.
-    """
+    a step and row."""
     if speculation:
         speculation.begin(prompts, policy)
     rollout = Rollout(policy, prompts, group_size, sampling, turn or (lambda working: working),

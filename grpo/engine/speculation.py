@@ -8,8 +8,7 @@ arXiv 2211.17192, needs a rejection rule because its noise is drawn afresh.)
 
 Guesses cost nothing: what this sample was answered before (last epoch, the split, the last validation), then the
 group's other rows, then the prompt. A row follows one of these texts as long as the text predicts its tokens, and
-otherwise looks for its last tokens, nearest to where it stands.
-"""
+otherwise looks for its last tokens, nearest to where it stands."""
 
 import json
 import math
@@ -104,8 +103,7 @@ class Speculation:
     """Guesses for the rollouts of one kind (training, validation), and the history that they come from.
 
     The history holds the last group of each sample, by prompt id, MEMORY tokens in all; the sample answered longest ago
-    is forgotten first.
-    """
+    is forgotten first."""
 
     def __init__(self, memory: int = MEMORY):
         self.memory, self.held = memory, 0

@@ -27,8 +27,7 @@ class Bucket(Rope):
     window   (B, 1 + k · tokens) the last token, then what is guessed and, up to `written`, what was drawn
     uniform  (B, k · tokens) numbers of the completions' noise, for the window's tokens but the first
     start    (B, 1) place in its completion of the window's first token; `first` the rope position of a completion's
-    limit    (B,) tokens that may still be written; 0: no row lives here
-    """
+    limit    (B,) tokens that may still be written; 0: no row lives here"""
 
     def __init__(self, policy, sampling: Sampling, caches: list[KeysValues], groups: int, width: int, tokens: int,
             steps: int):

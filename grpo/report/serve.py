@@ -14,8 +14,7 @@ from grpo.report.read import Run, find_runs, read_run, short_names
 
 WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3">
 <title>Training report</title>
-<p>Waiting for {}: nothing has been written there yet.</p></html>
-"""
+<p>Waiting for {}: nothing has been written there yet.</p></html>"""
 
 
 class Reader:

@@ -83,8 +83,7 @@ def skip_idle(packs: list[Pack], device) -> tuple[list[Pack], dict]:
     """The packs whose passes can change the weights, at least one on every rank, and how many groups are in none.
 
     Without a KL, a completion of advantage 0 adds exactly 0 to the loss and to every gradient. It stays in the
-    denominator; statistics of the update (ratio, entropy, clip) cover the others alone.
-    """
+    denominator; statistics of the update (ratio, entropy, clip) cover the others alone."""
     teaching = [pack for pack in packs if pack.advantages.any()]
     taught = {group.source for pack in teaching for group in pack.groups}
     skipped = len({group.source for pack in packs if pack.mask.any() for group in pack.groups} - taught)
