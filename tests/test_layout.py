@@ -108,3 +108,15 @@ def test_no_line_is_wider_than_120():
             for path in (ROOT / package).rglob("*.py")
             for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
     assert not wide
+
+
+def test_what_is_no_python_is_installed_too():
+    setup = ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+    given, = (ast.literal_eval(word.value) for word in setup if getattr(word, "arg", "") == "package_data")
+    installed = {path for package, patterns in given.items() for pattern in patterns
+                 for path in (ROOT / package.replace(".", "/")).glob(pattern)}
+    files = {path for package in ("grpo", "sft", "data", "rewards") for path in (ROOT / package).rglob("*")
+             if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files and not files - installed
+    assert all((path.parent / "__init__.py").is_file() for package in ("grpo", "sft", "data", "rewards")
+               for path in (ROOT / package).rglob("*.py"))
