@@ -3,12 +3,8 @@
 A rollout is seeded: the same command meets the same failure again, so what happens then is a setting."""
 
 import contextlib
-import functools
 import math
-import os
 import signal
-import subprocess
-import sys
 from typing import Callable
 
 import torch
@@ -19,19 +15,6 @@ from grpo.runtime.dist import all_gather
 from grpo.runtime.liveness import heartbeat
 from grpo.runtime.log import say
 from grpo.runtime.settings import parse_options
-
-# No thread of ours runs while a reward holds the interpreter (a loop in C), and no signal is heeded: so another process
-# has the clock. A line begins a call, "seconds what to say", and "0" ends it.
-CLOCK = """
-import os, signal, sys
-def over(*_):
-    print(message, end="", file=sys.stderr, flush=True)
-    os.kill(int(sys.argv[1]), signal.SIGKILL)
-signal.signal(signal.SIGALRM, over)
-for line in open(0, errors="replace"):
-    seconds, _, message = line.partition(" ")
-    signal.setitimer(signal.ITIMER_REAL, float(seconds))
-"""
 
 
 def reward_weights(known: dict[str, float], given: str) -> dict[str, float]:
@@ -46,25 +29,12 @@ class TookTooLong(BaseException):
     """No Exception: a reward that catches all of those is interrupted too."""
 
 
-@functools.cache
-def clock():
-    """The clock's standard input; it ends with this process."""
-    command = [sys.executable, "-S", "-E", "-c", CLOCK, str(os.getpid())]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True).stdin
-
-
-def set_clock(line: str) -> None:
-    with contextlib.suppress(OSError):  # a clock that is gone is missed only where a reward hangs
-        clock().write(line.replace("\n", " ").encode(errors="replace")[:2000] + b"\n")
-
-
-def within_seconds(seconds: float, what: str, call: Callable):
-    """`call()`, or TookTooLong after so many seconds; after twice as many the rank is ended, with a line on `what`."""
+def within_seconds(seconds: float, call: Callable):
+    """`call()`, or TookTooLong after so many seconds. No signal is heeded where a call holds the interpreter in C: then
+    this rank makes no progress, and the other ranks' watchdog (liveness.py) names it."""
     def alarm(*_):
         raise TookTooLong
 
-    set_clock(f"{2 * seconds} error: {what} holds the interpreter for {2 * seconds:g} seconds and cannot be "
-              "interrupted; the rank is ended (--reward_seconds)")
     before = signal.signal(signal.SIGALRM, alarm)
     try:
         try:
@@ -75,7 +45,6 @@ def within_seconds(seconds: float, what: str, call: Callable):
     finally:  # whatever the last alarm has interrupted
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        set_clock("0")
 
 
 class RewardCalls:
@@ -96,7 +65,7 @@ class RewardCalls:
             heartbeat()
             text = self.decode(completion)
             what = f"{group.prompt.sample.id}, completion {i} ({text[:60]!r}): its reward"
-            parts, fault = self.parts(text, group.prompt.sample, what)
+            parts, fault = self.parts(text, group.prompt.sample)
             if fault and self.failures == "stop":
                 raise ValueError(f"{what} {fault}; --reward_failures zero or mask goes on without it")
             self.failed += [f"{what} {fault}"] if fault else []
@@ -104,10 +73,10 @@ class RewardCalls:
             counted.append(not fault or self.failures == "zero")
         return torch.tensor(rows, dtype=torch.float64), torch.tensor(counted)
 
-    def parts(self, text: str, sample, what: str) -> tuple[list[float], str]:
+    def parts(self, text: str, sample) -> tuple[list[float], str]:
         """(K parts, "") or (zeros, what is wrong)."""
         try:
-            given = within_seconds(self.seconds, what, lambda: self.rewards.reward(text, sample, **self.options))
+            given = within_seconds(self.seconds, lambda: self.rewards.reward(text, sample, **self.options))
         except TookTooLong:
             fault = f"took more than {self.seconds:g} seconds (--reward_seconds)"
         except Exception as error:
