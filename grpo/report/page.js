@@ -221,6 +221,8 @@ function append(run, news) {
 
 // What has grown is drawn anew; the cursor, the hidden runs, the sample and the scrolled place stay.
 function take(news) {
+  const height = () => byId("group")?.getBoundingClientRect().top,
+    before = height();
   const known = new Set(charts.map((chart) => chart.metric)),
     kinds = DATA.runs.map((run) => run.kind).join();
   Object.assign(DATA.images, news.images);
@@ -240,6 +242,8 @@ function take(news) {
     } else drawCharts();
   }
   if (grown.some((run) => run.rollouts)) keepPlace(buildBrowser);
+  // not every browser does it by itself: what is looked at stays where it is, however many charts come above it
+  if (before < innerHeight) scrollBy({ top: height() - before, behavior: "instant" });
 }
 
 function keepPlace(rebuild) {
