@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -183,7 +184,7 @@ def set_up() -> None:
     """Once a process, before its first backward."""
     global _library
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
-    _library = torch.library.Library("aten", "IMPL")
+    _library = library.Library("aten", "IMPL")
     cpu = lambda keywords: {**keywords, "device": torch.device("cpu")}
     _library.impl("empty.memory_format", lambda *a, **k: Emulated(aten.empty(*a, **cpu(k))), "PrivateUse1")
     _library.impl("empty_strided", lambda *a, **k: Emulated(aten.empty_strided(*a, **cpu(k))), "PrivateUse1")
