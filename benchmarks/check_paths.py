@@ -39,17 +39,8 @@ from grpo.runtime.fsdp import shard
 from grpo.runtime.optim import backward, passes, set_gradient_checkpointing
 from grpo.runtime.settings import LORA_TARGETS
 
-TINY = dict(
-    hidden=512,
-    layers=2,
-    heads=4,
-    key_value_heads=2,
-    intermediate=512,
-    vision_hidden=64,
-    vision_depth=2,
-    tied=False,
-    initial_std=0.06,
-)  # wide enough that distribution and attention are far from uniform
+TINY = dict(hidden=512, layers=2, heads=4, key_value_heads=2, intermediate=512, vision_hidden=64, vision_depth=2,
+            tied=False, initial_std=0.06)  # wide enough that distribution and attention are far from uniform
 VOCABULARY, SIDE, TEMPERATURE = 2048, 140, 0.8  # 140 pixels: more than one window of the vision encoder
 LENGTHS = ((24, 1, 17, 9), (5, 30, 2, 11))
 ROUNDING = "float32, sums in another order"

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from benchmarks.record import append, without_vision_operators
+from benchmarks.record import append, stock_sampling, without_vision_operators
 
 SHAPES = {  # of the published checkpoints' config.json
     "3b": dict(hidden=2048, layers=36, heads=16, key_value_heads=2, intermediate=11008, vocabulary=151_936, tied=True,
@@ -214,17 +214,6 @@ def measure(shape: str, settings, device) -> list[dict]:
 
 def stock_generation(model, prompts, tokens: int, device) -> Clock:
     """transformers' generate on the same prompts, one at a time."""
-    keywords = dict(
-        do_sample=True,
-        temperature=0.8,
-        top_p=1.0,
-        top_k=0,
-        num_return_sequences=G,
-        eos_token_id=None,
-        pad_token_id=0,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-    )
     with torch.no_grad(), Clock(device) as clock:
         for prompt in prompts:
             ids = prompt.tokens[None].to(device)
@@ -234,7 +223,7 @@ def stock_generation(model, prompts, tokens: int, device) -> Clock:
                 pixel_values=prompt.pixels.to(device, model.dtype),
                 image_grid_thw=prompt.grids.to(device),
                 mm_token_type_ids=(ids == IMAGE).int(),
-                **keywords,
+                **stock_sampling(G, tokens),
             )
     return clock
 

@@ -12,8 +12,6 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks.record import PeakMemory, append
 from benchmarks.shapes import MODELS, images, whole_vocabulary, words_for, write_model
 from grpo.engine.encode import Encoder

@@ -12,8 +12,6 @@ slots of the last rows, when nothing waits any more.
 import argparse
 import time
 
-import torch
-
 from benchmarks.record import append
 from benchmarks.shapes import MODELS, images, whole_vocabulary, words_for, write_model
 from grpo.engine.encode import Encoder

@@ -47,6 +47,12 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def stock_sampling(completions: int, tokens: int) -> dict:
+    """generate's words for so many plain draws at temperature 0.8, none of which may end early."""
+    return dict(do_sample=True, temperature=0.8, top_p=1.0, top_k=0, repetition_penalty=1.0, eos_token_id=None,
+                pad_token_id=0, num_return_sequences=completions, max_new_tokens=tokens, min_new_tokens=tokens)
+
+
 def append(benchmark: str, settings: dict, figures: list[dict], summary: str = "") -> None:
     """One line of results.jsonl; `figures` are the rows of the printed table."""
     line = {

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from benchmarks.record import append, without_vision_operators
+from benchmarks.record import append, stock_sampling, without_vision_operators
 from benchmarks.shapes import MODELS, images, whole_vocabulary, words_for, write_model
 
 PROMPTS, SAMPLES, TOKENS, PROMPT_TOKENS, SIDE = 4, 100, 100, 800, 448
@@ -29,18 +29,7 @@ def ours(policy, prompts) -> float:
 
 
 def theirs(model, prompts) -> float:
-    settings = dict(
-        do_sample=True,
-        temperature=0.8,
-        top_p=1.0,
-        top_k=0,
-        num_return_sequences=SAMPLES,
-        eos_token_id=None,
-        max_new_tokens=TOKENS,
-        min_new_tokens=TOKENS,
-        repetition_penalty=1.0,
-        pad_token_id=0,
-    )
+    settings = stock_sampling(SAMPLES, TOKENS)
     start = time.perf_counter()
     for prompt in prompts:
         tokens = prompt.tokens[None].to(model.device)
