@@ -61,7 +61,7 @@ def count_images(visual, counter: list) -> None:
 # ── ours ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def our_trainer(folder: Path, case: str):
+def our_trainer(folder: Path, case: str, speculate: str = "auto"):
     """The product's own trainer, and the samples of one rollout."""
     from benchmarks.shapes import whole_vocabulary, words_for
     from grpo.engine.encode import Encoder
@@ -84,6 +84,7 @@ def our_trainer(folder: Path, case: str):
         dtype="float32",
         learning_rate=1e-6,
         rollout_log_groups=0,
+        speculate=speculate,
         objective=resolve("more-r1", beta=BETA, updates=UPDATES, group_size=G, temperature=TEMPERATURE),
     )
     run = Run(settings)

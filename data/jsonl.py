@@ -145,7 +145,6 @@ def choose_golds(sample: Sample, verifier: Verifier | None) -> None:
     sample.golds = [gold(value, sample) for value in values]
     if None in sample.golds:
         raise ValueError(f"answer is {shown(sample.answer)}; {sample.verifier.expected} expected")
-    # what these are given is an answer too
     itself = [VERIFIERS[name] for name in ("exact", "text", "number", "choice")]
     if sample.verifier in itself and not correct(target(sample), sample):
         raise ValueError(f"answer is {shown(sample.answer)}; one that is right when it is given as an answer expected")

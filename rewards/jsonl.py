@@ -69,7 +69,6 @@ def equal(found, gold, sample) -> float:
     return float(found == gold)
 
 
-# bounded: linear in the text
 DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3}){1,8}(?!,?\d)|\d{1,40}(?!\d))(?:\.\d{1,40})?|\.\d{1,40})"
 NUMBER = re.compile(rf"(?<![\w.])([-+]?)(?:(?:(\d{{1,40}}) )?({DECIMAL}) ?/ ?({DECIMAL})"
                     rf"|({DECIMAL}(?:e[-+]?\d{{1,40}}(?!\d))?))(?: ?(%|percent))?", re.IGNORECASE | re.ASCII)

@@ -184,7 +184,6 @@ def main(words: list[str] | None = None) -> None:
     samples = load_samples(task, settings, settings.split)
     drawn, _ = stratified_draw(samples, settings.fraction, task.data.stratum, settings.seed)
     output = Path(settings.output)
-    # Before the expert is asked: the baseline on this quarter's bare labels needs the draw and no expert.
     write_json(output.with_suffix(".drawn.json"), {sample.id: sample_hash(task, sample) for sample in drawn})
     kept, fallen, stages = survivors(settings, task, drawn, expert)
     report = make_report(settings, task, samples, drawn, kept, fallen, stages)
@@ -194,7 +193,6 @@ def main(words: list[str] | None = None) -> None:
         raise ValueError(f"{settings.expert}: no response of use for any of {len(drawn)} drawn samples; "
                          f"{output.with_suffix('.report.json')} says why")
     lines = [{"id": one.sample.id, "response": one.response, "sample": sample_hash(task, one.sample)} for one in kept]
-    # Last, and whole or not at all: where this file is, the other two are.
     write_whole(output, "".join(json.dumps(line) + "\n" for line in lines).encode())
     say(f"{output}: {len(kept)} responses")
 

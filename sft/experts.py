@@ -139,7 +139,6 @@ def ask(endpoint: Endpoint, body: bytes, stop: threading.Event) -> dict:
             return _read_reply(endpoint, _post(endpoint, body))
         except TryAgain as problem:
             reason, *wish = problem.args
-        # Random, so that requests that were turned away together do not come back together.
         pause = endpoint.pause * 2 ** attempt * random.uniform(0.5, 1)
         if attempt + 1 == endpoint.attempts or stop.wait(min(max([pause, *wish]), LONGEST_PAUSE)):
             break
@@ -179,7 +178,6 @@ def _read_reply(endpoint: Endpoint, reply: bytes) -> dict:
         raise TryAgain("not a chat completion: its content is no text")
     usage = completion.get("usage")
     counts = [usage.get(f"{part}_tokens") if isinstance(usage, dict) else None for part in ("prompt", "completion")]
-    # 0 for what is no count: the response is paid for, whatever stands beside it
     tokens = [int(count) if isinstance(count, float) and 0 <= count < math.inf else 0 for count in counts]
     # A lone surrogate can be written in JSON but in no file.
     return {"response": response.encode("utf-8", "replace").decode(), "tokens_in": tokens[0], "tokens_out": tokens[1]}

@@ -102,7 +102,6 @@ def best_of_each(candidates: list[Candidate], seed: int) -> list[Candidate]:
     for one in candidates:
         by_sample.setdefault(one.sample.id, []).append(one)
     best = {name: max(one.score for one in several) for name, several in by_sample.items()}
-    # A generator per sample: what is drawn for one does not hang on the others that survived.
     return [random.Random(f"{seed}/{name}").choice([one for one in several if one.score == best[name]])
             for name, several in by_sample.items()]
 

@@ -54,16 +54,16 @@ def run(program, words, killed_in_step=None):
     return len(calls)
 
 
-def without_times(path):
-    timed = lambda name: name == "step_time" or name.startswith("seconds/")
-    return [{name: value for name, value in line.items() if not timed(name)} for line in lines(path)]
+def without_times(path, *but):
+    left_out = lambda name: name == "step_time" or name.startswith(("seconds/", *but))
+    return [{name: value for name, value in line.items() if not left_out(name)} for line in lines(path)]
 
 
-def same_run(one, other):
-    """Weights, journals and the last checkpoint's optimizer, to the bit."""
+def same_run(one, other, *but):
+    """Weights, journals (metrics of these families left out) and the last checkpoint's optimizer, to the bit."""
     for name, tensor in tensors(one / "model").items():
         assert torch.equal(tensor, tensors(other / "model")[name]), name
-    assert without_times(one / "metrics.jsonl") == without_times(other / "metrics.jsonl")
+    assert without_times(one / "metrics.jsonl", *but) == without_times(other / "metrics.jsonl", *but)
     if (one / "rollouts.jsonl").exists():
         assert lines(one / "rollouts.jsonl") == lines(other / "rollouts.jsonl")
     assert (one / "best.json").read_text() == (other / "best.json").read_text()

@@ -117,11 +117,11 @@ def test_a_worker_that_hangs_is_named_instead_of_silence(folder, tmp_path):
 
 
 def test_a_worker_that_hangs_is_restarted_and_the_run_ends_with_the_same_result(folder, undisturbed, tmp_path):
-    """Rollouts layer by layer change no bit of it."""
+    """Rollouts layer by layer change no bit of it but the sampler's own log-probabilities: without packed copies."""
     words = words_of(folder, tmp_path, "--hang_minutes", 0.15, "--rollout_weights", "layers")
     status, text = end(begin(words, restarts=1, faults="update:hang@0"))
     assert status == 0 and "rank 1" in text, text
-    same_run(undisturbed, tmp_path)
+    same_run(undisturbed, tmp_path, "sampling/")
 
 
 def test_the_verdict_names_who_is_furthest_behind():

@@ -3,7 +3,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.engine import head
-from grpo.engine.head import FEW_ROWS, CompletionLogp, completion_logp, token_logits
+from grpo.engine.head import CompletionLogp, completion_logp, token_logits
+from grpo.engine.packed import pack
 
 BANNED = (3, 11)
 ON = torch.tensor(BANNED)
@@ -67,12 +68,13 @@ def test_a_bfloat16_heads_gradient_is_summed_in_float32_over_the_chunks():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=0.2)
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_logits_of_a_row_are_the_same_however_many_rows_come_with_it(dtype):
-    hidden, weight = torch.randn(FEW_ROWS + 1, 16, dtype=dtype), torch.randn(70, 16, dtype=dtype)
+def test_the_logits_of_a_row_are_the_same_however_many_rows_come_with_it(dtype, packs):
+    hidden, weight = torch.randn(40, 16, dtype=dtype), torch.randn(70, 16, dtype=dtype)
     expected = (hidden @ weight.T / 0.7).to(torch.promote_types(dtype, torch.float32)).index_fill(-1, ON, float("-inf"))
-    for rows in (1, 2, 8, 9, 16, FEW_ROWS, FEW_ROWS + 1):
-        logits = token_logits(hidden[:rows], weight, 0.7, BANNED)
+    for rows in (1, 2, 8, 9, 40):
+        logits = token_logits(hidden[:rows], pack(weight) if packs else weight, 0.7, BANNED)
         assert logits.is_contiguous() and logits.dtype == torch.promote_types(dtype, torch.float32)
         closeness = dict(rtol=2e-2, atol=5e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logits, expected[:rows], **closeness)

@@ -1,5 +1,7 @@
 """Guesses change how many tokens a step gives, never which."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -68,7 +70,7 @@ def test_speculation_saves_passes_where_the_past_repeats(eager):
 
 
 def test_speculation_on_guesses_that_fit_nothing_soon_stops(monkeypatch):
-    monkeypatch.setitem(speculation.FIXED, "cpu", (20.0, 0.0))
+    monkeypatch.setitem(speculation.FIXED, "cpu", (300.0, 0.0))
     made = remembering([Group(prompt, [torch.full((FAR,), 7)]) for prompt in prompts()])
     sample(tiny_policy(), prompts(), 3, longer(end_tokens=()), speculation=made)
     assert (
@@ -92,8 +94,20 @@ def test_speculation_guesses_longer_the_fewer_rows_live_and_the_better_a_row_was
     for chance in (0.5, 0.8, 0.95):
         draft.chance = chance
         lengths.append([len(draft.guess(rows / (20 + rows), 99)) for rows in (64, 8, 1)])
-    assert lengths == [[0, 1, 4], [1, 5, 13], [1, 16, 29]]  # the last three: by the share, whatever the chance
+    assert lengths == [[0, 1, 4], [1, 5, 13], [5, 24, 32]]  # 32: the longest
     assert len(draft.guess(0.01, 3)) == 3  # the limit of the completion
+
+
+@pytest.mark.parametrize("known,guessed", [(8, 8 * [4]), (1, 8 * [0])])
+def test_speculation_on_one_row_alone_must_pay_for_the_padding_of_all(known, guessed):
+    made = Speculation()
+    made.fixed = 8.0
+    rows = [SimpleNamespace(tokens=[0], guess=[], draft=Draft(Texts([list(range(9))] if i < known else [], []), [], 0))
+            for i in range(8)]
+    for row in rows:
+        row.draft.chance = 0.85
+    made.guess(rows, 99)
+    assert [len(row.guess) for row in rows] == guessed and made.counts["guessed"] == sum(guessed)
 
 
 def test_speculation_follows_earlier_answers_before_siblings_and_siblings_before_the_prompt():

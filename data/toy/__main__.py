@@ -42,7 +42,6 @@ def main(words=None) -> None:
         expert = write_world(s.output, s.seed, **sizes)
     except (OSError, ValueError) as error:  # a file in the folder's place, a full disk; more puzzles than there are
         parser.error(str(error))
-    # what the tokenizer is learned from: prompts with and without reasoning, and responses, but none to the filters
     texts = [task.build_prompt(sample, reasoning=reasoning)[1]
              for sample in task.load(s.output / name, "train")[:600] for reasoning in (True, False)]
     texts += [line["response"] for line in expert if " " not in line["id"]][:1200]

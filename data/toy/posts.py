@@ -119,7 +119,6 @@ def reasoning(post, flaw):
     if flaw == "reasoning":
         left, right = right, left
     image = "" if flaw == "description" else f"Image: {left}, {right}. "
-    # by what one knows in the image what the text names besides the people
     sign = {"match": TEAMS.get(post.other), "award": "prize", "home": "doorway", "pair": ""}[scene.kind]
     alignment = f"{first} {left}, {second} {right}" + (f", {post.other} {sign}" if post.other else "")
     taking_part = {quintuple[0] for quintuple in quintuples(post)}
@@ -156,7 +155,6 @@ def write_world(folder, seed=0, train=2400, valid=200, test=800):
     for split, count in (("train", train), ("val", valid), ("test", test)):
         drawn[split] = write_images(jmere / "images" / split, make_sample, seed, split, count)
         (jmere / f"{split}.json").write_text(json.dumps([item_of(post, name) for post, name, _ in drawn[split]]))
-    # the ids under which sft.annotate asks for a candidate, its re-prediction and its score
     expert = [{"id": f"train/{index}{f'#{number}' * (number > 1)}{asked}", "response": response}
               for index, (*_, several) in enumerate(drawn["train"]) for number, one in enumerate(several, 1)
               for asked, response in zip(("", " repredict", " score"), one)]

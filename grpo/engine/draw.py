@@ -8,10 +8,9 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 512
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -74,26 +73,35 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax."""
-    probabilities = logits.softmax(-1)
+    masses = (logits - logits.amax(-1, keepdim=True)).exp_()  # what a softmax divides by its sum
+    sums = block_sums(masses)
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     elif sampling.top_k or sampling.top_p < 1:
-        tokens = invert(keep_top(logits, sampling.top_k, sampling.top_p).softmax(-1), uniform)
+        kept = masses.where(keep_top(logits, sampling.top_k, sampling.top_p).isfinite(), 0.0)
+        tokens = invert(kept, block_sums(kept), uniform)
     else:
-        tokens = invert(probabilities, uniform)
-    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
+        tokens = invert(masses, sums, uniform)
+    return tokens, (masses.gather(-1, tokens[:, None])[:, 0] / sums.sum(-1)).log().float()
 
 
-def invert(masses: Tensor, uniform: Tensor) -> Tensor:
+def block_sums(masses: Tensor) -> Tensor:
+    """(B, V) → (B, ⌈V / BLOCK⌉), float64: float32 would lose the improbable."""
+    whole = masses.shape[1] // BLOCK * BLOCK
+    sums = masses[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+    return torch.cat([sums, masses[:, whole:].sum(-1, keepdim=True)], 1).double()
+
+
+def invert(masses: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
     """Inverse of the cumulative distribution of (B, V) masses: (B,) numbers in [0, 1) → (B,) places, none of mass 0.
 
     One number a token, so a completion's noise is a plain list. First the block of BLOCK places, then the place in
-    it: a running sum over 152k places would take most of a step. Sums are float64: float32 would lose the improbable.
-    """
-    blocks = F.pad(masses, (0, -masses.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    ends = blocks.sum(-1).double().cumsum(-1)  # of the blocks
+    it: a running sum over 152k places would take most of a step."""
+    ends = sums.cumsum(-1)  # of the blocks
     block, before = first_beyond(ends, uniform * ends[:, -1])
-    inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
+    places = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
+    known = places < masses.shape[1]
+    inside = (masses.gather(1, places.where(known, 0)) * known).double().cumsum(-1)
     # The number lies within the block's own sum, which this sum may miss by a rounding: scaled from one to the other.
     share = (uniform * ends[:, -1] - before) / (ends.gather(1, block[:, None])[:, 0] - before)
     return block * BLOCK + first_beyond(inside, share * inside[:, -1])[0]

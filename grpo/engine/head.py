@@ -11,12 +11,10 @@ from collections import deque
 from typing import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from grpo.engine.packed import packed_linear
 from grpo.engine.sizes import GPU_TILE, KEPT, TILE
-
-FEW_ROWS = 32
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -30,26 +28,14 @@ def token_logits(hidden: Tensor, weight: Tensor, temperature: float, banned: lis
 
     Temperature divides; image and video tokens, which a completion cannot hold, are impossible.
     Sampler and scorer both call this function: their distributions cannot drift apart."""
-    if len(hidden) > FEW_ROWS or hidden.is_cuda:
+    if weight.is_mkldnn:
+        logits = packed_linear(hidden * (1 / temperature), weight)
+    else:
         scale = dict(beta=0, alpha=1 / temperature)  # within the product: no pass of its own
         logits = torch.addmm(hidden.new_empty(1), hidden, weight.T, **scale).to(wide(hidden))
-    else:
-        logits = hidden.new_empty(len(hidden), len(weight), dtype=wide(hidden))
-        torch.mul(few_rows(hidden, weight), 1 / temperature, out=logits)  # transposes too, faster than .contiguous()
     for token in banned:
         logits[:, token] = float("-inf")
     return logits
-
-
-def few_rows(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden · weightᵀ where hidden is only a few rows, which BLAS is slow at.
-
-    The other way round it is up to three times as fast, in float32 up to 8 rows. From there on oneDNN is twice as fast
-    again (and three times at hidden size 2,048; AVX-512, MKL), and torch leads to it by a convolution: the weight is a
-    image of V pixels with `hidden size` channels, and each row of `hidden` a filter of one pixel."""
-    if len(hidden) <= 8 or hidden.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return (weight @ hidden.T).T
-    return F.conv2d(weight[None, :, None].permute(0, 3, 1, 2), hidden[:, :, None, None])[0, :, :, 0]
 
 
 class Head:
@@ -119,8 +105,7 @@ class CompletionLogp(torch.autograd.Function):
         # float32 sums over tiles: in bf16 the later ones' contributions would round away
         grad_hidden = torch.zeros_like(hidden, dtype=wide(hidden)) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
-        # d logp / d logits = onehot − softmax, then the chain rule through ÷ temperature: one factor a token, which
-        # the small matrices take on, not the tiles
+        # d logp / d logits = onehot − softmax; ÷ temperature is a factor that the small matrices take on, not the tiles
         scale = (grad_logp / head.temperature)[:, None]
         scaled = (hidden * scale).to(weight.dtype)
         for chunk in head.chunks(len(hidden)):

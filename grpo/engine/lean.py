@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from grpo.engine.head import wide
+from grpo.engine.packed import PackedLinear
 
 
 def inverse_length(x: Tensor, eps: float) -> Tensor:
@@ -93,7 +94,7 @@ class LeanMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-        if type(down) is nn.Linear:
+        if type(down) in (nn.Linear, PackedLinear) and torch.is_grad_enabled():
             return GatedLinear.apply(gate, up, down.weight, down.bias)
         return down(Gated.apply(gate, up))  # an adapter beside it needs the product itself
 
@@ -113,8 +114,10 @@ class LeanAttention:
 
 
 def make_lean(network: nn.Module) -> None:
-    """Put these in the places of the network's RMSNorms, SwiGLUs (those of the vision encoder too) and attention."""
+    """Put these in the places of the network's linear layers, norms and SwiGLUs (vision encoder too), and attention."""
     for parent in list(network.modules()):
+        if type(parent) is nn.Linear:
+            parent.__class__ = PackedLinear
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
                 setattr(parent, name, LeanNorm(child))

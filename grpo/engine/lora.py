@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.engine.files import model_file, read_json
+from grpo.engine.packed import PackedLinear
 from grpo.engine.policy import Policy
 from grpo.engine.sizes import target_names
 from grpo.engine.weights import copy_rows, local, match, open_weights, rows_of
@@ -25,7 +26,7 @@ UNUSED = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_ou
           "rank_pattern": {}, "alpha_pattern": {}}
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(PackedLinear):
     """A linear layer with its update beside it; `weight` and `bias` keep their names and are the base's own.
 
     lora_A (r, in) begins Kaiming-uniform as in PEFT, lora_B (out, r) zero: before training the layer is the base's,
@@ -40,7 +41,7 @@ class LoraLinear(nn.Linear):
         self.scale, self.dropout, self.on = alpha / rank, dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = super().forward(x)
         if not self.on:
             return y
         x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())

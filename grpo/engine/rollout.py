@@ -19,8 +19,9 @@ from grpo.engine.attention import Packed
 from grpo.engine.decode import Decode, allocate, move
 from grpo.engine.draw import Sampling, draw_tokens, noise
 from grpo.engine.head import token_logits
+from grpo.engine.packed import pack, packed
 from grpo.engine.policy import Policy
-from grpo.engine.sizes import PREFILL_TOKENS
+from grpo.engine.sizes import LOGITS, PREFILL_TOKENS
 from grpo.engine.speculation import Draft, Speculation
 from grpo.engine.static import Static
 from grpo.group import Group, Prompt, within
@@ -65,6 +66,7 @@ class Rollout:
         self.rows: list[Row] = []
         self.slots: list[Slot] = []
         self.caches, self.max_rows = allocate(policy, prompts, group_size, sampling)
+        self.head = pack(policy.model.lm_head.weight[: policy.vocabulary])
         self.static = Static(self) if sampling.steps(policy.device) else None
         self.drawing: list[Row] = []  # whose tokens are drawn next
         self.hidden: Tensor | None = None  # (these rows and their guesses, hidden): each predicts a token
@@ -120,11 +122,13 @@ class Rollout:
     def sample_tokens(self) -> int:
         """Draw what every hidden state predicts; keep each row's tokens up to the first that was not guessed. Rows
         that end are evicted. Returns the number of tokens kept."""
-        weight, sampling = self.policy.model.lm_head.weight[: self.policy.vocabulary], self.sampling
-        logits = token_logits(self.hidden, weight, sampling.temperature or 1.0, self.policy.banned)
+        sampling = self.sampling
         numbers = [n for row in self.drawing for n in row.noise[len(row.tokens) : len(row.tokens) + len(row.guess) + 1]]
-        uniform = torch.tensor(numbers, dtype=torch.float64).to(logits.device)
-        tokens, logps = draw_tokens(logits, uniform, sampling)
+        uniform = torch.tensor(numbers, dtype=torch.float64).to(self.hidden.device)
+        some = max(1, LOGITS // len(self.head))
+        tokens, logps = map(torch.cat, zip(*(
+            draw_tokens(token_logits(hidden, self.head, sampling.temperature or 1.0, self.policy.banned), own, sampling)
+            for hidden, own in zip(self.hidden.split(some), uniform.split(some)))))
         # one transfer from the device a step; float64 holds every token id exactly
         drawn = zip(*torch.stack([tokens.double(), logps.double()]).tolist())
         kept = sum(self.keep(row, [next(drawn) for _ in range(len(row.guess) + 1)]) for row in self.drawing)
@@ -210,13 +214,14 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sam
         speculation.begin(prompts, policy)
     rollout = Rollout(policy, prompts, group_size, sampling, turn or (lambda working: working),
         speculation) if prompts else None
-    while rollout and (rollout.waiting or rollout.rows):
-        rollout.admit()
-        live, spared = len(rollout.rows), rollout.spared
-        written = rollout.sample_tokens() if rollout.drawing else 0
-        written += rollout.decode_step() if rollout.rows else 0
-        if on_tokens:
-            on_tokens(written, live - len(rollout.rows), rollout.spared - spared)
+    with packed(policy.language_model, rollout is not None and not rollout.static):
+        while rollout and (rollout.waiting or rollout.rows):
+            rollout.admit()
+            live, spared = len(rollout.rows), rollout.spared
+            written = rollout.sample_tokens() if rollout.drawing else 0
+            written += rollout.decode_step() if rollout.rows else 0
+            if on_tokens:
+                on_tokens(written, live - len(rollout.rows), rollout.spared - spared)
     while turn and turn(False):
         dummy_forward(policy)
     return rollout.groups() if rollout else []

@@ -23,12 +23,19 @@ from grpo.group import Prompt
 ORDERS = (3, 1)  # so many last tokens are looked for, the longer first
 MEMORY = 1 << 24  # tokens of a history: 64 MB
 CANDIDATES = 64  # places of the same last tokens that are kept
-LONGEST = 32  # tokens of a guess, where few rows live
+LONGEST = 32  # tokens of a guess
 WIDTHS = (0, 1, 3, 7, 15)  # tokens of a guess where shapes are static
-FIRST_CHANCE, PACE = 0.8, 0.1  # that a prediction is right: before any was checked; a new one's weight
-# A decode step's fixed cost in tokens: what it costs to read the weights, and to launch a layer's operations times the
-# model's parameters. CPU: measured by benchmarks/speculation.py; CUDA: bandwidth and peak of an H100, not measured.
-FIXED = {"cpu": (8.0, 13e6), "cuda": (100.0, 0.0)}
+FIRST_CHANCE, PACE = 0.6, 0.1  # that a prediction is right: before any was checked; a new one's weight
+# A decode step's fixed cost in tokens: to read the weights, and a layer's launches times the model's parameters.
+# CPU: measured (benchmarks/speculation.py); CUDA: bandwidth and peak of an H100, not measured.
+FIXED = {"cpu": (12.0, 35e6), "cuda": (100.0, 0.0)}
+# What guesses cost beside their tokens: regrouping, as a share of the fixed cost, and a place that pads a shorter one.
+REGROUPED, PADDED = 0.3, 0.035
+
+
+def expected(chance: float, guessed: int) -> float:
+    """Tokens that a row is to keep of a step."""
+    return (1 - chance ** (guessed + 1)) / (1 - chance)
 
 
 class Texts:
@@ -91,12 +98,10 @@ class Draft:
         return self.texts.texts[text][place : place + count]
 
     def guess(self, share: float, limit: int) -> list[int]:
-        """The next tokens, while the chance that all are right exceeds `share`; at most `limit`. A step's shorter
-        guesses are padded to its longest, which costs the more the larger the share."""
+        """The next tokens, while the chance that all are right exceeds `share`; at most `limit`."""
         if self.at is None or self.chance <= share:
             return []
-        longest = int(LONGEST * (1 - share) ** 2)
-        return self.ahead(min(int(math.log(share) / math.log(min(self.chance, 0.999))), limit, longest))
+        return self.ahead(min(int(math.log(share) / math.log(min(self.chance, 0.999))), limit, LONGEST))
 
 
 class Speculation:
@@ -109,8 +114,6 @@ class Speculation:
         self.memory, self.held = memory, 0
         self.history: OrderedDict[str, list[Tensor]] = OrderedDict()
         self.counts = dict.fromkeys(("steps", "tokens", "guessed", "accepted"), 0)
-
-    # ── the history ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def remember(self, prompt_id: str, completions: list) -> None:
         """The completions of a sample, in the place of those before."""
@@ -136,13 +139,11 @@ class Speculation:
         for key, group in index:
             self.remember(key, [next(tokens) for _ in group])
 
-    # ── one call of `sample` ─────────────────────────────────────────────────────────────────────────────────────
-
     def begin(self, prompts: list[Prompt], policy) -> None:
         self.prompts, self.texts = prompts, {}
         read, launch = FIXED.get(policy.device.type, FIXED["cuda"])
         layers = policy.trunk_layers
-        size = sum(p.numel() for p in layers.parameters()) + policy.model.lm_head.weight.numel()
+        size = sum(p.numel() for p in layers.parameters()) + policy.model.lm_head.weight[: policy.vocabulary].numel()
         self.fixed = read + launch * len(layers) / size
 
     def draft(self, prompt: int, index: int, tokens: list[int]) -> Draft:
@@ -154,17 +155,23 @@ class Speculation:
 
     def guess(self, rows: list, max_tokens: int) -> None:
         """Set every row's guess. With N live rows a step costs `fixed` + N + guessed tokens: a guessed token pays while
-        the chance that it is kept exceeds the share of a step's cost that a token is worth, N / (fixed + N).
-        Nothing here is timed: the same run guesses the same."""
+        the chance that it is kept exceeds the share of a step's cost that a token is worth, N / (fixed + N), and all
+        of them if they pay for the padding as well. Nothing here is timed: the same run guesses the same."""
         share = len(rows) / (self.fixed + len(rows))
         for row in rows:
             row.guess = row.draft.guess(share, max_tokens - len(row.tokens) - 1)
-            self.counts["guessed"] += len(row.guess)
+        guessed = [len(row.guess) for row in rows]
+        gain = sum(expected(min(row.draft.chance, 0.999), count) - 1 for row, count in zip(rows, guessed))
+        padded = len(rows) * max(guessed) - sum(guessed)
+        pays = gain >= share * (sum(guessed) + PADDED * padded + REGROUPED * self.fixed)
+        for row in rows if not pays else ():
+            row.guess = []
+        self.counts["guessed"] += pays * sum(guessed)
 
     def width(self, rows: list, places: int) -> int:
         """Guessed tokens where every place of a step has as many, live or not: those that give most for its cost."""
         chances = [min(row.draft.chance, 0.999) if row.draft.at else 0.0 for row in rows]
-        tokens = lambda guessed: sum((1 - c ** (guessed + 1)) / (1 - c) for c in chances)
+        tokens = lambda guessed: sum(expected(chance, guessed) for chance in chances)
         return max(WIDTHS, key=lambda guessed: tokens(guessed) / (self.fixed + places * (guessed + 1)))
 
     def observe(self, row, kept: int, steps: int = 1, guessed: int = 0) -> None:

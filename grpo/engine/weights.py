@@ -36,9 +36,6 @@ def network_name(name: str, known) -> str | None:
     return next((one for one in names if one in known), None)
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def find(model: str, name: str) -> Path | None:
     try:
         return model_file(model, name)
@@ -120,9 +117,6 @@ def copy_rows(slices: dict, names: dict[str, str], tensors: dict[str, Tensor]) -
             start, stop = rows_of(tensors[own])
             if start < stop:
                 local(tensors[own]).copy_(slices[name][start:stop])
-
-
-# ── networks ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class WithoutMemory(TorchFunctionMode):

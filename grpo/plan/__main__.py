@@ -158,7 +158,6 @@ def suggestions(shape: Shape, s: Settings, gpus: int) -> list[Suggestion]:
     found: list[Suggestion] = []
     for size in range(1, MOST_CHANGES + 1):
         for changes in itertools.combinations(moves(s, gpus), size):
-            # what touches all that a set found earlier does asks for as much or more
             if len(dict(changes)) < size or any(dict(old.changes).keys() <= dict(changes).keys() for old in found):
                 continue
             if (new := changed(shape, s, gpus, changes)).fits:

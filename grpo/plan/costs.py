@@ -187,8 +187,7 @@ class Costs:
     def layer_bytes(self, tokens: int) -> float:
         """What autograd keeps of one decoder layer in one packed pass."""
         x, s, width = self.shape, self.s, self.width
-        # [prompt, own] of each
-        both_keys = self.completions * (s.prompt_tokens + s.max_completion_tokens - 1)
+        both_keys = self.completions * (s.prompt_tokens + s.max_completion_tokens - 1)  # [prompt, own] of each
         keys = 2 * both_keys * x.keys
         if self.on_gpu:  # there keys are repeated for every query head, the prompt's too
             keys = 2 * (both_keys + self.groups * s.prompt_tokens) * x.queries
@@ -268,9 +267,8 @@ class Costs:
             "prefill": max(add(rest, gathered=whole + arriving), add(
                 rest, gathered=whole, caches=self.cache_bytes() + own_keys,
                 activations=self.forward_bytes(prefilled)), key=total),
-            # logits, their exponentials, those padded to whole blocks
-            "decode": add(rest, gathered=whole, caches=self.cache_bytes(), activations=scores,
-                          head=3 * 4 * self.rows * x.vocabulary), "reference": self.reference_pass(layered),
+            "decode": add(rest, gathered=whole, caches=self.cache_bytes(), activations=scores,  # logits, exponentials
+                          head=2 * 4 * self.rows * x.vocabulary), "reference": self.reference_pass(layered),
             "passes": max(self.moments(layered), key=total),
             "step": add(self.resident(step=True), gradients=MASTER * self.trained / self.shards)}
         return {name: {part: phase.get(part, 0.0) for part in COMPONENTS} for name, phase in phases.items()}

@@ -42,8 +42,6 @@ class Checkpoints:
         self.good: Path | None = None  # the newest that is known to be whole
         self.parts: list[str] = []  # its files, in the order of the ranks that wrote them
 
-    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
-
     def save(self, policy: Policy, optimizer: torch.optim.Optimizer, step: int, state: dict,
              history: dict[str, Tensor] | None = None) -> None:
         """Write the run after `step` updates; `state` is what else it needs, as JSON, `history` what all ranks hold
@@ -73,8 +71,6 @@ class Checkpoints:
     def found(self) -> list[Path]:
         """Checkpoints in their places, the newest first."""
         return sorted((p for p in self.folder.glob("step-*") if p.suffix == ""), reverse=True)
-
-    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def newest(self) -> dict | None:
         """The state of the newest checkpoint whose parts are all as they were written; damaged ones are named."""
@@ -111,9 +107,6 @@ class Checkpoints:
         if rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         broadcast_from_rank_0(lambda: None)
-
-
-# ── one rank's part ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
@@ -192,9 +185,6 @@ def set_random_states(states: dict[str, list]) -> None:
     random.setstate((version, tuple(words), gauss))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
-
-
-# ── is it whole, and is it ours ──────────────────────────────────────────────────────────────────────────────────
 
 
 def seal(content: dict) -> str:

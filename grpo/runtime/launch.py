@@ -21,7 +21,6 @@ def main(words: list[str] | None = None) -> None:
     except SignalException as end:
         sys.exit(128 + end.sigval)
     except ChildFailedError as error:
-        # of those that ended, one that others did not end
         ended_by_others = lambda failure: failure.error_file == "<N/A>" and failure.exitcode in (2, -signal.SIGTERM)
         rank, failure = min(error.failures.items(), key=lambda one: (ended_by_others(one[1]), one[1].timestamp))
         if failure.exitcode < 0:  # it could not say anything itself

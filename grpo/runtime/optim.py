@@ -135,7 +135,6 @@ def set_gradient_checkpointing(policy: Policy, on: bool) -> None:
     """Layer by layer, in the language model and the vision encoder; generation keeps no activations anyway."""
     model: nn.Module = policy.model
     if on:
-        # its name before 5.20
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
         model.train()  # the flag counts in training mode only; no dropout depends on it here

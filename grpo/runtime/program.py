@@ -38,8 +38,7 @@ def run_program(main: Callable[[], object], ends: bool = True) -> None:
         if lost:
             error = f"another rank of this run is gone ({str(error).splitlines()[0][:200]})"
         if rank:
-            # All ranks usually find the same fault and rank 0 says it; torchrun's SIGTERM then ends the others, which
-            # have nothing to add. Who is still here after that has a fault of its own.
+            # Usually rank 0 says the same, and torchrun then ends the others. Who is still here has its own fault.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
         if not lost:  # whose end is the cause is the one for the page

@@ -65,7 +65,6 @@ def fingerprint(folder: Path) -> str:
     MiB of the 256 largest that are no images. Well under a second for 16 GB of weights, about a second for 20,000
     images; a change in the middle of a large file that keeps its size goes unseen. The first 16 hexadecimal digits."""
     paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
-    # a link to nowhere is no file
     sizes = {os.path.relpath(path, folder): os.stat(path).st_size for path in paths if os.path.exists(path)}
     texts = [name for name in sizes if os.path.splitext(name)[1].lower() not in IMAGES]
     read = set(sorted(texts, key=lambda name: -sizes[name])[:CONTENTS])

@@ -178,8 +178,6 @@ class Run:
             begin_adapter(policy, settings.seed)
         return policy
 
-    # ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────
-
     def find_checkpoint(self) -> dict:
         """The state from which this run goes on, {} where it begins. ValueError if it is another run's."""
         claim_folder(self.output)
@@ -242,8 +240,6 @@ class Run:
                              f"(--max_bad_updates; the last: {at}); {self.checkpoints.last_good()}; lower "
                              "--learning_rate or check the rewards")
         return {"bad_updates": self.bad_updates} if self.bad_updates else {}
-
-    # ── the parts of a run ───────────────────────────────────────────────────────────────────────────────────────
 
     def load(self, split: str) -> list:
         return load_samples(self.task, self.settings, split, self.encoder.seen_size)

@@ -18,7 +18,6 @@ class Curriculum:
         if settings.predictions:
             answered = read_lines(settings.predictions, samples, "correct", bool, resolve_task(settings.task))
             self.hard, self.easy = ([one for one, right in answered if right == easy] for easy in (False, True))
-        # All epochs at once: the learning rate's schedule needs the number of rollouts, and a fault shows at once.
         self.epochs = [self.epoch(index) for index in range(settings.epochs)]
         everything = sum(len(epoch.batches) for epoch in self.epochs)
         self.rollouts = min(everything, settings.max_rollouts or everything)

@@ -158,9 +158,6 @@ class TrainingSettings(CommonSettings):
                              "leaves all else frozen; give one of the two")
 
 
-# ── command line → settings ──────────────────────────────────────────────────────────────────────────────────────
-
-
 class Option(NamedTuple):
     """One setting: its field's name, type and metadata, its value, and the title under which --help lists it."""
 
@@ -295,9 +292,6 @@ def from_word(kind, word: str):
         raise argparse.ArgumentTypeError(f"found {word!r}; {KINDS[kind][1]} expected") from None
 
 
-# ── a file of settings ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 def read_recipe(path: str) -> dict:
     """A JSON object of settings; a byte order mark, as some editors write it, is read over."""
     expected = "a JSON object of settings"
@@ -328,9 +322,6 @@ def no_setting(word: str, known) -> str:
     close = [ours for ours, theirs in ELSEWHERE.items() if ours in known and name in theirs.split()]
     close = close or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"no setting {' '.join(word.split())[:60]}" + (f"; did you mean {close[0]}?" if close else "")
-
-
-# ── what is refused before anything runs ─────────────────────────────────────────────────────────────────────────
 
 
 def read_settings(kind: type[T], words: list[str] | None = None) -> T:
