@@ -1,4 +1,5 @@
-"""benchmarks/RESULTS.md from results.jsonl: of every benchmark the last run on each machine, its date, versions, table.
+"""benchmarks/RESULTS.md from results.jsonl: of every benchmark the last run on each machine and set of
+cases, its date, versions, table.
 
     python -m benchmarks.results
 """
@@ -32,7 +33,8 @@ def table(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    last = {(run["benchmark"], run["machine"], run["settings"].get("task", "")): run for run in runs}
+    cases = lambda run: ", ".join(dict.fromkeys(str(row["case"]) for row in run["figures"] if "case" in row))
+    last = {(run["benchmark"], run["machine"], run["settings"].get("task", ""), cases(run)): run for run in runs}
     lines = [
         "# Measured",
         "",
@@ -42,8 +44,9 @@ def main() -> None:
         "",
     ]
     settled = {key for key in last if not RESULTS.with_name(f"{key[0]}.py").exists()}
-    for (name, machine, task), run in last.items():
-        if (name, machine, task) in settled:
+    for key, run in last.items():
+        name, _, task, _ = key
+        if key in settled:
             continue
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
         settings = ", ".join(f"{name} {cell(value)}" for name, value in run["settings"].items())
