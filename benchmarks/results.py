@@ -45,7 +45,7 @@ def main() -> None:
     ]
     settled = {key for key in last if not RESULTS.with_name(f"{key[0]}.py").exists()}
     for key, run in last.items():
-        name, _, task, _ = key
+        name, machine, task, _ = key
         if key in settled:
             continue
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from grpo.engine.backbones import check_model_type
 from grpo.engine.files import read_json
-from grpo.engine.sizes import GPU_TILE, KEPT, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, target_names
+from grpo.engine.sizes import GPU_TILE, KEPT, PACKED, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, target_names
 
 PHASES = ("loading", "vision", "prefill", "decode", "reference", "passes", "step")
 COMPONENTS = ("weights", "gathered", "gradients", "optimizer", "reference", "caches", "activations", "head")
@@ -231,7 +231,7 @@ class Costs:
         return self.shared_bytes() + self.norm_bytes(self.tokens) + scored
 
     def cache_bytes(self) -> float:
-        """As Rollout._allocate: prompts of the live groups, continuations of the live rows."""
+        """As decode.allocate: prompts of the live groups, continuations of the live rows."""
         places = self.slots * self.s.prompt_tokens + self.rows * self.s.max_completion_tokens
         return 2 * self.shape.layers * self.shape.keys * places * self.width
 
@@ -258,16 +258,17 @@ class Costs:
         x, rest = self.shape, self.resident()
         prefilled = min(self.slots, max(1, PREFILL_TOKENS // self.s.prompt_tokens)) * self.s.prompt_tokens
         own_keys = 2 * x.layers * x.keys * prefilled * self.width  # before they are written into the caches
-        # the last layer's gathering, from a buffer of the whole layer, gloo's from one more; before there are caches
         arriving = self.width * self.layer * (1 + (not self.on_gpu)) * (self.gpus > 1 and whole > layered)
+        packs = not self.on_gpu and self.width == 4 and self.s.rollout_weights != "layers"
+        copies = 4 * packs * (x.table + x.layers * x.layer * (4 * x.layers * x.layer <= PACKED))  # packed.py's
         scores = self.rows * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (4 + self.width)
         phases = {
             "loading": self.loading(),
             "vision": add(rest, gathered=self.gathered(False, 0), activations=self.vision_bytes()),  # it is the root's
             "prefill": max(add(rest, gathered=whole + arriving), add(
-                rest, gathered=whole, caches=self.cache_bytes() + own_keys,
+                rest, gathered=whole + copies, caches=self.cache_bytes() + own_keys,
                 activations=self.forward_bytes(prefilled)), key=total),
-            "decode": add(rest, gathered=whole, caches=self.cache_bytes(), activations=scores,  # logits, exponentials
+            "decode": add(rest, gathered=whole + copies, caches=self.cache_bytes(), activations=scores,
                           head=2 * 4 * self.rows * x.vocabulary), "reference": self.reference_pass(layered),
             "passes": max(self.moments(layered), key=total),
             "step": add(self.resident(step=True), gradients=MASTER * self.trained / self.shards)}
@@ -316,7 +317,6 @@ class Costs:
                        gradients=grown + head * (self.sharded or done < last) + layer + summed)
 
         return [
-            # a tile of float32 logits and of their exponentials
             add(rest, gradients=before, activations=kept + tail + hidden, head=2 * 4 * self.tile()
             + self.kept_logits()),
             add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
