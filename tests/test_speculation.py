@@ -98,14 +98,14 @@ def test_speculation_guesses_longer_the_fewer_rows_live_and_the_better_a_row_was
     assert len(draft.guess(0.01, 3)) == 3  # the limit of the completion
 
 
-@pytest.mark.parametrize("known,guessed", [(8, 8 * [4]), (1, 8 * [0])])
+@pytest.mark.parametrize("known,guessed", [(8, 8 * [9]), (1, 8 * [0])])
 def test_speculation_on_one_row_alone_must_pay_for_the_padding_of_all(known, guessed):
     made = Speculation()
     made.fixed = 8.0
     rows = [SimpleNamespace(tokens=[0], guess=[], draft=Draft(Texts([list(range(9))] if i < known else [], []), [], 0))
             for i in range(8)]
     for row in rows:
-        row.draft.chance = 0.85
+        row.draft.chance = 0.94
     made.guess(rows, 99)
     assert [len(row.guess) for row in rows] == guessed and made.counts["guessed"] == sum(guessed)
 
