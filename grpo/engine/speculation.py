@@ -27,7 +27,7 @@ LONGEST = 32  # tokens of a guess
 WIDTHS = (0, 1, 3, 7, 15)  # tokens of a guess where shapes are static
 FIRST_CHANCE, PACE = 0.6, 0.1  # that a prediction is right: before any was checked; a new one's weight
 # A decode step's fixed cost in tokens: to read the weights, and a layer's launches times the model's parameters.
-# CPU: measured (benchmarks/speculation.py); CUDA: bandwidth and peak of an H100, not measured.
+# CPU: fitted to timed steps of four models, 1 to 64 rows; CUDA: bandwidth and peak of an H100, not measured.
 FIXED = {"cpu": (12.0, 35e6), "cuda": (100.0, 0.0)}
 # What guesses cost beside their tokens: regrouping, as a share of the fixed cost, and a place that pads a shorter one.
 REGROUPED, PADDED = 0.3, 0.035
