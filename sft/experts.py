@@ -46,10 +46,7 @@ class GaveUp(Exception):
 class AnyStatus(urllib.request.HTTPErrorProcessor):
     """Every status is a reply. A redirect is not followed: it would carry the key to another host."""
 
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
+    http_response = https_response = lambda self, request, response: response
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.engine import head
-from grpo.engine.head import CompletionLogp, completion_logp, token_logits
+from grpo.engine.head import CompletionLogp, completion_logp, exponential_, token_logits
 from grpo.engine.packed import pack
 
 BANNED = (3, 11)
@@ -122,3 +122,9 @@ def test_no_tensor_grows_with_tokens_times_vocabulary():
             logp, _ = completion_logp(hidden, weight, torch.zeros(tokens, dtype=torch.long), 0.7, BANNED, (16, 16))
             logp.sum().backward()
         assert largest.numbers == 128 * 4  # the head's own gradient; all logits would be 64 × 128
+
+
+@pytest.mark.parametrize("dtype,rounding", [(torch.float32, 4e-6), (torch.float64, 1e-14)])
+def test_a_power_of_two_is_the_exponential(dtype, rounding):
+    x = torch.cat([torch.linspace(-30, 30, 1001, dtype=dtype), torch.tensor([float("-inf"), 0.0], dtype=dtype)])
+    torch.testing.assert_close(exponential_(x.clone()), x.exp(), rtol=rounding, atol=0)

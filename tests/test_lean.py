@@ -74,10 +74,11 @@ def test_the_products_gradients_are_finite_differences():
     assert torch.autograd.gradcheck(GatedLinear.apply, (gate, up, weight, bias))
 
 
-def test_an_mlp_keeps_its_input_gate_and_up_and_a_norm_its_input_and_one_number_a_token():
-    x = torch.randn(1, 7, HIDDEN, requires_grad=True)
-    for module, numbers in ((LeanMLP(mlp()), HIDDEN + 2 * WIDE), (LeanNorm(norm()), HIDDEN + 1)):
-        assert kept_bytes(lambda: module(x), module.parameters()) == 4 * 7 * numbers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_mlp_keeps_its_input_gate_and_up_and_a_norm_its_input(dtype):
+    x = torch.randn(1, 7, HIDDEN, requires_grad=True, dtype=dtype)
+    for module, numbers in ((LeanMLP(mlp(dtype)), HIDDEN + 2 * WIDE), (LeanNorm(norm(dtype)), HIDDEN)):
+        assert kept_bytes(lambda: module(x), module.parameters()) == 7 * numbers * x.element_size()
 
 
 def test_an_adapters_mlp_keeps_the_product_too_and_its_gradients_are_those_of_transformers():

@@ -211,6 +211,14 @@ def test_all_of_7b_does_not_train_on_one_gpu_and_the_plan_says_what_would_make_i
     assert lines[0].startswith("1 GPU: ") and "passes" in lines[0] and len(lines) > 1
 
 
+def test_logits_of_the_longest_guesses_are_planned_on_a_gpu_and_a_part_of_them_on_a_cpu(seven):
+    s, rows = settings("m", rollout_rows=8), 8
+    on_gpu = plan(seven, s, 1).phases["decode"]["head"]
+    assert on_gpu == rows * 16 * seven.vocabulary * (2 + 4)  # as the product gives them, and in float32
+    on_cpu = plan(seven, replace(s, device="cpu", dtype="float32"), 1).phases["decode"]["head"]
+    assert on_cpu == 34 * seven.vocabulary * 4  # 20 MB
+
+
 @pytest.mark.parametrize("gpus,gib", [(1, 80.0), (2, 80.0), (8, 40.0)])
 def test_a_suggestion_really_makes_it_fit_and_each_of_its_changes_is_needed(seven, gpus, gib):
     s = settings("m", gpu_memory=gib)

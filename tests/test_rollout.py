@@ -86,7 +86,7 @@ def test_draws_follow_the_distribution_and_never_take_what_is_impossible():
     logits = torch.tensor([[0.0, float("-inf"), 1.0, 2.0, float("-inf")]]).expand(20000, -1)
     uniform = torch.rand(20000, dtype=torch.float64)
     uniform[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the ends of the range
-    drawn, logps = draw_tokens(logits, uniform, sampling(temperature=1.0))
+    drawn, logps = draw_tokens(logits.clone(), uniform, sampling(temperature=1.0))
     shares = torch.bincount(drawn, minlength=5) / 20000
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.015)
     assert shares[1] == shares[4] == 0
@@ -96,11 +96,16 @@ def test_draws_follow_the_distribution_and_never_take_what_is_impossible():
 def test_top_k_and_top_p_keep_the_likely_tokens_only():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(500, -1)
     uniform = torch.rand(500, dtype=torch.float64)
-    assert set(draw_tokens(logits, uniform, sampling(top_k=2))[0].tolist()) == {1, 3}
-    assert set(draw_tokens(logits, uniform, sampling(top_p=0.7))[0].tolist()) == {1, 3}
-    assert set(draw_tokens(logits, uniform, sampling(top_p=0.5))[0].tolist()) == {1}
-    drawn, logps = draw_tokens(logits, uniform, sampling(top_k=2, top_p=0.9))
+    assert set(draw_tokens(logits.clone(), uniform, sampling(top_k=2))[0].tolist()) == {1, 3}
+    assert set(draw_tokens(logits.clone(), uniform, sampling(top_p=0.7))[0].tolist()) == {1, 3}
+    assert set(draw_tokens(logits.clone(), uniform, sampling(top_p=0.5))[0].tolist()) == {1}
+    drawn, logps = draw_tokens(logits.clone(), uniform, sampling(top_k=2, top_p=0.9))
     torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0])  # the full softmax's
+
+
+def test_the_likeliest_token_is_found_where_masses_are_equal_by_rounding():
+    logits = torch.tensor([[0.0, 1e-8]])  # e^-1e-8 is 1 in float32
+    assert draw_tokens(logits, torch.zeros(1, dtype=torch.float64), sampling(temperature=0.0))[0].tolist() == [1]
 
 
 def test_training_rollouts_refuse_a_truncated_distribution():
@@ -129,7 +134,7 @@ def test_every_token_is_drawn_with_its_own_number_of_the_completions_noise():
                          len(policy.model.lm_head.weight)).index_fill(-1, torch.tensor(policy.banned), float("-inf"))
     for index, completion in enumerate(sample(policy, [prompt], 3, sampling(end_tokens=()))[0].completions):
         uniform = torch.tensor(noise("7", prompt.id, index, 12), dtype=torch.float64)
-        assert torch.equal(completion, draw_tokens(logits, uniform, sampling())[0])
+        assert torch.equal(completion, draw_tokens(logits.clone(), uniform, sampling())[0])
 
 
 def test_a_row_that_ends_is_replaced_at_once_while_others_wait():
@@ -173,7 +178,7 @@ def test_improbable_tokens_of_a_large_vocabulary_are_told_apart():
     logits = torch.full((1, 100_001), -11.5)
     logits[0, 0] = 7.0  # all but 1e-3 of the mass; the others have 1e-8 each
     shares = logits[0].double().softmax(-1)
-    drawn, _ = draw_tokens(logits.expand(100, -1),
+    drawn, _ = draw_tokens(logits.repeat(100, 1),
                            shares[0] + (torch.arange(100, dtype=torch.float64) + 1000.5) * shares[1], sampling())
     assert len(set(drawn.tolist())) > 95
 

@@ -39,7 +39,7 @@ class Rope:
             self.cos, sin = (part[(0,) * (part.dim() - 2)][:, None] for part in angles)
             self.sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         turned = qkv[:, :-heads].roll(half, -1)
-        qkv[:, :-heads].mul_(self.cos).add_(turned.mul_(self.sin))
+        qkv[:, :-heads].mul_(self.cos).addcmul_(turned, self.sin)
         self.caches[layer].suffix[(slice(None), *slots)] = qkv[:, -2 * heads :].unflatten(1, (2, -1))
         return qkv[:, : -2 * heads]
 
@@ -128,16 +128,13 @@ def partial_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -
     which it is merged with another part: out = lerp(a, b, sigmoid(lse_b − lse_a))."""
     t_r = query.shape[2:4]
     scores = (query.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, t_r).float().add_(bias)
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    mass = weights.sum(-1, keepdim=True)
+    weights = scores.softmax(-1)
     out = (weights.to(value.dtype).flatten(2, 3) @ value).unflatten(2, t_r).float()
-    return out.div_(mass), mass.log().add_(top)
+    return out, scores.amax(-1, keepdim=True).sub_(weights.amax(-1, keepdim=True).log_())
 
 
 def slots(prompts: int, group_size: int, rows: int) -> tuple[int, int]:
-    """(groups, rows) that caches have room for. A group that has no live row while its others wait leaves a row free:
-    never more groups than rows."""
+    """(groups, rows) that caches have room for: a group without a live row has left one free, so never more groups."""
     rows = min(rows, prompts * group_size)
     return min(rows, prompts), rows
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo.engine.head import exponential_
+
 BLOCK = 128
 
 
@@ -72,16 +74,16 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax."""
-    masses = (logits - logits.amax(-1, keepdim=True)).exp_()  # what a softmax divides by its sum
+    """(B, V) logits, (B,) uniform numbers → (B,) tokens and their log-probabilities under the *full* softmax. What
+    is computed overwrites the logits: new memory of their size costs more than the arithmetic."""
+    shifted = logits.sub_(logits.amax(-1, keepdim=True))
+    narrow = sampling.top_k or sampling.top_p < 1
+    tokens = shifted.argmax(-1) if sampling.temperature == 0 else None
+    kept = keep_top(shifted, sampling.top_k, sampling.top_p).exp_() if narrow else None
+    masses = exponential_(shifted)  # what a softmax divides by its sum
     sums = block_sums(masses)
-    if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-    elif sampling.top_k or sampling.top_p < 1:
-        kept = masses.where(keep_top(logits, sampling.top_k, sampling.top_p).isfinite(), 0.0)
-        tokens = invert(kept, block_sums(kept), uniform)
-    else:
-        tokens = invert(masses, sums, uniform)
+    if tokens is None:
+        tokens = invert(kept, block_sums(kept), uniform) if narrow else invert(masses, sums, uniform)
     return tokens, (masses.gather(-1, tokens[:, None])[:, 0] / sums.sum(-1)).log().float()
 
 

@@ -7,6 +7,7 @@ knows only after the whole forward). Only the first KEPT bytes of them wait for 
 product; however many completions there are, it is never more. A tile that fits in the processor's cache is also several
 times faster than one that does not: what follows the matrix product reads and writes each logit half a dozen times."""
 
+import math
 from collections import deque
 from typing import Iterator
 
@@ -20,6 +21,11 @@ from grpo.engine.sizes import GPU_TILE, KEPT, TILE
 def wide(x: Tensor) -> torch.dtype:
     """float32, or float64 of float64, in which tests compare to the last digits."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def exponential_(x: Tensor) -> Tensor:
+    """eˣ in x's place, as a power of two: on a CPU that MKL was not written for twice as fast as torch.exp."""
+    return x.mul_(1 / math.log(2)).exp2_()
 
 
 @torch.no_grad()
@@ -71,7 +77,7 @@ class Head:
             chosen = torch.where(inside, logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0], chosen)
             before, top = top, torch.maximum(top, logits.amax(1))
             shrink = (before - top).exp_()
-            exp = (logits - top[:, None]).exp_()
+            exp = exponential_(logits - top[:, None])
             mass = mass * shrink + exp.sum(1)
             logits[:, banned] = 0.0  # 0 · (−inf) is NaN; a banned token's share of the entropy is 0
             weighted = weighted * shrink + exp.mul_(logits).sum(1)
@@ -112,7 +118,7 @@ class CompletionLogp(torch.autograd.Function):
             h, norm, target = hidden[chunk], log_norm[chunk, None], targets[chunk]
             for rows, banned in head.vocabulary():
                 logits = ctx.kept.popleft() if ctx.kept else head.logits(h, rows, banned)
-                grad = logits.sub_(norm).exp_()
+                grad = exponential_(logits.sub_(norm))
                 hit = ((target >= rows.start) & (target < rows.start + grad.shape[1])).nonzero()[:, 0]
                 grad[hit, target[hit] - rows.start] -= 1.0
                 grad = grad.to(weight.dtype)

@@ -2,8 +2,8 @@
 
 As transformers writes them, a gated MLP keeps gate, silu(gate), up and their product, and an RMSNorm beside its input
 what it made of it (in bf16 two float32 copies and one more): two fifths of what an update's packed pass keeps. Here an
-MLP keeps gate and up, a norm its input and one number a token. Values are the same to the bit (on a GPU a norm is one
-kernel: to rounding), gradients to rounding."""
+MLP keeps gate and up, a norm its input. Values are the same to the bit (on a GPU a norm is one kernel: to rounding),
+gradients to rounding."""
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +18,27 @@ def inverse_length(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.to(wide(x)).pow(2).mean(-1, keepdim=True) + eps)
 
 
-class Norm(torch.autograd.Function):
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean x² + ε), in float32 up to the weight."""
+    if x.dtype == weight.dtype and (x.is_cuda or x.dtype == torch.float32):  # one call
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return weight * (x.to(wide(x)) * inverse_length(x, eps)).to(x.dtype)
+
+
+class Norm(torch.autograd.Function):
+    """`norm`, which keeps its input alone."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.eps = eps
-        if x.is_cuda and x.dtype == weight.dtype:  # one kernel
-            ctx.save_for_backward(x, weight, None)
-            return F.rms_norm(x, weight.shape, weight, eps)
-        scale = inverse_length(x, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return weight * (x.to(scale.dtype) * scale).to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return norm(x, weight, eps)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, scale = ctx.saved_tensors
-        scale = inverse_length(x, ctx.eps) if scale is None else scale
-        normed = x.to(wide(x)) * scale
+        x, weight = ctx.saved_tensors
+        scale = inverse_length(x, ctx.eps)
+        normed = x.to(scale.dtype) * scale
         grad_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad_normed = (grad * weight).to(scale.dtype)
         along = (grad_normed * normed).mean(-1, keepdim=True)  # the part of it that changes x's length alone
@@ -82,7 +85,7 @@ class LeanNorm(nn.Module):
         self.weight, self.eps = base.weight, base.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return Norm.apply(x, self.weight, self.eps)
+        return (Norm.apply if torch.is_grad_enabled() else norm)(x, self.weight, self.eps)
 
 
 class LeanMLP(nn.Module):
@@ -94,7 +97,9 @@ class LeanMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-        if type(down) in (nn.Linear, PackedLinear) and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return down(F.silu(gate, inplace=True).mul_(up))
+        if type(down) in (nn.Linear, PackedLinear):
             return GatedLinear.apply(gate, up, down.weight, down.bias)
         return down(Gated.apply(gate, up))  # an adapter beside it needs the product itself
 

@@ -75,11 +75,6 @@ class Rollout:
         self.spared = 0  # tokens of the limit that ended rows will not write
 
     def prefill(self, indices: list[int]) -> None:
-        """Prompts that enter, in packed passes of bounded size."""
-        for some in within(PREFILL_TOKENS, indices, lambda index: len(self.prompts[index])):
-            self.prefill_pass(some)
-
-    def prefill_pass(self, indices: list[int]) -> None:
         """One packed pass; the prompts' keys and values are written into new group slots."""
         prompts = [self.prompts[index] for index in indices]
         cache: list[list[tuple[Tensor, Tensor]]] = []
@@ -106,8 +101,9 @@ class Rollout:
             entering.append(self.waiting.popleft())
         if not entering:
             return
-        if new := [p for p in dict.fromkeys(p for p, _ in entering) if p not in cached]:
-            self.prefill(new)
+        new = [p for p in dict.fromkeys(p for p, _ in entering) if p not in cached]
+        for some in within(PREFILL_TOKENS, new, lambda index: len(self.prompts[index])):
+            self.prefill(some)
         hidden_of = {slot.prompt: slot.last_hidden for slot in self.slots}
         for p, i in entering:
             number = i + self.group_size * (self.sampling.earlier[p] if self.sampling.earlier else 0)
@@ -223,11 +219,6 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sam
             if on_tokens:
                 on_tokens(written, live - len(rollout.rows), rollout.spared - spared)
     while turn and turn(False):
-        dummy_forward(policy)
+        token = policy.embed_tokens(torch.zeros(1, dtype=torch.long))
+        policy.trunk(token[None], torch.zeros(3, 1, 1, dtype=torch.long, device=policy.device), Packed([(1, [])]))
     return rollout.groups() if rollout else []
-
-
-def dummy_forward(policy: Policy) -> None:
-    """A pass of one token, so that every rank joins the collective."""
-    token = policy.embed_tokens(torch.zeros(1, dtype=torch.long))
-    policy.trunk(token[None], torch.zeros(3, 1, 1, dtype=torch.long, device=policy.device), Packed([(1, [])]))

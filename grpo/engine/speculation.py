@@ -12,19 +12,19 @@ otherwise looks for its last tokens, nearest to where it stands."""
 
 import json
 import math
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from operator import eq
 
 import torch
 from torch import Tensor
 
+from grpo.engine.sizes import WIDTHS
 from grpo.group import Prompt
 
 ORDERS = (3, 1)  # so many last tokens are looked for, the longer first
 MEMORY = 1 << 24  # tokens of a history: 64 MB
 CANDIDATES = 64  # places of the same last tokens that are kept
 LONGEST = 32  # tokens of a guess
-WIDTHS = (0, 1, 3, 7, 15)  # tokens of a guess where shapes are static
 FIRST_CHANCE, PACE = 0.6, 0.1  # that a prediction is right: before any was checked; a new one's weight
 # A decode step's fixed cost in tokens: to read the weights, and a layer's launches times the model's parameters.
 # CPU: fitted to timed steps of four models, 1 to 64 rows; CUDA: bandwidth and peak of an H100, not measured.
@@ -43,7 +43,7 @@ class Texts:
 
     def __init__(self, earlier: list[list[int]], prompt: list[int]):
         self.texts: list[list[int]] = []
-        self.places: dict[tuple, list[tuple[int, int]]] = {}  # last tokens → (text, place behind them)
+        self.places: dict[tuple, list[tuple[int, int]]] = defaultdict(list)  # last tokens → (text, place behind them)
         self.earlier = len(earlier)
         for tokens in earlier:
             self.add(tokens)
@@ -52,17 +52,19 @@ class Texts:
     def add(self, tokens: list[int], orders: tuple[int, ...] = ORDERS) -> int:
         """A text, which may grow; its index."""
         self.texts.append(tokens)
-        for end in range(1, len(tokens) + 1):
-            self.grown(len(self.texts) - 1, end, orders)
+        for order in orders:
+            for end, last in enumerate(zip(*(tokens[first:] for first in range(order))), order):
+                self.note(last, len(self.texts) - 1, end)
         return len(self.texts) - 1
 
-    def grown(self, text: int, end: int, orders: tuple[int, ...] = ORDERS) -> None:
+    def grown(self, text: int, end: int) -> None:
         """A text has now `end` tokens."""
-        for order in orders:
-            if order <= end:
-                places = self.places.setdefault(tuple(self.texts[text][end - order : end]), [])
-                if len(places) < CANDIDATES:
-                    places.append((text, end))
+        for order in (order for order in ORDERS if order <= end):
+            self.note(tuple(self.texts[text][end - order : end]), text, end)
+
+    def note(self, last: tuple, text: int, end: int) -> None:
+        if len(places := self.places[last]) < CANDIDATES:
+            places.append((text, end))
 
     def find(self, tokens: list[int], end: int) -> tuple[int, int] | None:
         """Where to go on after tokens[:end]: earlier completions first, the prompt last; then whatever is nearest."""

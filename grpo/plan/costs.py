@@ -14,7 +14,8 @@ from pathlib import Path
 
 from grpo.engine.backbones import check_model_type
 from grpo.engine.files import read_json
-from grpo.engine.sizes import GPU_TILE, KEPT, PACKED, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, target_names
+from grpo.engine.sizes import (GPU_TILE, KEPT, LOGITS, PACKED, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, WIDTHS,
+    target_names)
 
 PHASES = ("loading", "vision", "prefill", "decode", "reference", "passes", "step")
 COMPONENTS = ("weights", "gathered", "gradients", "optimizer", "reference", "caches", "activations", "head")
@@ -198,8 +199,8 @@ class Costs:
         return width * kept + softmax + 2 * self.norm_bytes(tokens)
 
     def norm_bytes(self, tokens: int) -> float:
-        """RMSNorm: its input, one number a token, and its output."""
-        return tokens * (2 * self.shape.hidden * self.width + 4)
+        """RMSNorm: its input and its output."""
+        return tokens * 2 * self.shape.hidden * self.width
 
     def backward_bytes(self) -> float:
         """Of an MLP's backward: the product made again, its gradient, up's and gate's; the residual's and the
@@ -255,13 +256,15 @@ class Costs:
     def memory(self) -> dict[str, dict[str, float]]:
         """Bytes of each phase by component. A phase with several moments is shown at its worst."""
         whole, layered = self.gathered(self.s.rollout_weights == "whole"), self.gathered(False)
-        x, rest = self.shape, self.resident()
+        x, rest, cast = self.shape, self.resident(), self.width * (self.width < 4)
         prefilled = min(self.slots, max(1, PREFILL_TOKENS // self.s.prompt_tokens)) * self.s.prompt_tokens
         own_keys = 2 * x.layers * x.keys * prefilled * self.width  # before they are written into the caches
         arriving = self.width * self.layer * (1 + (not self.on_gpu)) * (self.gpus > 1 and whole > layered)
         packs = not self.on_gpu and self.width == 4 and self.s.rollout_weights != "layers"
         copies = 4 * packs * (x.table + x.layers * x.layer * (4 * x.layers * x.layer <= PACKED))  # packed.py's
-        scores = self.rows * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (4 + self.width)
+        fed = self.rows * (1 + WIDTHS[-1] * self.on_gpu)  # tokens of a decode step, the longest guesses among them
+        drawn = fed if self.on_gpu else max(1, LOGITS // x.vocabulary)  # of them at once
+        scores = fed * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (8 + cast)
         phases = {
             "loading": self.loading(),
             "vision": add(rest, gathered=self.gathered(False, 0), activations=self.vision_bytes()),  # it is the root's
@@ -269,8 +272,8 @@ class Costs:
                 rest, gathered=whole + copies, caches=self.cache_bytes() + own_keys,
                 activations=self.forward_bytes(prefilled)), key=total),
             "decode": add(rest, gathered=whole + copies, caches=self.cache_bytes(), activations=scores,
-                          head=2 * 4 * self.rows * x.vocabulary), "reference": self.reference_pass(layered),
-            "passes": max(self.moments(layered), key=total),
+                          head=drawn * x.vocabulary * (4 + cast)),
+            "reference": self.reference_pass(layered), "passes": max(self.moments(layered), key=total),
             "step": add(self.resident(step=True), gradients=MASTER * self.trained / self.shards)}
         return {name: {part: phase.get(part, 0.0) for part in COMPONENTS} for name, phase in phases.items()}
 

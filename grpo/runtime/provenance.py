@@ -22,13 +22,14 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 def what_ran(settings) -> dict:
     """The content of settings.json for one run of a program."""
-    given = {name: getattr(settings, name, "") for name in FILES}
+    given = {name: Path(path) for name in FILES if isinstance(path := getattr(settings, name, ""), str) and path}
     return {
         "settings": as_dict(settings),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__},
         "commit": commit(), "data_hash": fingerprint(Path(settings.data)), "model_hash": model_hash(settings.model),
-        "file_hashes": {name: file_hash(path) for name, path in given.items() if path and isinstance(path, str)},
+        "file_hashes": {name: sha256(path / "adapter_model.safetensors" if path.is_dir() else path)[:16]
+                        for name, path in given.items()},
         "ranks": int(os.environ.get("WORLD_SIZE", 1)), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
 
 
@@ -53,11 +54,6 @@ def commit(root: Path = Path(__file__).parents[2]) -> str | None:
         return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def file_hash(path: str) -> str:
-    """The first 16 hexadecimal digits of the sha256 of its contents, or of a folder's adapter."""
-    return sha256(Path(path) / "adapter_model.safetensors" if Path(path).is_dir() else Path(path))[:16]
 
 
 def fingerprint(folder: Path) -> str:
