@@ -126,7 +126,7 @@ def cispo_surrogate(r: Tensor, A: Tensor, logp: Tensor, clip_low: float | None, 
 def sapo_surrogate(r: Tensor, A: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
     """4/τ σ(τ (r − 1)) A, with a τ for A > 0 and one for the rest: a gate without an edge, of slope A at r = 1.
 
-    SAPO, arXiv 2511.20347: the larger τ, the sooner the gradient fades away from r = 1."""
+    SAPO, arXiv 2511.20347 eq. 5 and 6: the larger τ, the sooner the gradient fades away from r = 1."""
     tau = torch.where(A > 0, A.new_tensor(tau_positive), A.new_tensor(tau_negative))
     return 4 / tau * torch.sigmoid(tau * (r - 1)) * A
 
@@ -134,7 +134,7 @@ def sapo_surrogate(r: Tensor, A: Tensor, tau_positive: float = 1.0, tau_negative
 def vespo_surrogate(logp: Tensor, old_logp: Tensor, A: Tensor, k_positive: float = 2.0, lambda_positive: float = 3.0,
                     k_negative: float = 3.0, lambda_negative: float = 2.0) -> Tensor:
     """sg(φ(w)) A log π_θ, φ(w) = w^k exp(λ (1 − w)): a weight that fades on both sides of w = 1.  VESPO, arXiv
-    2602.10693
+    2602.10693 eq. 20
 
     w = π_θ(o) / π_old(o) of the whole completion, neither clipped nor divided by its length; both log-probabilities
     are 0 in the padding. k and λ are one pair for A ≥ 0, one for A < 0."""

@@ -28,7 +28,7 @@ PAPERS = {
     "gspo": ("group", dict(level="sequence", clip_low=3e-4, clip_high=4e-4)),
     "cispo": ("group", dict(surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token")),
     "bnpo": ("group", dict(aggregate="token")),
-    "luspo": ("group", dict(level="sequence", aggregate="constant", length=1, clip_low=3e-4, clip_high=4e-4)),
+    "luspo": ("group", dict(level="sequence", aggregate="constant", length=1, clip_low=2e-3, clip_high=2.5e-3)),
     "sapo": ("group", dict(surrogate="sapo", **UNCLIPPED)),
     "vespo": ("group", dict(surrogate="vespo", aggregate="token", **UNCLIPPED)),
     "rloo": ("leave-one-out", dict(aggregate="constant", length=1, **UNCLIPPED)),
