@@ -95,8 +95,8 @@ def main() -> None:
     policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device,
                          encoder.vocabulary)
     speculation = Speculation() if settings.speculate == "auto" else None
-    if settings.guesses:
-        remember_predictions(speculation, settings.guesses, samples, encoder)
+    if settings.guesses and speculation:
+        remember_predictions(speculation, settings.guesses, task, samples, encoder)
     several = answer(policy, Prompts(encoder, task, settings.reasoning), samples, sampling, group_size=settings.samples,
                      speculation=speculation)
     if rank() == 0:

@@ -244,9 +244,9 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
     trainer.rollout_log.last, symptoms, means = rollouts - 1, Symptoms(), Means(rollouts)
     if not run.step:
-        if settings.predictions:
-            remember_predictions(trainer.speculation, settings.predictions, curriculum.hard + curriculum.easy,
-                run.encoder)
+        if settings.predictions and trainer.speculation:
+            remember_predictions(trainer.speculation, settings.predictions, run.task,
+                curriculum.hard + curriculum.easy, run.encoder)
         run.metrics_log.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
         bar.update(run.step)

@@ -10,6 +10,7 @@ from grpo.engine import speculation, static
 from grpo.engine.head import completion_logp, token_logits
 from grpo.engine.lora import add_adapter
 from grpo.engine.rollout import sample
+from grpo.engine.speculation import Speculation
 from grpo.group import make_packs
 from grpo.objective import grpo_loss
 from grpo.runtime.optim import backward, optimizer_step, packed_pass
@@ -193,6 +194,25 @@ def test_a_decode_step_is_traced_whole_and_compiled_once_a_bucket(monkeypatch):
     assert tokens(sample(policy, prompts(3), 3, drawn)) == tokens(plain)
     shapes = {(bucket.groups, bucket.read[0].shape[-2], bucket.tokens) for bucket in seen}
     assert len(set(map(id, seen))) == len(shapes) == len(compiled) == 4  # two groups, then one; 64 and 80 tokens
+
+
+def test_a_decode_step_with_guesses_is_traced_whole_and_its_state_stays_where_it_is(monkeypatch):
+    policy, drawn, speculation = tiny_policy(), sampling(max_tokens=24, end_tokens=(), read_every=4), Speculation()
+    for group in sample(policy, prompts(2), 3, drawn):
+        speculation.remember(group.prompt.id, group.completions)
+    step, guessed, places = torch.compile(static.Bucket.step, fullgraph=True, dynamic=False, backend="eager"), [], {}
+
+    def run(bucket):
+        step(bucket)
+        guessed.append(bucket.tokens - 1)
+        state = (bucket.window, bucket.uniform, bucket.start, bucket.first, bucket.limit, bucket.written, bucket.steps,
+                 bucket.logps, bucket.lengths, *bucket.prompts, *bucket.read)
+        places.setdefault(id(bucket), set()).add(tuple(tensor.data_ptr() for tensor in state))
+
+    plain = sample(policy, prompts(2), 3, drawn)
+    monkeypatch.setattr(static, "run", run)
+    assert tokens(sample(policy, prompts(2), 3, drawn, speculation=speculation)) == tokens(plain)
+    assert max(guessed) > 0 and all(len(one) == 1 for one in places.values())
 
 
 def test_a_reading_every_minus_one_step_is_refused():

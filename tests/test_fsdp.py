@@ -7,6 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from grpo.engine.rollout import Sampling, sample
+from grpo.runtime import fsdp
 from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks
 from grpo.runtime.fsdp import compute_dtype, encode_images_unsharded, sample_unsharded, shard
 from processes import gather_weights, run_processes
@@ -194,6 +195,18 @@ def check_frozen(path):
 @pytest.mark.parametrize("world", [1, 2])
 def test_frozen_weights_in_the_compute_type_change_no_bit_of_values_and_gradients(world):
     run_processes(check_frozen, world, None)
+
+
+@pytest.mark.parametrize("free,more,fits", [(130, 0, True), (130, 30, False), (90, 0, False)])
+def test_whole_weights_are_gathered_on_a_card_only_where_they_and_the_caches_fit(monkeypatch, free, more, fits):
+    policy = SimpleNamespace(rollout_weights="auto", device=SimpleNamespace(type="cuda"), compute_dtype=torch.bfloat16,
+                             parameters=lambda: [torch.zeros(50)])  # 100 bytes in bfloat16
+    monkeypatch.setattr(fsdp, "DTensor", torch.Tensor)
+    monkeypatch.setattr(fsdp, "any_rank", lambda flag, device: flag)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 20, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)  # of which 10 are in use
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    assert fsdp.unsharded_fits(policy, more) == fits
 
 
 def test_auto_is_bfloat16_only_where_the_card_computes_in_it(monkeypatch):

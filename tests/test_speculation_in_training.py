@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from programs import COMMON, lines
+from data.task import sample_hash
 from test_answer import SAMPLING, Encoder, samples, task
 from test_loop import make, weights
 
 from grpo.runtime.optim import skip_idle
+from grpo import evaluate
 from grpo.engine.speculation import Speculation
 from grpo.group import Group, Pack, row_mask
 from grpo.runtime.optim import idle_pack
@@ -85,15 +87,56 @@ def test_speculation_repeats_an_evaluation_in_fewer_passes():
 
 
 def test_predictions_of_another_dataset_are_no_speculation_and_said_once(tmp_path, capsys):
-    path, speculation = tmp_path / "predictions.jsonl", Speculation()
-    good, other = ({"id": name, "completion": "a b"} for name in ("test/1", "elsewhere/7"))
-    path.write_text("\n".join([json.dumps(good), json.dumps(other), json.dumps({"id": "test/0"}), "no JSON"]) + "\n")
+    path, speculation, some = tmp_path / "predictions.jsonl", Speculation(), samples(4)
+    task = SimpleNamespace(data=SimpleNamespace(target=lambda sample: f"of {sample.id}"))
+    mine = {"id": "test/1", "completion": "a b", "sample": sample_hash(task, some[1])}
+    lines_of = [mine, {"id": "test/2", "completion": "a"}, {**mine, "id": "elsewhere/7"}, {**mine, "id": "test/3"},
+                {"id": "test/0"}]  # of test/3 the id alone is right
+    path.write_text("\n".join([*map(json.dumps, lines_of), "no JSON"]) + "\n")
     encoder = SimpleNamespace(completion=lambda text: torch.tensor([len(text), END]))
-    remember_predictions(speculation, str(path), samples(2), encoder)
-    assert {name: [row.tolist() for row in group]
-            for name, group in speculation.history.items()} == {"test/1": [[3, END]]}
-    assert capsys.readouterr().out.count("3 lines are no completion of a sample here") == 1
-    remember_predictions(None, str(path), samples(2), encoder)  # --speculate off
+    remember_predictions(speculation, str(path), task, some, encoder)
+    assert {name: [row.tolist() for row in group] for name, group in speculation.history.items()} == {
+        "test/1": [[3, END]], "test/2": [[1, END]]}
+    assert capsys.readouterr().out.count("4 lines are no completion of a sample here") == 1
+
+
+def test_an_evaluation_guesses_from_the_predictions_it_is_given_unless_it_is_told_not_to(folder, tmp_path, monkeypatch):
+    known, real = [], evaluate.answer
+
+    def spy(*given, speculation, **more):
+        known.append(speculation and set(speculation.history))
+        return real(*given, speculation=speculation, **more)
+
+    monkeypatch.setattr(evaluate, "answer", spy)
+    words = ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--split", "train",
+             "--limit", 2, *COMMON]
+    for more in ((), ("--guesses", folder / "split" / "predictions.jsonl"), ("--speculate", "off")):
+        monkeypatch.setattr("sys.argv", ["", *map(str, [*words, "--output", tmp_path / f"{len(known)}", *more])])
+        evaluate.main()
+    asked = {line["id"] for line in lines(folder / "split" / "predictions.jsonl")} & {"train/0", "train/1"}
+    assert asked and known == [set(), asked, None]
+    assert len({(tmp_path / str(run) / "predictions.jsonl").read_text() for run in range(3)}) == 1
+
+
+def test_a_validation_speculates_with_the_one_before(folder, tmp_path):
+    trainer, _, _ = make(folder, tmp_path, "--valid_split", "valid", "--valid_samples", 3)
+    run = trainer.run
+    first = run.validate(1)
+    assert set(run.speculation["validate"].history) == {sample.id for sample in run.valid}
+    assert run.validate(2) == first and run.speculation["validate"].counts["accepted"] > 0
+
+
+def check_packs_left():
+    """Two packs that teach on the first rank, one that does not on the second: passes are collectives."""
+    packs = [pack_with([[0.5]], [[True]]) for _ in range(2 - rank())]
+    for pack in packs:
+        pack.advantages = torch.zeros(1) if rank() else torch.ones(1)
+    left, told = skip_idle(packs, torch.device("cpu"))
+    assert len(left) == 2 and told == {"groups_skipped": 1}
+
+
+def test_ranks_pass_equally_often_where_only_some_have_groups_that_teach():
+    run_processes(check_packs_left, 2)
 
 
 # ── is the sampler the scorer? ───────────────────────────────────────────────────────────────────────────────────

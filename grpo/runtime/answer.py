@@ -3,6 +3,7 @@
 import json
 from typing import Callable
 
+from data.task import sample_hash
 from grpo.engine.encode import Encoder
 from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling
@@ -119,16 +120,15 @@ def remember(speculation: Speculation | None, groups: list[Group]) -> None:
             speculation.remember(prompt_id, completions)
 
 
-def remember_predictions(speculation: Speculation | None, path: str, samples: list, encoder: Encoder) -> None:
-    """The completions in a file of predictions, to guess from. Lines that fit no sample are said once, and ignored."""
-    if not speculation:
-        return
-    known, unfit = {sample.id for sample in samples}, 0
+def remember_predictions(speculation: Speculation, path: str, task, samples: list, encoder: Encoder) -> None:
+    """The completions in a file of predictions, to guess from. Lines that are of no sample here, or of another that has
+    its id, are said once, and ignored."""
+    known, unfit = {sample.id: sample_hash(task, sample) for sample in samples}, 0
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
                 entry = json.loads(line)
-                if entry["id"] not in known:
+                if entry.get("sample", known[entry["id"]]) != known[entry["id"]]:
                     raise KeyError
                 speculation.remember(entry["id"], [encoder.completion(entry["completion"])])
             except (ValueError, KeyError, TypeError):
