@@ -54,7 +54,7 @@ Differences of definition:
             here.  Its `kl` statistic is then the weighted one, ours always the bare estimate: not compared.
   clip      sequence-level, TRL's statistics are means over completions, ours over tokens: not compared.
   flat      a group of equal rewards is exactly zero here; TRL divides what rounding leaves (the last line).
-  sums      luspo's loss is a sum over tokens and not a mean: its differences are relative to its size.
+  sums      luspo's loss is a sum over tokens and not a mean, so it is larger and so is its rounding.
 No counterpart: delta (a second bound), entropy quantile and bonus, off-policy sequence masking."""
 
 
