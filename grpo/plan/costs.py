@@ -172,7 +172,7 @@ class Costs:
     def forward_bytes(self, tokens: int) -> float:
         """The widest moment of a pass without gradient: embedding, residual, normed input, and what a block makes."""
         x, wide = self.shape, 4 / self.width  # the norm computes in float32
-        mlp = 3 * x.intermediate  # silu(gate), up and their product
+        mlp = 2 * x.intermediate  # gate, in whose place the product is made, and up
         attention = 2 * x.keys + 4 * x.queries  # rope's terms, later the outputs and their two copies
         return tokens * self.width * (3 * x.hidden + max(mlp, attention, 3 * wide * x.hidden))
 
