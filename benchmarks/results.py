@@ -34,7 +34,9 @@ def table(rows: list[dict]) -> list[str]:
 def main() -> None:
     runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     cases = lambda run: ", ".join(dict.fromkeys(str(row["case"]) for row in run["figures"] if "case" in row))
-    last = {(run["benchmark"], run["machine"], run["settings"].get("task", ""), cases(run)): run for run in runs}
+    # one of other cases or other group sizes does not stand in another's place
+    last = {(run["benchmark"], run["machine"], run["settings"].get("task", ""),
+             f"{cases(run)} {run['settings'].get('group_size', '')}"): run for run in runs}
     lines = [
         "# Measured",
         "",
