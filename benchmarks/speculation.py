@@ -11,6 +11,7 @@ questions without their images, or those below, which have no one answer and are
 
 import argparse
 import time
+from pathlib import Path
 
 from benchmarks.record import append
 
@@ -69,12 +70,20 @@ def compare(policy, prompts: list, ends: tuple[int, ...], rows: int, settings) -
             "accepted": counts["accepted"] / max(1, counts["guessed"]), "equal_completions": equal}
 
 
+def title(model: str, data: str | None, task: str) -> str:
+    """A folder that is called model says nothing; the one it lies in does."""
+    folder = Path(model).resolve()
+    return f"{folder.parent.name if folder.name == 'model' else folder.name}: {task if data else 'questions'}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's folder; it answers the dataset's samples")
     parser.add_argument("--data", help="the dataset's folder")
     parser.add_argument("--text_model", help="a text model's folder")
-    parser.add_argument("--text_data", help="a JMERE folder; without one it answers the questions of this file")
+    parser.add_argument("--text_data", help="a dataset's folder; without one it answers the questions of this file")
+    parser.add_argument("--text_task", default="jmere", help="the task that --text_data belongs to")
+    parser.add_argument("--whole_answer", type=lambda word: word == "True", default=False, help="--text_task jsonl's")
     parser.add_argument("--task", default="more")
     parser.add_argument("--split", default="train")
     parser.add_argument("--reasoning", type=lambda word: word == "True", default=True)
@@ -92,27 +101,28 @@ def main() -> None:
     if bool(settings.model) != bool(settings.data) or not (settings.model or settings.text_model):
         parser.error("expected --model and --data, --text_model, or all three")
     print(
-        f"{'parameters':>10}{'rows':>6}{'completions':>13}{'tokens':>8}{'seconds':>9}{'without':>9}{'ratio':>7}"
+        f"{'case':20}{'parameters':>12}{'rows':>6}{'completions':>13}{'tokens':>8}{'seconds':>9}{'without':>9}{'ratio':>7}"
         f"{'tokens a step':>15}{'accepted':>10}{'equal':>7}"
     )
     figures = []
     cases = [(settings.model, settings.data, settings.task, rows) for rows in settings.rows if settings.model]
-    cases += [(settings.text_model, settings.text_data, "jmere", rows) for rows in settings.text_rows
+    cases += [(settings.text_model, settings.text_data, settings.text_task, rows) for rows in settings.text_rows
               if settings.text_model]
     for *case, rows in cases:
         policy, prompts, ends = load(*case, settings)
         size = sum(parameter.numel() for parameter in policy.parameters())
-        figures.append({"parameters": size, **compare(policy, prompts, ends, rows, settings)})
+        figures.append({"case": title(*case), "parameters": size, **compare(policy, prompts, ends, rows, settings)})
         print(
-            "{parameters:10}{rows:6}{completions:13}{tokens:8}{seconds:9.2f}{seconds_without:9.2f}{ratio:7.2f}"
+            "{case:20}{parameters:12}{rows:6}{completions:13}{tokens:8}{seconds:9.2f}{seconds_without:9.2f}{ratio:7.2f}"
             "{tokens_per_step:15.2f}{accepted:10.0%}{equal_completions:7.0%}".format(**figures[-1]),
             flush=True,
         )
-    summary = "; ".join(f"{one['parameters'] / 1e6:.0f}M, {one['rows']} rows: {one['tokens_per_step']:.1f} tokens a "
-                        f"step and row, ratio {one['ratio']:.2f}" for one in figures)
+    summary = "; ".join(f"{one['case']}, {one['parameters'] / 1e6:.0f}M, {one['rows']} rows: "
+                        f"{one['tokens_per_step']:.1f} tokens a step and row, ratio {one['ratio']:.2f}"
+                        for one in figures)
     print(summary)
     if settings.record:
-        kept = ("task", "group_size", "temperature", "max_completion_tokens", "dtype", "repeats")
+        kept = ("group_size", "temperature", "max_completion_tokens", "dtype", "repeats")
         append("speculation", {name: getattr(settings, name) for name in kept}, figures, summary)
 
 

@@ -227,6 +227,15 @@ def test_keeping_the_metrics_log_changes_no_bit_of_the_training(folder, tmp_path
     assert (tmp_path / "with" / "rollouts.jsonl").exists() and not (tmp_path / "without" / "rollouts.jsonl").exists()
 
 
+def test_the_log_scores_only_the_packs_it_shows_once_after_the_last_update(folder, tmp_path, monkeypatch):
+    trainer, _, samples = make(folder, tmp_path, "--rollout_log_groups", 1, "--updates", 2, "--tokens_per_pass", 300)
+    passes, policy, score, record = [], trainer.run.policy, trainer.run.policy.score, trainer.rollout_log.record
+    monkeypatch.setattr(policy, "score", lambda *some: passes.append("pass") or score(*some))
+    monkeypatch.setattr(trainer.rollout_log, "record", lambda *some: passes.append("log") or record(*some))
+    trainer.step(samples[:4], 0, [1e-3, 1e-3])
+    assert passes == [*["pass"] * 4, "log", "pass"], passes  # two updates of two packs; then the one that is shown
+
+
 def one_step(folder, output):
     trainer, _, samples = make(folder, output, "--prompts_per_rollout", 4, "--rollout_log_groups", 3)
     trainer.step(samples[:4], 0, [1e-3, 1e-3])
