@@ -101,8 +101,8 @@ def main() -> None:
     if bool(settings.model) != bool(settings.data) or not (settings.model or settings.text_model):
         parser.error("expected --model and --data, --text_model, or all three")
     print(
-        f"{'case':20}{'parameters':>12}{'rows':>6}{'completions':>13}{'tokens':>8}{'seconds':>9}{'without':>9}{'ratio':>7}"
-        f"{'tokens a step':>15}{'accepted':>10}{'equal':>7}"
+        f"{'case':20}{'parameters':>12}{'rows':>6}{'completions':>13}{'tokens':>8}{'seconds':>9}{'without':>9}"
+        f"{'ratio':>7}{'tokens a step':>15}{'accepted':>10}{'equal':>7}"
     )
     figures = []
     cases = [(settings.model, settings.data, settings.task, rows) for rows in settings.rows if settings.model]

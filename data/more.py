@@ -200,8 +200,7 @@ def read_labels(folder) -> tuple[str, ...]:
     ids = read_json(file, expected)
     if not isinstance(ids, dict) or not all(type(value) is int for value in ids.values()):
         raise ValueError(f"{file}: a dictionary from label to whole number expected")
-    for good, fault in (
-            (all(label.isprintable() and label == label.strip() != "" for label in ids),
+    for good, fault in ((all(label.isprintable() and label == label.strip() != "" for label in ids),
              "a label holds what cannot be printed, or begins or ends in space"),
             (len(set(ids.values())) == len(ids), "two labels share an id"), ("none" in ids, "no label 'none'")):
         if not good:

@@ -90,7 +90,7 @@ def main() -> None:
     samples = chosen_samples(settings, task, encoder)
     check_reward_options(task, samples, options)
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature, settings.top_p,
-                        settings.top_k, settings.rollout_rows, seed=f"{settings.seed}/evaluate")
+                        settings.top_k, settings.rollout_rows, settings.read_every, seed=f"{settings.seed}/evaluate")
     device, watch = start(), Stopwatch()
     policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device,
                          encoder.vocabulary)

@@ -114,7 +114,8 @@ class Trainer:
         short = {id(prompt.sample) for prompt in prompts}
         earlier = tuple(count for sample, count in zip(samples, earlier) if id(sample) in short)
         sampling = Sampling(settings.max_completion_tokens, self.run.encoder.end_tokens, self.preset.temperature,
-                            rows=settings.rollout_rows, seed=f"{settings.seed}/{number}", earlier=earlier)
+                            rows=settings.rollout_rows, read_every=settings.read_every,
+                            seed=f"{settings.seed}/{number}", earlier=earlier)
         groups = roll_out(self.policy, prompts, self.preset.group_size, sampling, self.speculation)
         for group, count in zip(groups, earlier):
             group.earlier = count

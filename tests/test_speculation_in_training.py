@@ -14,6 +14,7 @@ from test_loop import make, weights
 
 from grpo.runtime.optim import skip_idle
 from grpo import evaluate
+from grpo.engine import rollout
 from grpo.engine.speculation import Speculation
 from grpo.group import Group, Pack, row_mask
 from grpo.runtime.optim import idle_pack
@@ -124,6 +125,27 @@ def test_a_validation_speculates_with_the_one_before(folder, tmp_path):
     first = run.validate(1)
     assert set(run.speculation["validate"].history) == {sample.id for sample in run.valid}
     assert run.validate(2) == first and run.speculation["validate"].counts["accepted"] > 0
+
+
+def test_read_every_is_the_fixed_shape_steps_between_two_reads_in_every_program(folder, tmp_path, monkeypatch):
+    periods, real = [], rollout.Static.decode_steps
+    monkeypatch.setattr(rollout.Static, "decode_steps", lambda self: periods.append(self.steps) or real(self))
+    words, drawn, answered = ("--valid_split", "valid", "--valid_samples", 2), [], []
+    split = ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--limit", 2, *COMMON]
+    for period in (0, 3):
+        trainer, _, some = make(folder, tmp_path / f"{period}", "--read_every", period, *words)
+        drawn.append([row.tolist() for group in trainer.sample(some[:2], 0) for row in group.completions])
+        assert set(periods) == {period} - {0}
+        periods.clear()
+        answered.append(trainer.run.validate(1))
+        assert set(periods) == {period} - {0}
+        periods.clear()
+        given = [*split, "--output", tmp_path / f"split {period}", "--read_every", period]
+        monkeypatch.setattr("sys.argv", ["", *map(str, given)])
+        evaluate.main()
+        assert set(periods) == {period} - {0}
+        answered[-1]["text"] = (tmp_path / f"split {period}" / "predictions.jsonl").read_text()
+    assert drawn[0] == drawn[1] and answered[0] == answered[1]
 
 
 def check_packs_left():

@@ -137,8 +137,7 @@ def export(policy: Policy, source: str, place: Path, dtype: str = "auto", traini
 def export_adapter(policy: Policy, targets: str, training: dict, place: Path) -> None:
     """As `export`, the adapter alone, for PEFT; training["model"] is the model that it belongs to."""
     layer = next(iter(adapted(policy.model).values()))
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": training["model"],
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": training["model"],
         "inference_mode": True, "bias": "none", "r": len(layer.lora_A), "lora_alpha": layer.scale * len(layer.lora_A),
         "lora_dropout": layer.dropout,
         # a pattern and not a list, which PEFT would look for in the vision encoder too

@@ -278,7 +278,7 @@ class Run:
             return {}
         heartbeat("validate")
         sampling = Sampling(self.settings.max_completion_tokens, self.encoder.end_tokens, temperature=0.0,
-                            rows=self.settings.rollout_rows)
+                            rows=self.settings.rollout_rows, read_every=self.settings.read_every)
         if metrics := {} if step else broadcast_from_rank_0(self.validated_before):
             say(f"validation: as it was when {self.settings.model} was made")
         else:

@@ -96,6 +96,8 @@ class CommonSettings(TaskSettings):
                                              "(Qwen3-VL: 32 × 32; LLaVA-1.5 has one size and does not ask)")
     max_completion_tokens: int = setting(1024, "longest completion, end token included", top=True, above=0)
     rollout_rows: int = speed(64, "completions written at once on each rank; changes memory use only", above=0)
+    read_every: int = speed(0, "decode steps between two times that the host reads what an accelerator has drawn, of "
+                               "fixed shapes; 0: 8, and on a CPU one step, its shapes following the rows", least=0)
     speculate: str = speed("auto", "auto: guess tokens from earlier answers and check several in one pass, where that "
                                    "pays; changes the number of passes, not what is drawn", choices=("auto", "off"))
     dtype: str = inputs("auto", "what is computed in; masters are float32. auto: bfloat16 on a GPU that has it "

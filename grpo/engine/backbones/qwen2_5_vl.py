@@ -28,8 +28,7 @@ def load_image_processor(model: str, max_pixels: int | None) -> Qwen2VLImageProc
     if largest < side**2:
         raise ValueError(f"max_pixels is {largest}; one token of an image is already {side} × {side} = {side**2}")
     keep = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-    return Qwen2VLImageProcessorPil(
-        size={"shortest_edge": min(smallest, largest), "longest_edge": largest},
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": min(smallest, largest), "longest_edge": largest},
         **{name: settings[name] for name in keep if name in settings})
 
 
