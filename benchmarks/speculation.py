@@ -5,8 +5,13 @@
 
 The first epoch's completions, drawn with another seed from the same weights, are the guesses. (In training the weights
 have moved a little by then; so the shares here are the upper end.) The text model, of any size, answers JMERE's
-questions without their images, or those below, which have no one answer and are the worst case. Each side runs
-`--repeats` times, in turn, and its fastest run counts: ratios of one run bear a busy machine.
+questions without their images, or those below, which have no one answer and are the worst case. What GRPO has trained
+repeats itself more: the puzzles of `./launch.sh demo --task text`, answered by its `grpo/model`, take
+
+    --text_task jsonl --text_data DEMO/world/TEXT --whole_answer True --reasoning False --temperature 1 \
+        --max_completion_tokens 16
+
+Each side runs `--repeats` times, in turn, and its fastest run counts: ratios of one run bear a busy machine.
 """
 
 import argparse
