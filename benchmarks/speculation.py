@@ -1,4 +1,4 @@
-"""Rollouts of a second epoch with and without speculation, in one run: the same tokens, how many steps, how long.
+r"""Rollouts of a second epoch with and without speculation, in one run: the same tokens, how many steps, how long.
 
     python -m benchmarks.speculation --model DEMO/stage_1/model --data DEMO/world/MORE --text_model FOLDER \
         --text_data JMERE [--record]
