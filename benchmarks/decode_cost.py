@@ -10,6 +10,10 @@ relative errors, with the cost of a further token as the unit:
 
 and to the models: fixed = read + launch · layers / parameters, which is FIXED. A model is a folder or a shape of
 benchmarks/shapes.py.
+
+The constants in the code are those of an AMD EPYC and of an engine with slower steps, REGROUPED and PADDED set by whole
+rollouts. An Intel Xeon's come out otherwise (guesses cheaper); rollouts of `benchmarks.speculation` with them took the
+same time there, within what two runs differ by. The rule is flat around its best, and one set of constants stays.
 """
 
 import argparse

@@ -27,7 +27,7 @@ CANDIDATES = 64  # places of the same last tokens that are kept
 LONGEST = 32  # tokens of a guess
 FIRST_CHANCE, PACE = 0.6, 0.1  # that a prediction is right: before any was checked; a new one's weight
 # A decode step's fixed cost in tokens: to read the weights, and a layer's launches times the model's parameters.
-# CPU: fitted to timed steps of four models, 1 to 64 rows; CUDA: bandwidth and peak of an H100, not measured.
+# CPU: of an EPYC (benchmarks/decode_cost.py: a Xeon's differ, and gain no time); CUDA: of an H100's data, not measured.
 FIXED = {"cpu": (12.0, 35e6), "cuda": (100.0, 0.0)}
 # What guesses cost beside their tokens: regrouping, as a share of the fixed cost, and a place that pads a shorter one.
 REGROUPED, PADDED = 0.3, 0.035
