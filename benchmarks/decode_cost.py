@@ -3,8 +3,8 @@
     python -m benchmarks.decode_cost [--models big-head trunk middle FOLDER …] [--record]
 
 Rollouts of N rows in which every row is given g guesses a step that are wrong, so that a step keeps one token a row and
-its cost alone differs (at most 128 tokens); the median step of the fastest of `--repeats` rollouts counts. Fitted to each model's steps, by
-relative errors, with the cost of a further token as the unit:
+its cost alone differs (at most 128 tokens); the median step of the fastest of `--repeats` rollouts counts. Fitted to
+each model's steps, by relative errors, with the cost of a further token as the unit:
 
     step = fixed · (1 + REGROUPED · [some row guesses]) + rows + guessed + PADDED · places that pad a shorter guess
 

@@ -188,7 +188,7 @@ def test_images_that_several_prompts_bring_at_once_stay_with_their_prompts():
     shapes = [((1, 4, 4),), ((1, 8, 6), (1, 4, 4)), (), ((1, 4, 4),)]
     prompts = [tiny_prompt(i, shape) for i, shape in enumerate(shapes)]
     for prompt, together in zip(prompts, policy.embed(prompts).split([len(prompt) for prompt in prompts])):
-        torch.testing.assert_close(together, policy.embed([prompt]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(together, policy.embed([prompt]), rtol=1e-4, atol=1e-5)
 
 
 def test_kept_and_new_images_of_one_pack_are_each_used():
