@@ -1,6 +1,7 @@
 """The demo over several seeds: how far it rises, and whether that was only the extra time.
 
     python -m benchmarks.demo_seeds [--seeds 0 1 2 3 4] [--control] [--record]
+    python -m benchmarks.demo_seeds --task jmere --seeds 0 1 2 [--record]
     python -m benchmarks.demo_seeds --task text --model DIR --seeds 0 1 2 [--record]
 
 For each seed: `./launch.sh demo`. Prints a Markdown table, a column a seed and the mean, its last rows the rise and the
@@ -9,6 +10,9 @@ minutes. A seed that is done is not run again.
 more: F1 on the 800 test samples. With --control also a run that starts from the same Stage-1 checkpoint and, instead of
 GRPO, goes on with SFT on the cold start for the wall time that Stage 2 took, best checkpoint by validation like
 Stage 2.
+
+jmere: per cent on the 800 test posts, greedy; accuracy: all quintuples of a post right; unclear: answers that call
+someone unclear, which is what imitation learns of hard posts.
 
 text: GRPO alone on a pretrained text model, as HuggingFaceTB/SmolLM2-135M-Instruct; accuracy on the 200 test puzzles,
 drawn at temperature 1 and greedily. Draws benchmarks/text_demo.svg: the reward of every rollout, the mean of ten of
@@ -26,15 +30,19 @@ from pathlib import Path
 from benchmarks.record import append
 
 ROOT = Path(__file__).parent.parent
-ROWS = {
+ROWS = {  # a row's title: the folder, and what of it if not METRIC
     "more": {"zero-shot": "test/zero_shot", "Stage 1 (SFT)": "test/stage_1",
              "Stage 1, then more SFT (control)": "control", "Stage 1, then GRPO": "test/stage_2"},
+    "jmere": {"zero-shot": "test/zero_shot", "CoT-SFT": "test/cot_sft", "CoT-SFT, then GRPO": "test/grpo",
+              **{f"{title}, {metric}": (name, metric) for metric in ("precision", "recall", "accuracy", "unclear")
+                 for title, name in (("CoT-SFT", "test/cot_sft"), ("then GRPO", "test/grpo"))}},
     "text": {"drawn, before": "test/before", "drawn, after GRPO": "test/grpo",
              "greedy, before": "test/before_greedy", "greedy, after GRPO": "test/grpo_greedy"}}
 RISES = {"more": {"GRPO − Stage 1": ("Stage 1 (SFT)", "Stage 1, then GRPO")},
+         "jmere": {"GRPO − CoT-SFT": ("CoT-SFT", "CoT-SFT, then GRPO")},
          "text": {"drawn, after − before": ("drawn, before", "drawn, after GRPO"),
                   "greedy, after − before": ("greedy, before", "greedy, after GRPO")}}
-METRIC = {"more": "f1", "text": "accuracy"}
+METRIC = {"more": "f1", "jmere": "f1", "text": "accuracy"}
 # Stage 1's settings, but a learning rate that neither forgets what was learned nor stands still.
 CONTROL = ("--train_vision True --epochs 1000 --batch_size 32 --learning_rate 5e-4 --schedule constant "
            "--validate_every 3 --max_completion_tokens 96")
@@ -65,10 +73,18 @@ def control(folder: Path, seed: int) -> None:
          "--data", data, "--output", folder / "control")
 
 
+def score(folder: Path, metric: str) -> float:
+    """Per cent, of what an evaluation has left in its folder."""
+    if metric == "unclear":
+        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return 100 * sum("unclear" in json.loads(line)["completion"] for line in lines) / len(lines)
+    return 100 * json.loads((folder / "metrics.json").read_text())[metric]
+
+
 def figures(task: str, folders: dict[int, Path], with_control: bool) -> list[dict]:
     """Rows of the table: per cent of the task's metric, the rises, minutes; a column a seed and their mean."""
-    score = lambda folder, name: 100 * json.loads((folder / name / "metrics.json").read_text())[METRIC[task]]
-    rows = {title: [score(folder, name) for folder in folders.values()]
+    of = lambda name: (name, METRIC[task]) if isinstance(name, str) else name
+    rows = {title: [score(folder / of(name)[0], of(name)[1]) for folder in folders.values()]
             for title, name in ROWS[task].items() if with_control or name != "control"}
     for title, (before, after) in RISES[task].items():
         rows[title] = [last - first for first, last in zip(rows[before], rows[after])]
@@ -118,7 +134,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl")
     settings = parser.parse_args()
     task, folder = settings.task, settings.output or Path("runs") / f"seeds-{settings.task}"
-    if (settings.model is None) == (task == "text") or settings.control and task == "text":
+    if (settings.model is None) == (task == "text") or settings.control and task != "more":
         parser.error("--model is for --task text and needed there, --control for --task more")
     folders = {seed: (folder / str(seed)).resolve() for seed in settings.seeds}
     for seed, folder in folders.items():
