@@ -1,5 +1,5 @@
-"""benchmarks/RESULTS.md from results.jsonl: of every benchmark the last run on each machine and set of
-cases, its date, versions, table.
+"""benchmarks/RESULTS.md from results.jsonl: of every benchmark and set of cases the last run on a CPU and on
+each GPU, its machine, date, versions, table.
 
     python -m benchmarks.results
 """
@@ -34,8 +34,9 @@ def table(rows: list[dict]) -> list[str]:
 def main() -> None:
     runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     cases = lambda run: ", ".join(dict.fromkeys(str(row["case"]) for row in run["figures"] if "case" in row))
+    gpu = lambda run: "" if run["machine"].endswith(" cores") else run["machine"]
     # one of other cases or other group sizes does not stand in another's place
-    last = {(run["benchmark"], run["machine"], run["settings"].get("task", ""),
+    last = {(run["benchmark"], gpu(run), run["settings"].get("task", ""),
              f"{cases(run)} {run['settings'].get('group_size', '')}"): run for run in runs}
     lines = [
         "# Measured",
@@ -47,7 +48,7 @@ def main() -> None:
     ]
     settled = {key for key in last if not RESULTS.with_name(f"{key[0]}.py").exists()}
     for key, run in last.items():
-        name, machine, task, _ = key
+        name, _, task, _ = key
         if key in settled:
             continue
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
@@ -55,7 +56,7 @@ def main() -> None:
         lines += [
             f"## {name} {task}".rstrip(),
             "",
-            f"`python -m benchmarks.{name}`, {run['date']}, {machine}, {versions}, at {run['commit']}; {settings}.",
+            f"`python -m benchmarks.{name}`, {run['date']}, {run['machine']}, {versions}, at {run['commit']}; {settings}.",
             "",
         ]
         lines += [*table(run["figures"]), ""]
