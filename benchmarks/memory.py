@@ -229,9 +229,12 @@ def main() -> None:
     settings = parser.parse_args()
     models = settings.models.absolute()
     if settings.measure:
+        from grpo.runtime.dist import finish
+
         case, detail = settings.measure
         detail = detail if case == "load" else int(detail)
-        return print(json.dumps(globals()[case](models, settings.output, detail)))
+        print(json.dumps(globals()[case](models, settings.output, detail)))
+        return finish()
     for shape in ("planned", "table", "small"):
         write_model(models / shape, shape)
 

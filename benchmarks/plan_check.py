@@ -127,7 +127,10 @@ def main() -> None:
     settings = parser.parse_args()
     models = settings.models.absolute()
     if settings.measure:
-        return print(json.dumps(measured(models, CASES[settings.measure], settings.output)))
+        from grpo.runtime.dist import finish
+
+        print(json.dumps(measured(models, CASES[settings.measure], settings.output)))
+        return finish()
     write_model(models / "planned", "planned")
     print(f"{'case':16}{'ranks':>6}{'planned, MB':>13}{'measured':>10}{'off by':>8}{'with holes':>12}   phase")
     rows = []

@@ -56,7 +56,8 @@ def main() -> None:
         lines += [
             f"## {name} {task}".rstrip(),
             "",
-            f"`python -m benchmarks.{name}`, {run['date']}, {run['machine']}, {versions}, at {run['commit']}; {settings}.",
+            f"`python -m benchmarks.{name}`, {run['date']}, {run['machine']}, {versions}, "
+            f"at {run['commit']}; {settings}.",
             "",
         ]
         lines += [*table(run["figures"]), ""]

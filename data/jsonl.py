@@ -112,12 +112,10 @@ def make_sample(entry: dict, folder: Path, options: dict) -> Sample:
     images, choices = take("images", "image") or [], take("choices") or []
     images = [images] if isinstance(images, str) else images
     texts = lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)
-    for name, value, good, expected in (
-            (" or ".join(QUESTIONS), text, isinstance(text, str), "a text"),
+    for name, value, good, expected in ((" or ".join(QUESTIONS), text, isinstance(text, str), "a text"),
             ("system", system, isinstance(system, str), "a text"),
             (" or ".join(ANSWERS), answer, not isinstance(answer, (dict, bool)) and (answer or answer == 0),
-             "a text, a number or a list"),
-            ("images", images, texts(images), "a list of texts"),
+             "a text, a number or a list"), ("images", images, texts(images), "a list of texts"),
             ("choices", choices, texts(choices) and len(set(choices)) == len(choices) <= 26,
              "a list of at most 26 different texts")):
         if not good:

@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def with_own_reward(task: ModuleType, name: str) -> SimpleNamespace:
     halves = {key: getattr(own, key, value) for key, value in vars(task).items() if not key.startswith("__")}
     if not hasattr(own, "WEIGHTS"):
         halves["WEIGHTS"] = {"reward": 1.0}
-        halves["reward"] = lambda *one, **options: {"reward": own.reward(*one, **options)}
+        halves["reward"] = wraps(own.reward)(lambda *one, **options: {"reward": own.reward(*one, **options)})
     return SimpleNamespace(**halves, __name__=name)
 
 
@@ -82,6 +83,8 @@ def load_samples(task: Task, settings, split: str, seen_size: Callable | None = 
         if (before := places.setdefault(sample.id, place)) != place:
             raise ValueError(f"{settings.data}: samples {before} and {place} of split {split} have the same id "
                              f"{sample.id!r}; each needs its own")
+    if not samples:
+        raise ValueError(f"{settings.data}: split {split} has no sample")
     return samples
 
 

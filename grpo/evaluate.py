@@ -64,11 +64,19 @@ def chosen_samples(settings: Settings, task, encoder: Encoder) -> list:
 
 
 def write_predictions(path: Path, task, samples: list, voted: list[tuple[str, int]], options: dict) -> None:
-    """One JSON line a sample, in the split's order, with the votes for it."""
-    lines = [{"id": sample.id, "completion": text, "correct": bool(task.rewards.correct(text, sample)),
-              "reward": task.rewards.reward(text, sample, **options), "votes": votes,
-              "sample": sample_hash(task, sample)} for sample, (text, votes) in zip(samples, voted)]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    """One JSON line a sample, in the split's order, with the votes for it. Where a reward fails, the completions are
+    written all the same, before ValueError names the sample."""
+    lines = [{"id": sample.id, "completion": text, "votes": votes, "sample": sample_hash(task, sample)}
+             for sample, (text, votes) in zip(samples, voted)]
+    try:
+        for sample, line in zip(samples, lines):
+            line["correct"] = bool(task.rewards.correct(line["completion"], sample))
+            line["reward"] = task.rewards.reward(line["completion"], sample, **options)
+    except Exception as error:
+        raise ValueError(f"{sample.id}: its reward raised {type(error).__name__}: {error}; --guesses {path} spares the "
+                         "next run most of the decoding") from error
+    finally:
+        write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def report_by_label(path: Path, task, samples: list, texts: list[str]) -> None:
@@ -88,7 +96,7 @@ def main() -> None:
     settings.reasoning = reasoning_of(settings.adapter or settings.model, settings.reasoning)
     encoder = Encoder(settings.model, settings.max_pixels)
     samples = chosen_samples(settings, task, encoder)
-    check_reward_options(task, samples, options)
+    check_reward_options(task, options)
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature, settings.top_p,
                         settings.top_k, settings.rollout_rows, settings.read_every, seed=f"{settings.seed}/evaluate")
     device, watch = start(), Stopwatch()
@@ -102,8 +110,8 @@ def main() -> None:
     if rank() == 0:
         voted = [majority(task.rewards, texts, sample) for texts, sample in zip(several, samples)]
         texts = [text for text, _ in voted]
-        metrics = {**task.rewards.metrics(texts, samples), "samples": len(samples), "seconds": round(watch.total(), 1)}
         write_predictions(output / "predictions.jsonl", task, samples, voted, options)
+        metrics = {**task.rewards.metrics(texts, samples), "samples": len(samples), "seconds": round(watch.total(), 1)}
         if hasattr(task.rewards, "per_label"):
             report_by_label(output / "per_label.json", task, samples, texts)
         write_json(output / "metrics.json", metrics)

@@ -48,6 +48,7 @@ from grpo.engine.weights import load_policy  # noqa: E402
 from grpo.group import Pack, make_packs, pad_rows  # noqa: E402
 from grpo.objective import grpo_loss  # noqa: E402
 from grpo.runtime.export import export  # noqa: E402
+from grpo.runtime.schedule import earlier_appearances  # noqa: E402
 
 
 def train(s: Settings) -> Policy:
@@ -65,7 +66,8 @@ def train(s: Settings) -> Policy:
 
         # sample: G continuations of every prompt, behind one prefill
         noise = f"{s.seed}/{number}"
-        sampling = Sampling(s.max_completion_tokens, encoder.end_tokens, s.temperature, seed=noise).check_training()
+        sampling = Sampling(s.max_completion_tokens, encoder.end_tokens, s.temperature, seed=noise,
+                            earlier=tuple(earlier_appearances(batch))).check_training()
         groups = sample(policy, prompts, s.group_size, sampling)
 
         # reward, and from it the advantage: how much better than the others of its group

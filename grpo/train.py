@@ -27,7 +27,7 @@ from grpo.engine.split_group import split
 from grpo.group import Group, Pack, make_packs, pad_rows, row_mask
 from grpo.objective import count_terms, mean_statistics, truncation_mask
 from grpo.runtime.answer import check_reward_options, remember_predictions, roll_out
-from grpo.runtime.dist import all_gather, all_reduce_sum, finish, rank, split_across_ranks
+from grpo.runtime.dist import all_gather, all_reduce_sum, any_rank, finish, rank, split_across_ranks
 from grpo.runtime.fsdp import reshard
 from grpo.runtime.liveness import Phases
 from grpo.runtime.log import Means, progress, say
@@ -189,9 +189,10 @@ class Trainer:
     def update(self, packs: list[Pack], rates: list[float]) -> dict:
         """μ updates on the packs of one rollout. The old log-probabilities are the first pass's own, detached."""
         aggregate, device = self.loss_options["aggregate"], self.run.device
-        terms = sum(count_terms(pack.mask, aggregate) for pack in packs)  # skipped ones too
+        drawn = [pack for pack in packs if pack.groups[0].rewards is not None]  # skipped ones too, idle ones not
+        terms = sum(count_terms(pack.mask, aggregate) for pack in drawn)
         denominator = float(all_reduce_sum(torch.as_tensor(terms, dtype=torch.float32, device=device)))
-        if not denominator:
+        if not any_rank(any(pack.mask.any() for pack in packs), device):
             return {}
         packs, skipped = skip_idle(packs, device) if self.may_skip else (packs, {})
         norms, sums = [], Sums()
@@ -276,7 +277,7 @@ def main() -> None:
     settings = read_settings(Settings)
     run = Run(settings)
     samples = run.load(settings.split)
-    check_reward_options(run.task, samples, parse_options(settings.reward_options, "reward_options"))
+    check_reward_options(run.task, parse_options(settings.reward_options, "reward_options"))
     curriculum = Curriculum(settings, samples, run.task.data.is_none)
     train(Trainer(run, settings), curriculum)
     run.close()

@@ -122,8 +122,7 @@ def metrics(completions: list[str], samples: list) -> dict[str, float]:
     answers = [parse(completion, sample) for completion, sample in zip(completions, samples, strict=True)]
     pairs = [(answer or [], sample.quintuples) for answer, sample in zip(answers, samples)]
     total = max(len(pairs), 1)
-    return {
-        **_micro(pairs, set),  # F1 first: it decides which checkpoint is the best
+    return {**_micro(pairs, set),  # F1 first: it decides which checkpoint is the best
         "accuracy": sum(set(predicted) == set(gold) for predicted, gold in pairs) / total,
         **_micro(pairs, _order_free, after="_order_free"), **_micro(pairs, _entities, before="mner_"),
         "unparsable": sum(answer is None for answer in answers) / total}

@@ -171,8 +171,7 @@ def matches(found: str, gold: re.Pattern, sample=None) -> float:
     return float(len(found) <= LONGEST and gold.fullmatch(found) is not None)
 
 
-VERIFIERS = {
-    "exact": Verifier(read_exact, equal), "text": Verifier(read_text, equal),
+VERIFIERS = {"exact": Verifier(read_exact, equal), "text": Verifier(read_text, equal),
     # of the file's text the whole must be one number: of the last of several nobody knows that it is meant
     "number": Verifier(read_number, near, lambda value, sample: read_number(str(value), whole=True), "a number"),
     "choice": Verifier(read_choice, equal, gold_choice, "one of the line's choices by letter, text or number from 0"),

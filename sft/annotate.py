@@ -144,8 +144,7 @@ def examples(fallen: list[Fallen], task: Task) -> list[dict]:
 def survivors(settings: Settings, task: Task, drawn: list, expert: Ask):
     """(candidates kept, one a sample; what fell; the stages with their counts, before and after each filter)."""
     left, fallen, stages = candidates_of(drawn, settings.candidates, prompt_maker(settings, task), expert), [], {}
-    for stage, wanted, keep in (
-            ("asked for", True, lambda left: (left, [])),
+    for stage, wanted, keep in (("asked for", True, lambda left: (left, [])),
             ("structure and answer right", True, lambda left: filter_responses(task, left)),
             ("re-prediction right", settings.repredict, lambda left: repredict_filter(task, left, expert)),
             ("score high enough", settings.score,

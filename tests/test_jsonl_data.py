@@ -10,6 +10,7 @@ from PIL import Image
 from data import jsonl
 from data.jsonl import build_prompt, load, target
 from data.task import load_samples, resolve_task
+from grpo.runtime.answer import check_reward_options
 from rewards.jsonl import VERIFIERS, correct, reward
 
 
@@ -239,15 +240,21 @@ def test_two_samples_of_one_id_are_refused_whatever_the_task():
         load_samples(task, SimpleNamespace(data="here"), "train")
 
 
+def test_a_split_without_a_sample_is_refused_whatever_the_task():
+    task = SimpleNamespace(data=SimpleNamespace(load=lambda folder, split: []))
+    with pytest.raises(ValueError, match="here: split train has no sample"):
+        load_samples(task, SimpleNamespace(data="here"), "train")
+
+
 def test_a_tasks_load_gets_the_settings_that_it_has_parameters_for():
     given = {}
 
     def load(folder, split, *, seed, seen_size, other=5):
         given.update(folder=folder, split=split, seed=seed, seen_size=seen_size, other=other)
-        return []
+        return [SimpleNamespace(id="a")]
 
     settings = SimpleNamespace(data="here", split="train", seed=3, missing_images="stop")
-    assert load_samples(SimpleNamespace(data=SimpleNamespace(load=load)), settings, "valid", max) == []
+    assert load_samples(SimpleNamespace(data=SimpleNamespace(load=load)), settings, "valid", max)
     assert given == {"folder": "here", "split": "valid", "seed": 3, "seen_size": max, "other": 5}
 
 
@@ -259,6 +266,11 @@ def test_a_reward_of_ones_own_takes_the_place_of_the_tasks(tmp_path, monkeypatch
         rewards = resolve_task("jsonl", name).rewards
         assert rewards.WEIGHTS == {"reward": 1.0} and rewards.reward("abc", sample) == {"reward": 0.25}
         assert rewards.correct("<answer>2</answer>", sample) and rewards.metrics(["2"], [sample])["unparsable"] == 1.0
+    (tmp_path / "strict_reward.py").write_text("def reward(completion, sample, *, c=0):\n    completion.split()[0]\n")
+    strict = resolve_task("jsonl", str(tmp_path / "strict_reward.py"))
+    check_reward_options(strict, {"c": 1})  # does not call it
+    with pytest.raises(ValueError, match="--reward_options: .*'d'"):
+        check_reward_options(strict, {"d": 1})
     (tmp_path / "parts_reward.py").write_text(
         "WEIGHTS = {'a': 1.0, 'b': 2.0}\nimport json\ndef reward(completion, sample, *, c=0):\n    return {'a': c, "
         "'b': 2}\n"

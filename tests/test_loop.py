@@ -11,6 +11,7 @@ import torch
 
 import grpo.train
 from grpo.objective import grpo_loss
+from grpo.runtime.optim import idle_pack
 from grpo.runtime.run import Run
 from grpo.runtime.settings import parse
 from grpo.runtime.step_metrics import readable
@@ -206,6 +207,30 @@ def test_a_completion_whose_reward_failed_is_left_out_counted_and_not_trained(fo
     assert abs(advantages[:4].sum()) < 1e-6 and line["grad_norm"] > 0
     assert "2 rewards failed (--reward_failures mask); the first: " in capsys.readouterr().out
     assert trainer.step(samples[:2], 1, [1e-3])["reward_failures"] == 0
+
+
+@pytest.mark.parametrize("objective", ["more-r1", "dr-grpo", "bnpo"])
+def test_a_pass_that_a_rank_makes_for_others_alone_counts_nothing(folder, tmp_path, monkeypatch, objective):
+    steps, equal = [], grpo.train.equal_passes
+    for idle in (0, 3):
+        trainer, _, samples = make(folder, tmp_path / str(idle), "--objective", objective, "--updates", 1)
+        monkeypatch.setattr(grpo.train, "equal_passes",
+                            lambda packs, device: equal(packs, device) + [idle_pack(device) for _ in range(idle)])
+        line = trainer.step(samples[:4], 0, [1e-3])
+        steps.append((line["loss"], line["grad_norm"], weights(trainer)))
+    assert steps[0][:2] == steps[1][:2] and steps[0][1] > 0
+    assert all(torch.equal(steps[0][2][name], tensor) for name, tensor in steps[1][2].items())
+
+
+@pytest.mark.parametrize("objective", ["more-r1", "dapo"])
+def test_a_run_in_which_every_reward_failed_says_so(folder, tmp_path, monkeypatch, objective):
+    trainer, curriculum, _ = make(folder, tmp_path, "--objective", objective, "--reward_failures", "mask",
+                                  "--max_rollouts", 1)
+    monkeypatch.setattr(trainer.run.task.rewards, "reward", lambda *_, **options: None)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="nothing was learned"):
+        grpo.train.train(trainer, curriculum)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
 
 
 def test_a_sample_that_comes_twice_in_a_rollout_is_answered_in_two_ways(folder, tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """The short GRPO is the real one."""
 
+import functools
 import sys
 
+import pytest
 import torch
 from safetensors import safe_open
 
+import data.more
 import grpo.minimal
 import grpo.train
 import rewards.more
@@ -17,10 +20,16 @@ def tensors(model):
     return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def test_after_three_rollouts_the_short_one_has_the_weights_of_the_long_one_to_the_bit(folder, tmp_path, monkeypatch):
-    model, data = folder / "sft" / "model", folder / "world" / "MORE"
-    same = ["--model", model, "--data", data, "--learning_rate", 1e-3, "--beta", 0.01, "--updates", 2, "--group_size",
-            4, "--prompts_per_rollout", 4, "--seed", 3, "--max_completion_tokens", 24, "--max_pixels", 3136]
+@pytest.mark.parametrize("few", [None, 3], ids=["of the whole dataset", "of three samples, one of them twice"])
+def test_after_three_rollouts_the_short_one_has_the_weights_of_the_long_one(folder, tmp_path, monkeypatch, few):
+    """To the bit."""
+    load = data.more.load
+    first = functools.wraps(load)(lambda *given, **more: load(*given, **more)[:few])
+    monkeypatch.setattr(data.more, "load", first)
+    model = folder / "sft" / "model"
+    same = ["--model", model, "--data", folder / "world" / "MORE", "--learning_rate", 1e-3, "--beta", 0.01, "--updates",
+            2, "--group_size", 4, "--prompts_per_rollout", 4, "--seed", 3, "--max_completion_tokens", 24, "--max_pixels",
+            3136]
     same = [str(word) for word in same]
     # a length that these short completions differ in; and small packs, so that the gradients of several add up
     monkeypatch.setitem(rewards.more.reward.__kwdefaults__, "min_length", 60)

@@ -40,6 +40,8 @@ FAULTS = {
     "it is not a number": (lambda *_: GOOD | {"answer": float("nan")}, "gave .*nan.*; expected a finite number"),
     "a part is missing": (lambda *_: {"format": 1.0}, "gave .*; expected a finite number for each of format, answer"),
     "a part is a word": (lambda *_: GOOD | {"answer": "right"}, "gave .*right.*; expected a finite number"),
+    "a part is too large": (lambda *_: GOOD | {"answer": 10**400}, "gave .*1000.*; expected a finite number"),
+    "a part cannot be written": (lambda *_: GOOD | {"answer": 10**5000}, "gave a dict; expected a finite number"),
     "it hangs": (forever, r"took more than 0.2 seconds \(--reward_seconds\)"),
     "it hangs and catches every error": (stubborn, "took more than 0.2 seconds"),
     "a pattern backtracks": (backtracking, "took more than 0.2 seconds"),

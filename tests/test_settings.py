@@ -283,6 +283,7 @@ def test_a_hub_name_and_a_forks_data_are_not_taken_for_missing_paths(tmp_path, m
     ({"warmup": -0.1}, "--warmup is -0.1; it must be at least 0"),
     ({"max_rollouts": -1}, "--max_rollouts is -1; it must be at least 0"),
     ({"max_prompt_tokens": 0}, "--max_prompt_tokens is 0"), ({"learning_rate": float("nan")}, "--learning_rate is nan"),
+    ({"hang_minutes": float("inf")}, "--hang_minutes is inf; a finite number expected"),
     ({"objective": "more-r2"}, "did you mean 'more-r1'"),
     ({"export_dtype": "int8"}, "--export_dtype: invalid choice: 'int8' .choose from '?auto'?, '?float32'?, '?bfloat16"),
 ])

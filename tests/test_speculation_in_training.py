@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from programs import COMMON, lines
+import rewards.more
 from data.task import sample_hash
 from test_answer import SAMPLING, Encoder, samples, task
 from test_loop import make, weights
@@ -92,13 +93,13 @@ def test_predictions_of_another_dataset_are_no_speculation_and_said_once(tmp_pat
     task = SimpleNamespace(data=SimpleNamespace(target=lambda sample: f"of {sample.id}"))
     mine = {"id": "test/1", "completion": "a b", "sample": sample_hash(task, some[1])}
     lines_of = [mine, {"id": "test/2", "completion": "a"}, {**mine, "id": "elsewhere/7"}, {**mine, "id": "test/3"},
-                {"id": "test/0"}]  # of test/3 the id alone is right
-    path.write_text("\n".join([*map(json.dumps, lines_of), "no JSON"]) + "\n")
+                {"id": "test/0"}, []]  # of test/3 the id alone is right
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join([*map(json.dumps, lines_of), "no JSON"]).encode() + b"\n\xff\n")
     encoder = SimpleNamespace(completion=lambda text: torch.tensor([len(text), END]))
     remember_predictions(speculation, str(path), task, some, encoder)
     assert {name: [row.tolist() for row in group] for name, group in speculation.history.items()} == {
         "test/1": [[3, END]], "test/2": [[1, END]]}
-    assert capsys.readouterr().out.count("4 lines are no completion of a sample here") == 1
+    assert capsys.readouterr().out.count("6 lines are no completion of a sample here") == 1
 
 
 def test_an_evaluation_guesses_from_the_predictions_it_is_given_unless_it_is_told_not_to(folder, tmp_path, monkeypatch):
@@ -117,6 +118,25 @@ def test_an_evaluation_guesses_from_the_predictions_it_is_given_unless_it_is_tol
     asked = {line["id"] for line in lines(folder / "split" / "predictions.jsonl")} & {"train/0", "train/1"}
     assert asked and known == [set(), asked, None]
     assert len({(tmp_path / str(run) / "predictions.jsonl").read_text() for run in range(3)}) == 1
+
+
+def test_an_evaluation_whose_reward_fails_names_the_sample_and_keeps_the_completions(folder, tmp_path, monkeypatch):
+    real, seen = rewards.more.reward, []
+
+    def reward(text, sample, *, min_length=1):
+        seen.append(text)
+        return 1 / 0 if len(seen) == 2 else real(text, sample, min_length=min_length)
+
+    monkeypatch.setattr(rewards.more, "reward", reward)
+    words = ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--split", "train",
+             "--limit", 3, "--output", tmp_path, *COMMON]
+    monkeypatch.setattr("sys.argv", ["", *map(str, words)])
+    with pytest.raises(ValueError, match="^train/1: its reward raised ZeroDivisionError: division by zero; --guesses"):
+        evaluate.main()
+    left = lines(tmp_path / "predictions.jsonl")
+    assert [line["id"] for line in left] == ["train/0", "train/1", "train/2"]
+    assert all("completion" in line for line in left)
+    assert ["reward" in line for line in left] == [True, False, False]
 
 
 def test_a_validation_speculates_with_the_one_before(folder, tmp_path):

@@ -49,8 +49,7 @@ def write_tokenizer(folder, texts, vocabulary):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, special_tokens=[],
@@ -107,8 +106,7 @@ def model_config(tokens, *, hidden=128, layers=4, heads=4, key_value_heads=2, in
     config["vision_config"] |= {
         "depth": vision_depth, "fullatt_block_indexes": [vision_depth - 1], "hidden_size": vision_hidden,
         "intermediate_size": 2 * vision_hidden, "out_hidden_size": hidden, "initializer_range": initial_std}
-    return config | {
-        "hidden_size": hidden, "initializer_range": initial_std, "intermediate_size": intermediate,
+    return config | {"hidden_size": hidden, "initializer_range": initial_std, "intermediate_size": intermediate,
         "max_window_layers": layers, "num_attention_heads": heads, "num_hidden_layers": layers,
         "num_key_value_heads": key_value_heads, "tie_word_embeddings": tied, "vocab_size": -(-tokens[""] // 16) * 16}
 

@@ -80,8 +80,7 @@ def relation(scene):
     if thing.what != ("logo" if scene.kind == "site" else "person"):
         return "none"
     same_shirt = any(other.colour == thing.colour for other in scene.things[1:])
-    return {
-        "site": "/org/loc/locate_at" if team in teams and thing.place == "wall" else "none",
+    return {"site": "/org/loc/locate_at" if team in teams and thing.place == "wall" else "none",
         "match": "none" if team not in teams else "/per/org/opposed_to" if team != scene.entity
                  else "/per/org/leader_of" if thing.hat else "/per/org/member_of",
         "award": "/per/misc/awarded" if thing.holds == scene.entity else "none",

@@ -53,8 +53,7 @@ def describe(scene):
         return f"a {thing.colour} logo {'on a wall' if thing.place else 'in the air'}"
     if thing.what != "person":
         return f"a {thing.what}"
-    detail = {
-        "match": "a hat" if thing.hat else "no hat", "award": f"a {thing.holds}" if thing.holds else "no prize",
+    detail = {"match": "a hat" if thing.hat else "no hat", "award": f"a {thing.holds}" if thing.holds else "no prize",
         "site": "no logo", "home": "a door" if thing.place else "no door",
         "pair": "an umbrella" if scene.umbrella else "no umbrella"}[scene.kind]
     return f"a person in {thing.colour}, {detail}"
@@ -73,8 +72,7 @@ def match(scene):
     if thing.what not in ("person", "logo"):
         return absent
     other = scene.things[1].colour
-    return {
-        "pair": f"{other} and {thing.colour}, {'same' if other == thing.colour else 'different'}",
+    return {"pair": f"{other} and {thing.colour}, {'same' if other == thing.colour else 'different'}",
         "award": f"it has {thing.holds} {parts.get(thing.holds, 'absent')}" if thing.holds else absent,
         "home": "it is somebody"}.get(scene.kind, f"{thing.colour} is {team} {parts.get(team, 'absent')}")
 

@@ -22,8 +22,7 @@ from grpo.engine.policy import Policy
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Beginnings of names in files → in today's transformers. The first new name that the network has is the tensor's.
-RENAMED = (
-    ("model.", "model.language_model."), ("visual.", "model.visual."),  # Qwen2.5-VL on the Hub
+RENAMED = (("model.", "model.language_model."), ("visual.", "model.visual."),  # Qwen2.5-VL on the Hub
     ("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),  # LLaVA there
     ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
     ("vision_tower.vision_model.", "model.vision_tower."), ("model.vision_tower.vision_model.", "model.vision_tower."))

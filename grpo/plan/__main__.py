@@ -202,8 +202,7 @@ def report(shape: Shape, s: Settings, plans: list[Plan]) -> str:
     """One number of GPUs in full, the smallest that fits or else the largest; then all; then what would help."""
     shown = next((one for one in plans if one.fits), plans[-1])
     machine = min(shown.gpus, s.gpus_per_machine)
-    parts = [
-        f"{s.model}: {shape.total / 1e9:.3f} billion parameters, "
+    parts = [f"{s.model}: {shape.total / 1e9:.3f} billion parameters, "
         f"{Costs(shape, s, 1).trained / 1e9:.3f} billion of them train",
         f"{shown.gpus} {devices(s, shown.gpus)}, GiB on each, {shown.limit / GIB:.0f} to be had\n" + by_phase(shown),
         f"host memory of a machine: {shown.host['loading'] * machine / GIB:.0f} GiB while it loads, "

@@ -265,8 +265,7 @@ class Costs:
         fed = self.rows * (1 + WIDTHS[-1] * self.on_gpu)  # tokens of a decode step, the longest guesses among them
         drawn = fed if self.on_gpu else max(1, LOGITS // x.vocabulary)  # of them at once
         scores = fed * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (8 + cast)
-        phases = {
-            "loading": self.loading(),
+        phases = {"loading": self.loading(),
             "vision": add(rest, gathered=self.gathered(False, 0), activations=self.vision_bytes()),  # it is the root's
             "prefill": max(add(rest, gathered=whole + arriving), add(
                 rest, gathered=whole + copies, caches=self.cache_bytes() + own_keys,
@@ -319,10 +318,8 @@ class Costs:
                        activations=self.kept_bytes(x.layers - done) + tail * (not done) + work,
                        gradients=grown + head * (self.sharded or done < last) + layer + summed)
 
-        return [
-            add(rest, gradients=before, activations=kept + tail + hidden, head=2 * 4 * self.tile()
-            + self.kept_logits()),
-            add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
+        return [add(rest, gradients=before, activations=kept + tail + hidden, head=2 * 4 * self.tile()
+            + self.kept_logits()), add(rest, gradients=before, activations=kept + tail, head=self.head_backward()),
             *map(backward, sorted({0, min(1, last), last})), add(rest, gradients=every + root)]
 
 

@@ -1,5 +1,6 @@
 """Answer every sample of a split, over all ranks: evaluation, validation and the hard/easy split are this."""
 
+import inspect
 import json
 from typing import Callable
 
@@ -124,22 +125,22 @@ def remember_predictions(speculation: Speculation, path: str, task, samples: lis
     """The completions in a file of predictions, to guess from. Lines that are of no sample here, or of another that has
     its id, are said once, and ignored."""
     known, unfit = {sample.id: sample_hash(task, sample) for sample in samples}, 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             try:
                 entry = json.loads(line)
                 if entry.get("sample", known[entry["id"]]) != known[entry["id"]]:
                     raise KeyError
                 speculation.remember(entry["id"], [encoder.completion(entry["completion"])])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 unfit += 1
     if unfit:
         say(f"{path}: {unfit} lines are no completion of a sample here; nothing is guessed from them")
 
 
-def check_reward_options(task, samples: list, options: dict) -> None:
+def check_reward_options(task, options: dict) -> None:
     """Refuse an option that the task's reward does not know, before anything is generated."""
     try:
-        task.rewards.reward("", samples[0], **options)
+        inspect.signature(task.rewards.reward).bind("", None, **options)
     except TypeError as error:
         raise ValueError(f"--reward_options: {error}") from None

@@ -23,10 +23,8 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 def what_ran(settings) -> dict:
     """The content of settings.json for one run of a program."""
     given = {name: Path(path) for name in FILES if isinstance(path := getattr(settings, name, ""), str) and path}
-    return {
-        "settings": as_dict(settings),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__},
+    return {"settings": as_dict(settings), "versions": {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "commit": commit(), "data_hash": fingerprint(Path(settings.data)), "model_hash": model_hash(settings.model),
         "file_hashes": {name: sha256(path / "adapter_model.safetensors" if path.is_dir() else path)[:16]
                         for name, path in given.items()},

@@ -10,6 +10,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from data.read import shown
 from grpo.group import Group
 from grpo.runtime.dist import all_gather
 from grpo.runtime.liveness import heartbeat
@@ -82,11 +83,11 @@ class RewardCalls:
         except Exception as error:
             fault = f"raised {type(error).__name__}: {error}"
         else:
-            with contextlib.suppress(KeyError, TypeError, ValueError):
+            with contextlib.suppress(Exception):
                 parts = [float(given[name]) for name in self.names]
                 if all(map(math.isfinite, parts)):
                     return parts, ""
-            fault = f"gave {given!r:.200}; expected a finite number for each of {', '.join(self.names)}"
+            fault = f"gave {shown(given)}; expected a finite number for each of {', '.join(self.names)}"
         return [0.0] * len(self.names), fault
 
     def count_failures(self) -> int:

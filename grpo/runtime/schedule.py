@@ -34,8 +34,7 @@ class Curriculum:
 
     def epoch(self, index: int) -> Epoch:
         s = self.settings
-        return epoch_batches(
-            self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
+        return epoch_batches(self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
             none_share=self.none_share, decay=s.decay, mixing=self.mixing, last=s.last_batch, seed=s.seed)
 
 

@@ -349,6 +349,8 @@ def check_values(settings) -> None:
         for bound, (holds, words) in BOUNDS.items():
             if bound in one.about and one.value is not None and not holds(one.value, one.about[bound]):
                 raise ValueError(f"{one.flag} is {one.value}; it must be {words} {one.about[bound]}")
+        if isinstance(one.value, float) and not math.isfinite(one.value):
+            raise ValueError(f"{one.flag} is {one.value}; a finite number expected")
 
 
 def check_paths(settings) -> None:
