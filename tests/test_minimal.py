@@ -27,9 +27,9 @@ def test_after_three_rollouts_the_short_one_has_the_weights_of_the_long_one(fold
     first = functools.wraps(load)(lambda *given, **more: load(*given, **more)[:few])
     monkeypatch.setattr(data.more, "load", first)
     model = folder / "sft" / "model"
-    same = ["--model", model, "--data", folder / "world" / "MORE", "--learning_rate", 1e-3, "--beta", 0.01, "--updates",
-            2, "--group_size", 4, "--prompts_per_rollout", 4, "--seed", 3, "--max_completion_tokens", 24, "--max_pixels",
-            3136]
+    same = ["--model", model, "--data", folder / "world" / "MORE", "--learning_rate", 1e-3, "--beta", 0.01,
+            "--updates", 2, "--group_size", 4, "--prompts_per_rollout", 4, "--seed", 3,
+            "--max_completion_tokens", 24, "--max_pixels", 3136]
     same = [str(word) for word in same]
     # a length that these short completions differ in; and small packs, so that the gradients of several add up
     monkeypatch.setitem(rewards.more.reward.__kwdefaults__, "min_length", 60)
