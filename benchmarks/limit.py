@@ -4,8 +4,10 @@
 
 Necessary is what the mathematics asks for, each prompt once: no recomputed logits, no copies. A phase's limit is the
 larger of operations ÷ the measured rate of a large float32 matrix product and bytes ÷ the measured rate of reading
-(weights once a pass or decoding step, keys and values once a step, Adam's seven streams). The share of the limit that
-is reached is followed by where the phase's time went, from the profiler. Speculation is off: each run would be guessed
+(weights once a pass or decoding step, keys and values once a step, Adam's seven streams). A rollout's parts, vision,
+prefill and decode steps, come one after the other, and each has its own limit: their sum is the nearer bound ("in
+parts"; other phases have one part). The shares that are reached are followed by where the phase's time went, from the
+profiler. Speculation is off: each run would be guessed
 whole from the one before. The fastest of three runs counts.
 """
 
@@ -54,14 +56,15 @@ class Counted:
         self.vision = sum(p.numel() for p in vision.parameters())
         self.patches = 2 * (side // 14) ** 2
 
-    def rollout(self) -> Work:
+    def rollout(self) -> list[Work]:
+        """Vision encoder, prefill, decode steps."""
         P, C, rows = self.prompt, self.completion, PROMPTS * G
         look = Work(2 * self.vision * self.patches * PROMPTS, 4 * self.vision)
         prefill = Work(PROMPTS * (2 * self.layers * P + self.pair * P * P / 2), 4 * self.layers)
         pairs = sum(P + j for j in range(1, C))
         decode = Work(rows * (2 * self.layers * (C - 1) + 2 * self.head * C + self.pair * pairs),
                       C * 4 * (self.layers + self.head) + self.token_cache * (PROMPTS * P * C + rows * C * C / 2))
-        return look + prefill + decode
+        return [look, prefill, decode]
 
     def score(self) -> Work:
         """One packed pass."""
@@ -138,16 +141,16 @@ def main() -> None:
     settings = parser.parse_args()
     products, reads = rates()
     print(f"this machine: {products / 1e9:.0f} GFLOP/s in a matrix product, {reads / 1e9:.0f} GB/s of reading\n")
-    print(f"{'':14}{'':11}{'GFLOP':>8}{'GB':>7}{'limit, s':>10}{'took, s':>9}{'share':>7}   where the time went")
+    print(f"{'':25}{'GFLOP':>8}{'GB':>7}{'limit, s':>10}{'took, s':>9}{'share':>7}{'in parts':>10}  where time went")
     rows = []
     for case in settings.cases:
         trainer, functions = phases(case)
         counted = Counted(trainer.run.policy.config, trainer.run.policy.visual, case)
-        works = {"rollout": counted.rollout(), "reference": counted.score(), "update": counted.update()}
+        works = {"rollout": counted.rollout(), "reference": [counted.score()], "update": [counted.update()]}
         for function in functions.values():  # once, for what happens once
             function()
         for name, function in functions.items():
-            times, work = [], works[name]
+            times, work = [], sum(works[name], Work())
             for _ in range(3):
                 start = time.perf_counter()
                 function()
@@ -155,7 +158,8 @@ def main() -> None:
             took = min(times)
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 function()
-            limit = max(work.operations / products, work.bytes / reads)
+            limit, in_parts = (sum(max(part.operations / products, part.bytes / reads) for part in parts)
+                               for parts in ([work], works[name]))
             rows.append(
                 {
                     "case": case,
@@ -165,14 +169,15 @@ def main() -> None:
                     "limit": limit,
                     "took": took,
                     "share": limit / took,
+                    "share_in_parts": in_parts / took,
                     **where(profiler),
                 }
             )
             spent = ", ".join(f"{kind} {share:.0%}" for kind, share in where(profiler).items())
             print(
                 f"{case:14}{name:11}{work.operations / 1e9:8.0f}{work.bytes / 1e9:7.1f}"
-                f"{limit:10.2f}{took:9.2f}{limit / took:7.0%}"
-                f"   {spent}",
+                f"{limit:10.2f}{took:9.2f}{limit / took:7.0%}{in_parts / took:10.0%}"
+                f"  {spent}",
                 flush=True,
             )
     worst = max(rows, key=lambda row: row["took"] - row["limit"])
