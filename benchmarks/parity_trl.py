@@ -15,9 +15,11 @@ import warnings
 
 import torch
 
+from benchmarks.record import without_vision_operators
 from grpo.advantage import combine_rewards, group_advantages
 from grpo.objective import grpo_loss, mean_statistics
 
+without_vision_operators()
 VERSION = "1.16"
 INSTALL = f"TRL is missing; install it beside torch: pip install 'trl=={VERSION}.*'"
 GROUPS, G, LIMIT, BETA = 4, 8, 24, 0.04  # LIMIT: the most tokens a completion may have
