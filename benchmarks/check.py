@@ -234,11 +234,11 @@ def measured_here(models: Path, case: plan_check.Case, subject: Subject) -> floa
     """Peak bytes beyond what a GPU held before, of the rank where it is largest. The allocator's holes are not in it,
     nor what libraries take at their first use."""
     warm = replace(case, prompt=60, side=112, completion=8)
-    plan_check.real_step(models / "small", warm, subject.place / "warm")
+    plan_check.step(*plan_check.prepare(models / "small", warm, subject.place / "warm"))
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    plan_check.real_step(models / "planned", case, subject.place / "step")
+    plan_check.step(*plan_check.prepare(models / "planned", case, subject.place / "step"))
     peak = torch.tensor(float(torch.cuda.max_memory_allocated() - before), device=subject.device)
     return float(all_reduce_max(peak))
 

@@ -186,7 +186,7 @@ def test_a_decode_step_is_traced_whole_and_compiled_once_a_bucket(monkeypatch):
 
     step = torch.compile(static.Bucket.step, fullgraph=True, dynamic=False, backend=backend)
 
-    def run(bucket):
+    def run(bucket, pool):
         seen.append(bucket)
         step(bucket)
 
@@ -202,7 +202,7 @@ def test_a_decode_step_with_guesses_is_traced_whole_and_its_state_stays_where_it
         speculation.remember(group.prompt.id, group.completions)
     step, guessed, places = torch.compile(static.Bucket.step, fullgraph=True, dynamic=False, backend="eager"), [], {}
 
-    def run(bucket):
+    def run(bucket, pool):
         step(bucket)
         guessed.append(bucket.tokens - 1)
         state = (bucket.window, bucket.uniform, bucket.start, bucket.first, bucket.limit, bucket.written, bucket.steps,

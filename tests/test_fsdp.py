@@ -7,9 +7,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from grpo.engine.rollout import Sampling, sample
+from grpo.engine.split_group import split
+from grpo.group import Pack, row_mask
 from grpo.runtime import fsdp
 from grpo.runtime.dist import all_gather, merge_from_ranks, split_across_ranks
 from grpo.runtime.fsdp import compute_dtype, encode_images_unsharded, sample_unsharded, shard
+from grpo.runtime.optim import passes
 from processes import gather_weights, run_processes
 from tiny import END, packs, tiny_groups, tiny_policy, tiny_prompt, update
 
@@ -100,6 +103,26 @@ def check_bfloat16(path):
     if torch.distributed.get_rank() == 0:
         moved = [not torch.equal(before[name], after[name]) for name in before]
         assert all(w.dtype == torch.float32 for w in after.values()) and all(moved)
+
+
+def check_features_in_bfloat16(path):
+    policy = tiny_policy()
+    policy.freeze_vision()
+    policy, looked = shard(policy, torch.bfloat16, torch.device("cpu")), []
+    policy.visual.register_forward_pre_hook(lambda module, inputs: looked.append(1))
+    prompts = [tiny_prompt(i, ((1, 4, 4),)) for i in range(2)]
+    encode_images_unsharded(policy, prompts)
+    groups = sample_unsharded(policy, prompts, 3, SAMPLING)
+    policy.score(groups, 0.8).logp.sum().backward()
+    for part, score in passes(policy, split([Pack([groups[0]], row_mask(groups[0].lengths))], 30), 0.8):
+        score().logp.sum().backward()
+    assert len(looked) == 1 and all(group.prompt is prompt for group, prompt in zip(groups, prompts))
+    assert all(prompt.features.dtype == torch.bfloat16 and prompt.pixels.dtype == torch.float32 for prompt in prompts)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sharding_in_bfloat16_copies_no_prompt_so_that_an_image_is_looked_at_once(world):
+    run_processes(check_features_in_bfloat16, world, None)
 
 
 def test_compute_is_bfloat16_and_masters_float32_so_that_a_step_of_1e_6_is_not_lost(tmp_path):

@@ -7,10 +7,14 @@ layout of the pass at hand, which is one of
     Decode   sample: some new tokens of every row, end to end; see decode.py and LeanAttention in lean.py
 Only the language model is switched to it; the vision encoder keeps its own attention."""
 
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
+
+from grpo.engine.joined import Cuts, Joined, in_two_calls
 
 
 def layout_attention(module, query, key, value, attention_mask, scaling, layout, **_):
@@ -35,6 +39,7 @@ class Packed:
         self.segments = [(p + lengths[0], []) if len(lengths) == 1 else (p, lengths) for p, lengths in segments]
         self.prompt_cache = prompt_cache
         self._masks: dict[tuple, Tensor] = {}
+        self.cuts: Cuts | None = None  # the same in every layer
 
     def _lower_right(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """(C, P + C): row j of a continuation sees the whole prompt and its own first j + 1 tokens; 0 there, −∞
@@ -49,6 +54,8 @@ class Packed:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(1, H, T, d), keys and values (1, H_kv, T, d) → (1, T, H, d)."""
         sizes = [size for prompt, continuations in self.segments for size in (prompt, *continuations)]
+        if in_two_calls(query):
+            return self.joined(layer, sizes, query, key, value, scaling)
         # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole, one for every slice
         queries, keys, values = (iter(x.split(sizes, dim=2)) for x in (query, key, value))
         outputs, cached = [], []
@@ -62,6 +69,24 @@ class Packed:
         if self.prompt_cache is not None and layer == len(self.prompt_cache):  # a recomputation does not fill it again
             self.prompt_cache.append(cached)
         return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def joined(self, layer: int, sizes: list[int], query: Tensor, key: Tensor, value: Tensor,
+            scaling: float) -> Tensor:
+        """As `attend`, in two calls."""
+        if self.cuts is None:
+            start, groups, prompts = 0, [], []
+            for prompt, lengths in self.segments:
+                prompts.append(range(start, start + prompt))
+                groups.append((prompt, range(start + prompt, start := start + prompt + sum(lengths))))
+            self.cuts = Cuts.of(sizes, groups, query.device)
+            self.prompts = prompts
+            behind = [prompt for prompt, (_, some) in zip(prompts, groups) if some]
+            self.shared = torch.tensor(list(chain(*behind)), dtype=torch.long, device=query.device)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        if self.prompt_cache is not None and layer == len(self.prompt_cache):
+            self.prompt_cache.append([tuple(x[p.start : p.stop].transpose(0, 1) for x in (key, value))
+                                      for p in self.prompts])
+        return Joined.apply(query, key, value, key[self.shared], value[self.shared], self.cuts, scaling)[None]
 
     def behind(self, prompt_key: Tensor, prompt_value: Tensor, query: Tensor, key: Tensor, value: Tensor,
             scaling: float) -> Tensor:

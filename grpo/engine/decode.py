@@ -9,6 +9,8 @@ from grpo.engine.draw import Sampling
 from grpo.engine.policy import Policy
 from grpo.group import Prompt
 
+ALIGNED = 8  # a row of scores in bfloat16 is then a multiple of 16 bytes: without that a GPU's products are slow
+
 
 @dataclass
 class KeysValues:
@@ -155,12 +157,14 @@ def allocate(policy: Policy, prompts: list[Prompt], group_size: int, sampling: S
     """A layer's caches each, and for how many rows. Where shapes are static each group slot has places for its rows."""
     groups, rows = slots(len(prompts), group_size, sampling.rows)
     suffixes, text, like = (rows,), policy.text_config, policy.model.lm_head.weight
+    longest, width = max(map(len, prompts)), sampling.max_tokens
     if sampling.steps(policy.device):
         places = min(group_size, sampling.rows)
         suffixes = groups, _ = min(len(prompts), sampling.rows // places), places
         rows = groups * places
+        longest, width = (-(-size // ALIGNED) * ALIGNED for size in (longest, width))
     # zeros, not empty: a weight of exactly 0 times uninitialised memory may still be NaN
     new = lambda slots, *shape: torch.zeros(2, slots, text.num_key_value_heads, *shape, head_size(text),
                                             dtype=like.dtype, device=like.device)
-    return [KeysValues(new(groups, max(map(len, prompts))), new(*suffixes, sampling.max_tokens))
+    return [KeysValues(new(groups, longest), new(*suffixes, width))
             for _ in range(text.num_hidden_layers)], rows

@@ -58,10 +58,11 @@ class Slot:
 class Rollout:
     """The state of one call of `sample`: caches, live rows, live groups."""
 
-    def __init__(self, policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling, turn: Turn,
+    def __init__(self, policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling, turn: Turn | None,
                  speculation: Speculation | None = None):
         self.policy, self.prompts, self.sampling = policy, prompts, sampling
-        self.group_size, self.turn, self.speculation = group_size, turn, speculation
+        self.group_size, self.speculation = group_size, speculation
+        self.whole, self.turn = turn is None, turn or (lambda working: working)  # whole: passes are no collectives
         self.waiting = deque((p, i) for p in range(len(prompts)) for i in range(group_size))
         self.rows: list[Row] = []
         self.slots: list[Slot] = []
@@ -208,8 +209,7 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sam
     a step and row."""
     if speculation:
         speculation.begin(prompts, policy)
-    rollout = Rollout(policy, prompts, group_size, sampling, turn or (lambda working: working),
-        speculation) if prompts else None
+    rollout = Rollout(policy, prompts, group_size, sampling, turn, speculation) if prompts else None
     with packed(policy.language_model, rollout is not None and not rollout.static):
         while rollout and (rollout.waiting or rollout.rows):
             rollout.admit()

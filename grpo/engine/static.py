@@ -15,6 +15,7 @@ from grpo.engine.draw import Sampling, draw_tokens
 from grpo.engine.head import token_logits
 
 WIDTH = 64  # the smallest bucket of suffix tokens
+CAPTURE = True  # a GPU's steps as graphs; off for a benchmark
 
 
 def up_to_power(number: int, start: int, limit: int) -> int:
@@ -43,6 +44,7 @@ class Bucket(Rope):
         self.lengths = new(groups, 1) + 1  # of the prompts
         self.prompt_columns = torch.arange(self.prompts[0].shape[2], device=device)
         self.ends = torch.tensor(sampling.end_tokens, dtype=torch.long, device=device)
+        self.stepped, self.graph = False, None
         self.fed, self.columns = torch.arange(tokens, device=device), torch.arange(width, device=device)
         at = torch.arange(rows * tokens, device=device).div(tokens, rounding_mode="floor")
         self.slot, self.place = at.div(self.places, rounding_mode="floor"), at % self.places
@@ -105,6 +107,8 @@ class Static:
     def __init__(self, rollout):
         self.rollout, self.steps, self.buckets = rollout, rollout.sampling.steps(rollout.policy.device), {}
         _, self.groups, _, self.places, self.longest, _ = rollout.caches[0].suffix.shape
+        captured = CAPTURE and rollout.whole and rollout.policy.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if captured else None
 
     def free(self) -> int:
         """Rows that may enter: whole groups, or those of the one group that is larger than its places."""
@@ -150,7 +154,7 @@ class Static:
         bucket, where = self.fill(rows, guessed)
         for _ in range(self.steps):
             rollout.turn(True)
-            run(bucket)
+            run(bucket, self.pool)
         read = torch.cat([bucket.written[:, None], bucket.steps[:, None], bucket.window[:, 1:], bucket.logps.double()],
             1).tolist()  # one transfer; float64 holds every token id exactly
         read = [read[at] for at in where]
@@ -163,6 +167,21 @@ class Static:
         return int(sum(written for written, *_ in read))
 
 
-def run(bucket: Bucket) -> None:
-    """One step. Here a CUDA graph of `bucket.step`, captured once a bucket, would be replayed."""
-    bucket.step()
+def run(bucket: Bucket, pool) -> None:
+    """One step. Where there is a pool, a graph of it: a bucket's first step loads what is loaded on first use, its
+    second is captured, without being run, and replayed from then on."""
+    if pool is None or not bucket.stepped:
+        bucket.stepped = True
+        return bucket.step()
+    bucket.graph = bucket.graph or capture(bucket, pool)
+    bucket.graph.replay()
+
+
+def capture(bucket: Bucket, pool) -> torch.cuda.CUDAGraph:
+    """What is allocated inside lies in the pool, which all graphs of a rollout share: they run one after another.
+
+    Other threads may go on meanwhile; NCCL's asks the device for the state of its collectives."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        bucket.step()
+    return graph

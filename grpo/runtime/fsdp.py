@@ -54,7 +54,8 @@ def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: boo
         if dtype == torch.float32 or frozen == parameters:
             return policy
     options = dict(mesh=mesh or make_mesh(device, shard_size),
-                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                       cast_forward_inputs=False))  # a cast would copy each Prompt, and its features be kept on a copy
     if offload:
         options["offload_policy"] = CPUOffloadPolicy()
     elif world_size() == 1:

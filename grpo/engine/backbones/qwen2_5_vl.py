@@ -8,6 +8,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from grpo.engine.backbones.llama import width  # noqa: F401  (the same in both)
 from grpo.engine.files import read_json
+from grpo.engine.joined import choose_vision_attention
 from grpo.engine.rope import rope_positions
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -78,6 +79,7 @@ def visual(network: nn.Module) -> nn.Module:
 
 def features(network: nn.Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     """(image tokens, width) of each image."""
+    choose_vision_attention(visual(network))
     return network.model.get_image_features(pixels, grids).pooler_output
 
 

@@ -9,10 +9,12 @@ from transformers import Qwen3VLForConditionalGeneration as Network
 from grpo.engine.backbones.qwen2_5_vl import (  # noqa: F401  (the same in both)
     END_TOKENS, IMAGE_TOKEN, LANGUAGE_MODEL, banned, image_token_counts, load_image_processor, positions, preprocess,
     seen_size, visual)
+from grpo.engine.joined import choose_vision_attention
 
 
 def features(network: nn.Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     """(image tokens, width) of each image."""
+    choose_vision_attention(visual(network))
     seen = network.model.get_image_features(pixels, grids)
     images = [len(image) for image in seen.pooler_output]
     # from some transformers on a layer's features come by image, as the embeddings do; before, end to end
