@@ -1,20 +1,26 @@
 """The engine on a GPU, in the real shapes: random Qwen2.5-VL weights, bfloat16 compute, two images, G = 8.
 
-    python -m benchmarks.gpu [--record]                       3B: rollout, scoring, update; 7B: rollout and scoring
+    python -m benchmarks.gpu [--record]                       3B: all of it; 7B: all but the update
     python -m benchmarks.gpu --shapes tiny --prompts 1 …      the same code on whatever there is, to try it
 
-3B's update runs with float32 masters, gradients and Adam (about 60 GB). 7B's would take 113 GB for these alone, so it
+3B's update runs with float32 masters, gradients and Adam (about 50 GB). 7B's would take 113 GB for these alone, so it
 is left out. The rollout's limit is the memory's: every step reads the weights and the cached keys and values once;
 what it reaches is held against a measured copy, what scoring and update reach against a measured matrix product.
-transformers' `generate` continues the same prompts, one at a time, with num_return_sequences = G.
+A step of several tokens a row is one with guesses (speculation.FIXED follows from these times; what guesses gain is
+benchmarks.speculation's, with a trained model: random weights never say the same twice).
+transformers' `generate` continues the same prompts, all in one batch, with num_return_sequences = G.
 """
 
 import argparse
+import math
+import statistics
 import time
+from types import SimpleNamespace
 
 import torch
 
 from benchmarks.record import append, stock_sampling, without_vision_operators
+from grpo.engine.speculation import Speculation
 
 SHAPES = {  # of the published checkpoints' config.json
     "3b": dict(hidden=2048, layers=36, heads=16, key_value_heads=2, intermediate=11008, vocabulary=151_936, tied=True,
@@ -153,78 +159,137 @@ def score_operations(policy, groups) -> float:
     )
 
 
+class Forced(Speculation):
+    """Always so many guesses a step."""
+
+    def __init__(self, guessed: int):
+        super().__init__()
+        self.guessed = guessed
+
+    def width(self, rows, places):
+        return self.guessed
+
+
+def seconds_of_steps(device, rollout) -> float:
+    """The median of a rollout's replayed steps; NaN where none is, as on a CPU."""
+    from grpo.engine import static
+
+    run, times = static.run, []
+
+    def timed(bucket, pool):
+        replayed = bucket.graph is not None
+        with Clock(device) as clock:
+            run(bucket, pool)
+        if replayed:
+            times.append(clock.seconds)
+
+    static.run = timed
+    try:
+        rollout()
+    finally:
+        static.run = run
+    return statistics.median(times) if times else math.nan
+
+
 def measure(shape: str, settings, device) -> list[dict]:
-    """Rows of one shape: rollout, scoring, update where asked for, and generate."""
+    """Rows of one shape: images, rollouts, steps of several widths, scoring, update where asked for, and generate."""
+    from grpo.engine import static
     from grpo.engine.policy import Policy
     from grpo.engine.rollout import Sampling
+    from grpo.engine.sizes import WIDTHS
     from grpo.group import make_packs
     from grpo.runtime.fsdp import encode_images_unsharded, reshard, sample_unsharded, shard
-    from grpo.runtime.optim import backward, optimizer_step, packed_pass, set_gradient_checkpointing
+    from grpo.runtime.optim import backward, make_optimizer, optimizer_step, packed_pass, set_gradient_checkpointing
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     products, copies = rates(device, dtype)
     updates = shape in settings.update
     prompts = make_prompts(settings.prompts, settings.prompt_tokens)
-    sampling = Sampling(settings.tokens, (), 0.8, rows=settings.prompts * G)
     policy = Policy(random_model(shape, device, torch.float32 if updates else dtype))
     policy.freeze_vision()
     shard(policy, dtype, device)
     rows, name = [], f"{shape}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}"
 
     def row(phase: str, clock: Clock, **figures):
-        rows.append({"shape": name, "phase": phase, "seconds": clock.seconds, "peak_bytes": clock.peak, **figures})
+        seconds = {} if "milliseconds" in figures else {"seconds": clock.seconds, "peak_bytes": clock.peak}
+        rows.append({"shape": name, "phase": phase, **seconds, **figures})
         print(rows[-1], flush=True)
 
-    warm = Sampling(4, (), 0.8, rows=settings.prompts * G)
-    encode_images_unsharded(policy, prompts)
-    sample_unsharded(policy, prompts, G, warm)
-    with Clock(device) as clock:
-        groups = sample_unsharded(policy, prompts, G, sampling)
-    count = sum(sum(group.lengths) for group in groups)
-    limit = rollout_bytes(policy, prompts, settings.tokens, 2 if dtype == torch.bfloat16 else 4) / copies
-    row("rollout", clock, tokens_per_second=count / clock.seconds, share_of_memory_limit=limit / clock.seconds)
+    for turn in range(2):  # the first one warms
+        for prompt in prompts:
+            prompt.features = None
+        with Clock(device) as clock:
+            encode_images_unsharded(policy, prompts)
+    row("images", clock, images=2 * len(prompts))
+
+    def rollout(tokens: int, speculation=None):
+        sampling = Sampling(tokens, (), 0.8, rows=settings.prompts * G)
+        with Clock(device) as clock:
+            groups = sample_unsharded(policy, prompts, G, sampling, speculation=speculation)
+        return groups, clock, settings.prompts * G * tokens / clock.seconds
+
+    rollout(4)
+    _, prefill, _ = rollout(1)
+    row("prefill and first token", prefill)
+    limit = lambda tokens: rollout_bytes(policy, prompts, tokens, dtype.itemsize) / copies
+    static.CAPTURE, few = False, min(settings.tokens, 128)
+    _, clock, speed = rollout(few)
+    row("rollout without graphs", clock, tokens=few, tokens_per_second=speed,
+        share_of_memory_limit=limit(few) / clock.seconds)
+    static.CAPTURE = True
+    groups, clock, speed = rollout(settings.tokens)
+    row("rollout", clock, tokens_per_second=speed, share_of_memory_limit=limit(settings.tokens) / clock.seconds,
+        of_the_steps=limit(settings.tokens) / (clock.seconds - prefill.seconds))
+    for guessed in WIDTHS:
+        seconds = seconds_of_steps(device, lambda: rollout(48, Forced(guessed)))
+        row(f"a step of {1 + guessed} tokens a row", clock, milliseconds=1e3 * seconds)
 
     packs, work = make_packs(groups, settings.tokens_per_pass, device), score_operations(policy, groups)
-    for turn in range(2):  # the first one warms
+    own = torch.cat([logp for group in groups for logp in group.logps]).to(device)
+    for turn in range(2):
         with torch.no_grad(), Clock(device) as clock:
-            for pack in packs:
-                policy.score(pack.groups)
+            scored = torch.cat([policy.score(pack.groups, 0.8).logp for pack in packs])
             reshard(policy)
-    row("score", clock, share_of_product_peak=work / products / clock.seconds)
+    row("score", clock, share_of_product_peak=work / products / clock.seconds,
+        sampler_and_scorer=float((scored - own).abs().mean()))
     if updates:
         set_gradient_checkpointing(policy, settings.gradient_checkpointing)
-        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
-        total = float(count)
+        optimizer = make_optimizer(policy, SimpleNamespace(weight_decay=0.0, learning_rate=1e-6, adam_beta1=0.9,
+                                                           adam_beta2=0.999, offload_optimizer=False))
+        total = float(sum(sum(group.lengths) for group in groups))
         for turn in range(2):
-            with Clock(device) as clock:
-                for pack in packs:
-                    with packed_pass(pack):
-                        backward(-policy.score(pack.groups).logp.sum() / total)
+            with Clock(device) as whole:
+                with Clock(device) as clock:
+                    for pack in packs:
+                        with packed_pass(pack):
+                            backward(-policy.score(pack.groups, 0.8).logp.sum() / total)
                 optimizer_step(policy, optimizer, torch.zeros((), device=device), 1.0, 1e-6)
-        row("update", clock, share_of_product_peak=3 * work / products / clock.seconds)
+        row("update, its passes", clock, share_of_product_peak=3 * work / products / clock.seconds)
+        row("update", whole, share_of_product_peak=3 * work / products / whole.seconds)
         del optimizer
     del policy
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
-    clock = stock_generation(random_model(shape, device, dtype), prompts, settings.tokens, device)
-    row("generate", clock, tokens_per_second=settings.prompts * G * settings.tokens / clock.seconds)
+    clock = stock_generation(random_model(shape, device, dtype), prompts, few, device)
+    row("generate", clock, tokens=few, tokens_per_second=settings.prompts * G * few / clock.seconds)
     return rows
 
 
 def stock_generation(model, prompts, tokens: int, device) -> Clock:
-    """transformers' generate on the same prompts, one at a time."""
-    with torch.no_grad(), Clock(device) as clock:
-        for prompt in prompts:
-            ids = prompt.tokens[None].to(device)
-            model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=prompt.pixels.to(device, model.dtype),
-                image_grid_thw=prompt.grids.to(device),
-                mm_token_type_ids=(ids == IMAGE).int(),
-                **stock_sampling(G, tokens),
-            )
+    """transformers' generate on the same prompts in one batch, after a few tokens to warm."""
+    ids = torch.stack([prompt.tokens for prompt in prompts]).to(device)
+    given = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.cat([prompt.pixels for prompt in prompts]).to(device, model.dtype),
+        image_grid_thw=torch.cat([prompt.grids for prompt in prompts]).to(device),
+        mm_token_type_ids=(ids == IMAGE).int(),
+    )
+    with torch.no_grad():
+        model.generate(**given, **stock_sampling(G, 4))
+        with Clock(device) as clock:
+            model.generate(**given, **stock_sampling(G, tokens))
     return clock
 
 
@@ -235,7 +300,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=512, help="new tokens of every completion")
-    parser.add_argument("--tokens_per_pass", type=int, default=16_384)
+    parser.add_argument("--tokens_per_pass", type=int, default=8_192)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--record", action="store_true", help="append the figures to results.jsonl")
     settings = parser.parse_args()

@@ -37,7 +37,7 @@ def load(model: str, data: str | None, task: str, settings):
 
     encoder, policy = Encoder(model, settings.max_pixels), load_policy(model).requires_grad_(False)
     policy.vocabulary = encoder.vocabulary
-    policy.to(getattr(torch, settings.dtype))
+    policy.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, settings.dtype))
     if data:
         task = resolve_task(task)
         given = argparse.Namespace(**{**vars(settings), "data": data, "missing_images": "blank"})

@@ -190,6 +190,14 @@ def test_names_of_today_load_as_those_of_the_hub(folder, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_weights_that_wait_on_the_host_have_their_buffers_on_the_device(folder):
+    policy = fill(empty_policy(str(folder)), Checkpoint(str(folder)), torch.device("meta"), host=True)
+    buffers = [buffer for module in policy.modules() for buffer in module.buffers(recurse=False)]
+    assert buffers and all(buffer.is_meta for buffer in buffers)  # a device that is not the host's
+    expected = load_policy(str(folder)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in policy.named_parameters())
+
+
 # ── many ranks ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

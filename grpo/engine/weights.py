@@ -169,10 +169,12 @@ def rows_of(parameter: Tensor) -> tuple[int, int]:
     return start, start + len(local(parameter))
 
 
-def fill(policy: Policy, checkpoint: Checkpoint, device: torch.device) -> Policy:
-    """Memory on `device` for what is on the meta device, and this rank's rows of every tensor, cast to their type."""
+def fill(policy: Policy, checkpoint: Checkpoint, device: torch.device, host: bool = False) -> Policy:
+    """Memory on `device` for what is on the meta device, and this rank's rows of every tensor, cast to their type.
+
+    host: the parameters wait in host memory, see `fsdp.shard`; buffers do not."""
     checkpoint.fit(policy.model)
-    replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=device))
+    replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device="cpu" if host else device))
     for module in policy.modules():
         module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
     copy_rows(checkpoint.slices, checkpoint.names,

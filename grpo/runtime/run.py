@@ -106,7 +106,7 @@ def load_frozen(model: str, adapter: str, dtype: torch.dtype, device: torch.devi
         add_adapter(policy, file.rank, file.alpha, file.targets)
     shard(policy.requires_grad_(False), dtype, device, offload, **sharding)
     with heartbeat_during():
-        fill(policy, Checkpoint(model), torch.device("cpu") if offload else device)
+        fill(policy, Checkpoint(model), device, host=offload)
         if file:
             file.fill(policy)
     return policy
