@@ -2,6 +2,8 @@
 
 tests/emulated.py says how the device comes about."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -152,6 +154,41 @@ def test_a_layer_of_a_decode_step_is_26_launches_and_a_step_is_not_read(kind):
     layers = [names for names in layers if "baddbmm_" in names]
     assert len(layers) == len(steps) == 12 and {len(names) for names in layers} == {26}, layers[0]
     assert layers[0].count("rms_norm") == 2 and not [count.read_at for count in steps if count.reads]
+
+
+def test_a_buckets_first_step_is_run_its_second_captured_and_replayed_from_then_on(monkeypatch):
+    policy, drawn, log, real = tiny_policy(), sampling(max_tokens=80, end_tokens=(), read_every=4, rows=6), {}, static.run
+    plain = sample(policy, prompts(3), 3, drawn)
+
+    def capture(bucket, pool):
+        assert pool == "pool" and log[bucket] == ["run"]
+        log[bucket].append("captured")
+        return SimpleNamespace(replay=lambda: (log[bucket].append("replayed"), bucket.step()))
+
+    def run(bucket, pool):
+        assert pool is None  # on a CPU
+        before = len(log.setdefault(bucket, []))
+        real(bucket, "pool")
+        if len(log[bucket]) == before:
+            log[bucket].append("run")
+
+    monkeypatch.setattr(static, "capture", capture)
+    monkeypatch.setattr(static, "run", run)
+    assert tokens(sample(policy, prompts(3), 3, drawn)) == tokens(plain)
+    assert len(log) == 4
+    for steps in log.values():
+        assert steps[:2] == ["run", "captured"] and set(steps[2:]) == {"replayed"} and len(steps) % 4 == 1
+
+
+@pytest.mark.parametrize("device,whole,switch,captured", [("cuda", True, True, True), ("cuda", False, True, False),
+                                                          ("cuda", True, False, False), ("cpu", True, True, False)])
+def test_steps_are_captured_on_a_gpu_that_holds_all_weights(monkeypatch, device, whole, switch, captured):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(static, "CAPTURE", switch)
+    cache = SimpleNamespace(suffix=torch.zeros(2, 1, 1, 1, 8, 4))
+    rollout = SimpleNamespace(policy=SimpleNamespace(device=torch.device(device)), sampling=sampling(read_every=4),
+                              caches=[cache], whole=whole)
+    assert static.Static(rollout).pool == ("pool" if captured else None)
 
 
 @apart

@@ -4,7 +4,8 @@ A group slot has a place for each of its rows. A place whose row has ended is st
 away, until the host reads and a waiting row or group takes it. So nothing is gathered: prompts' scores and suffixes'
 scores are slices of one tensor, and a layer's attention is two products for each and one softmax.
 
-Shapes come in buckets: live groups and suffix width rounded up to powers of two, tokens a row by `Speculation.width`.
+Shapes come in buckets: live groups and suffix width rounded up (`bucket_size`), tokens a row by `Speculation.width`.
+On a GPU a bucket's step is captured once and replayed: launched one by one its kernels would wait for the host.
 """
 
 import torch
@@ -18,8 +19,11 @@ WIDTH = 64  # the smallest bucket of suffix tokens
 CAPTURE = True  # a GPU's steps as graphs; off for a benchmark
 
 
-def up_to_power(number: int, start: int, limit: int) -> int:
-    return min(start << max(0, (number - 1) // start).bit_length(), limit)
+def bucket_size(number: int, start: int, limit: int) -> int:
+    """The next of start, 4 · start, 16 · start, …: what is masked costs less than a graph more."""
+    while start < number:
+        start *= 4
+    return min(start, limit)
 
 
 class Bucket(Rope):
@@ -121,8 +125,8 @@ class Static:
     def fill(self, rows: list, guessed: int) -> tuple[Bucket, list[int]]:
         """The bucket for these rows, with what they begin with, and where in its tensors each of them is."""
         rollout, span = self.rollout, self.steps * (1 + guessed)
-        groups = up_to_power(len(rollout.slots), 1, self.groups)
-        width = up_to_power(max(len(row.tokens) for row in rows) + span, WIDTH, self.longest)
+        groups = bucket_size(len(rollout.slots), 1, self.groups)
+        width = bucket_size(max(len(row.tokens) for row in rows) + span, WIDTH, self.longest)
         shape = groups, width, 1 + guessed
         if shape not in self.buckets:
             self.buckets[shape] = Bucket(rollout.policy, rollout.sampling, rollout.caches, *shape, self.steps)
