@@ -189,11 +189,13 @@ class Costs:
         """What autograd keeps of one decoder layer in one packed pass."""
         x, s, width = self.shape, self.s, self.width
         both_keys = self.completions * (s.prompt_tokens + s.max_completion_tokens - 1)  # [prompt, own] of each
-        keys = 2 * both_keys * x.keys
-        if self.on_gpu:  # there keys are repeated for every query head, the prompt's too
+        keys, queries = 2 * both_keys * x.keys, 3 * x.queries
+        if self.on_gpu and width == 4:  # there keys are repeated for every query head, the prompt's too
             keys = 2 * (both_keys + self.groups * s.prompt_tokens) * x.queries
+        elif self.on_gpu:  # attention in two calls: the prompts' keys once more; no output is put together
+            keys, queries = 2 * self.groups * s.prompt_tokens * x.keys, 2 * x.queries
         product = any(name == "down_proj" for name in self.wanted)  # kept for an adapter's gradient alone, see lean.py
-        kept = tokens * (3 * x.queries + 2 * x.keys + (2 + product) * x.intermediate) + keys
+        kept = tokens * (queries + 2 * x.keys + (2 + product) * x.intermediate) + keys
         kept += tokens * s.lora_rank * len(self.adapted) / x.layers
         softmax = tokens * x.heads * 4
         return width * kept + softmax + 2 * self.norm_bytes(tokens)
