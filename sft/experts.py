@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data.read import read_json_lines, shown
+from data.read import read_json_lines
 from grpo.runtime.files import append_line
 from grpo.runtime.log import progress, say
 
@@ -251,10 +251,8 @@ def read_answers(path: Path, request: str) -> dict[str, dict]:
     if not path.exists():
         return {}
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    answers, expected = {}, "an expert's answer"
-    for where, answer in read_json_lines(path, expected):
-        if not all(isinstance(answer.get(name), kind) for name, kind in ANSWER.items()):
-            raise ValueError(f"{where}: found {shown(answer)}; expected {expected}")
+    answers = {}
+    for where, answer in read_json_lines(path, "an expert's answer", **ANSWER):
         if answer["request"] != request:
             raise ValueError(f"{where}: this was asked of another model, or with other options or another template; "
                              "move the file away to ask anew")
