@@ -16,7 +16,6 @@ from grpo.settings import Settings
 refuse_early(Settings, __name__)  # --help, a misspelled setting and a missing path need not wait for the imports below
 
 import torch
-from torch import Tensor
 
 from grpo.advantage import combine_rewards, group_advantages, kl_penalised_rewards, overlong_penalty
 from grpo.advantage import zero_variance_groups
@@ -172,7 +171,7 @@ class Trainer:
         for pack in waiting:
             pack.advantages, every = every[: len(pack.mask)], every[len(pack.mask):]
 
-    def rewards_of(self, pack: Pack) -> Tensor:
+    def rewards_of(self, pack: Pack) -> torch.Tensor:
         """(N,) float64: the completions' rewards, less what the objective takes for length and for the KL."""
         preset, limit, lengths = self.preset, self.settings.max_completion_tokens, pack.lengths
         rewards = torch.cat([group.rewards for group in pack.groups])
