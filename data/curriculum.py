@@ -21,8 +21,7 @@ class Epoch(NamedTuple):
 
 
 def easy_ratio(epoch: int, decay: float) -> float:
-    """Easy samples per hard one: decay^epoch, epochs from 0 (MORE-R1, equation 6, where t counts from 1); with decay 0
-    none, from the first epoch on."""
+    """Easy samples per hard one: decay^epoch, epochs from 0 (MORE-R1, equation 6, has t from 1); none with decay 0."""
     if epoch < 0 or not 0 <= decay <= 1:
         raise ValueError(f"epoch {epoch}, decay {decay}: epochs from 0 and a decay from 0 to 1 expected")
     return float(decay) ** epoch if decay else 0.0

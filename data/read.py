@@ -23,8 +23,7 @@ read_object = partial(read_json, kind=dict)
 
 
 def read_json_lines(path, expected: str, blank_lines: bool = False, **kinds: type) -> Iterator[tuple[str, dict]]:
-    """("file:line", the object in it) for every line. expected: what a line should hold; blank_lines: or nothing;
-    kinds: of some of its fields."""
+    """("file:line", object) for every line. expected: what it should hold; blank_lines: or none; kinds: of fields."""
     with open(path, "rb") as file:  # its own lines: str.splitlines() would cut at U+2028 too
         for number, line in enumerate(file, 1):
             if blank_lines and not line.strip():

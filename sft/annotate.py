@@ -141,15 +141,15 @@ def examples(fallen: list[Fallen], task: Task) -> list[dict]:
 def survivors(settings: Settings, task: Task, drawn: list, expert: Ask):
     """(candidates kept, one a sample; what fell; the stages with their counts, before and after each filter)."""
     left, fallen, stages = candidates_of(drawn, settings.candidates, prompt_maker(settings, task), expert), [], {}
-    for stage, wanted, keep in (("asked for", True, lambda left: (left, [])),
-            ("structure and answer right", True, lambda left: filter_responses(task, left)),
-            ("re-prediction right", settings.repredict, lambda left: repredict_filter(task, left, expert)),
-            ("score high enough", settings.score,
-             lambda left: score_filter(task, left, expert, settings.score_threshold))):
-        if wanted:
-            left, dropped = keep(left)
-            fallen += dropped
-            stages[stage] = {"candidates": len(left), "samples": len({one.sample.id for one in left})}
+    chosen = {"asked for": lambda left: (left, []), "structure and answer right": partial(filter_responses, task)}
+    if settings.repredict:
+        chosen["re-prediction right"] = lambda left: repredict_filter(task, left, expert)
+    if settings.score:
+        chosen["score high enough"] = lambda left: score_filter(task, left, expert, settings.score_threshold)
+    for stage, keep in chosen.items():
+        left, dropped = keep(left)
+        fallen += dropped
+        stages[stage] = {"candidates": len(left), "samples": len({one.sample.id for one in left})}
     return best_of_each(left, settings.seed), fallen, stages
 
 

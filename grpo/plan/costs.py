@@ -155,8 +155,7 @@ class Costs:
             "reference": 0.0 if s.offload_reference and self.on_gpu else self.reference()}
 
     def host(self) -> dict[str, float]:
-        """Of one process in its machine's memory: while it loads; what waits there; a checkpoint's copy of its
-        shard."""
+        """A process's in its machine's memory: while it loads; what waits there; a checkpoint's copy of its shard."""
         waiting = self.optimizer() * self.s.offload_optimizer + self.reference() * self.s.offload_reference
         copied = 1 if self.s.offload_optimizer else 3  # weights, and two moments that are not there already
         return {"loading": MASTER * self.shape.table / self.shards, "waiting": waiting,  # one tensor's rows at a time
@@ -196,8 +195,7 @@ class Costs:
         return tokens * 2 * self.shape.hidden * self.width
 
     def backward_bytes(self) -> float:
-        """Of an MLP's backward: the product made again, its gradient, up's and gate's; the residual's and the
-        input's."""
+        """Of an MLP's backward: the product made again, its gradient, up's, gate's, the residual's and the input's."""
         return self.widest * self.width * (4 * self.shape.intermediate + 2 * self.shape.hidden)
 
     def kept_bytes(self, layers: int) -> float:
