@@ -239,7 +239,7 @@ def zero_variance(group: Group) -> bool:
 def train(trainer: Trainer, curriculum: Curriculum) -> None:
     """Epochs of rollouts; validation before the first, then every so often, keeps the best checkpoint."""
     run, settings, mu = trainer.run, trainer.settings, trainer.preset.updates
-    rollouts = curriculum.rollouts
+    rollouts = len(curriculum.plan)
     hard, easy = len(curriculum.hard), len(curriculum.easy)
     say(f"{f'{hard} hard and {easy} easy' if settings.predictions else hard} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
@@ -251,7 +251,7 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
         run.metrics_log.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
         bar.update(run.step)
-        for done, (epoch, batch, last_of_epoch) in enumerate(curriculum.plan()[run.step:], run.step):
+        for done, (epoch, batch, last_of_epoch) in enumerate(curriculum.plan[run.step:], run.step):
             rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup,
                                    settings.schedule) for i in range(mu)]
             step, last = done + 1, done + 1 == rollouts
