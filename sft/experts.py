@@ -187,16 +187,10 @@ class LocalExpert(NamedTuple):
 
     def answer(self, requests: list, keep: Callable, bar) -> None:
         """Gives `keep` each request with its answer, AT_ONCE at a time."""
-        import torch  # and the engine, for this expert alone
+        from grpo.engine.rollout import Sampling, sample  # torch and the engine, for this expert alone
+        from grpo.runtime.run import load_answering
 
-        from grpo.engine.encode import Encoder
-        from grpo.engine.rollout import Sampling, sample
-        from grpo.runtime.fsdp import compute_dtype
-        from grpo.runtime.run import load_frozen
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder, options = Encoder(self.model, MAX_PIXELS), self.options
-        policy = load_frozen(self.model, "", compute_dtype("auto", device), device)
+        (encoder, policy), options = load_answering(self.model, "", "auto", MAX_PIXELS), self.options
         sampling = Sampling(int(options["max_tokens"]), encoder.end_tokens, options["temperature"], options["top_p"],
                             int(options["top_k"]), rows=AT_ONCE, seed=f"{options['seed']}/expert")
         for begin in range(0, len(requests), AT_ONCE):
