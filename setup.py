@@ -8,7 +8,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["grpo*", "sft*", "data*", "rewards*"]),
     package_data={"grpo": ["presets.json"], "grpo.report": ["page.html", "page.css", "*.js"],
-                  "data": ["prompts/*.txt"], "data.toy": ["checkpoint/*", "world.json"]},
+                  "grpo.runtime": ["elsewhere.json"], "data": ["prompts/*.txt"],
+                  "data.toy": ["checkpoint/*", "world.json"]},
     # The tests pass on torch 2.13 with transformers 5.17 and 5.23, those of the engine on 5.8; constraints.txt has what
     # the demo was measured with.
     install_requires=["torch>=2.11", "transformers>=5.8,<6", "safetensors", "pillow>=10.1", "numpy", "tokenizers"],

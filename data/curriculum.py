@@ -21,8 +21,7 @@ class Epoch(NamedTuple):
 
 
 def easy_ratio(epoch: int, decay: float) -> float:
-    """Easy samples per hard one: decay^epoch, epochs from 0 (MORE-R1, equation 6, where t counts from 1); with decay 0
-    none, from the first epoch on."""
+    """Easy samples per hard one: decay^epoch, epochs from 0 (MORE-R1, equation 6, has t from 1); none with decay 0."""
     if epoch < 0 or not 0 <= decay <= 1:
         raise ValueError(f"epoch {epoch}, decay {decay}: epochs from 0 and a decay from 0 to 1 expected")
     return float(decay) ** epoch if decay else 0.0
@@ -68,18 +67,18 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
     if not hard and (mixing != "raw" or not easy):
         raise ValueError(f"no hard samples and {len(easy)} easy ones: there is nothing to train on, nothing for the "
                          "curriculum to teach (mixing raw would train on the easy ones)")
-    wanted = int(len(hard) * _exact(easy_ratio(epoch, decay)))
-    easy_total = len(easy) if mixing == "raw" else min(wanted, len(easy))
+    ratio = _exact(easy_ratio(epoch, decay))
+    wanted = len(easy) if mixing == "raw" else int(len(hard) * ratio)
+    easy_total = min(wanted, len(easy))
     total = len(hard) + easy_total
     size = total // batch_size * batch_size if last == "drop" else -(-total // batch_size) * batch_size
     if not size:
         raise ValueError(f"epoch {epoch}: {total} samples are fewer than a batch of {batch_size}, "
                          "and an incomplete last batch is dropped; fill it, or make the batch smaller")
     if mixing == "raw":
-        ratio, both = None, [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
+        both = [(sample, True) for sample in hard] + [(sample, False) for sample in easy]
         order = list(islice(cycle(_shuffled(both, _generator(seed, epoch, "raw"))), size))
     else:
-        ratio = _exact(easy_ratio(epoch, decay))
         if easy_total < wanted:
             log.warning("epoch %d: %d easy samples wanted for %d hard ones, there are only %d",
                         epoch, wanted, len(hard), len(easy))
@@ -92,7 +91,7 @@ def epoch_batches(hard: list, easy: list, *, epoch: int, batch_size: int, none_s
         # Hard and easy alternate; shuffled, no way of sharing out a batch gives one rank all of a kind.
         _generator(seed, epoch, "batch", number).shuffle(batch)
     seen = [sample for sample, is_hard in order if not is_hard]
-    record = {"epoch": epoch, "mixing": mixing, "ratio": ratio if ratio is None else float(ratio),
+    record = {"epoch": epoch, "mixing": mixing, "ratio": None if mixing == "raw" else float(ratio),
               "batches": len(batches), "hard": len(order) - len(seen), "easy": len(seen),
               "easy_none": sum(map(is_none, seen)), "filled": max(size - total, 0), "left_out": max(total - size, 0)}
     return Epoch([[sample for sample, _ in batch] for batch in batches], record)

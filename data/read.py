@@ -22,8 +22,8 @@ def read_json(path, expected: str, kind: type = object):
 read_object = partial(read_json, kind=dict)
 
 
-def read_json_lines(path, expected: str, blank_lines: bool = False) -> Iterator[tuple[str, dict]]:
-    """("file:line", the object in it) for every line. expected: what a line should hold; blank_lines: or nothing."""
+def read_json_lines(path, expected: str, blank_lines: bool = False, **kinds: type) -> Iterator[tuple[str, dict]]:
+    """("file:line", object) for every line. expected: what it should hold; blank_lines: or none; kinds: of fields."""
     with open(path, "rb") as file:  # its own lines: str.splitlines() would cut at U+2028 too
         for number, line in enumerate(file, 1):
             if blank_lines and not line.strip():
@@ -33,7 +33,8 @@ def read_json_lines(path, expected: str, blank_lines: bool = False) -> Iterator[
             except ValueError as problem:
                 found = f"found {line.decode(errors='replace')[:60]!r}; expected {expected} ({one_line(problem)})"
                 raise ValueError(f"{path}:{number}: {found}") from None
-            if not isinstance(entry, dict):
+            fits = isinstance(entry, dict) and all(isinstance(entry.get(name), kinds[name]) for name in kinds)
+            if not fits:
                 raise ValueError(f"{path}:{number}: found {shown(entry)}; expected {expected}")
             yield f"{path}:{number}", entry
 

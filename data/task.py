@@ -33,7 +33,7 @@ def resolve_task(name: str, rewards: str = "") -> Task:
         yours = name.isidentifier() and importlib.util.find_spec(name) is not None
         here = "." not in name and (Path(__file__).with_name(f"{name}.py").is_file() or not yours)
         data_name, rewards_name = (f"data.{name}", f"rewards.{name}") if here else (name, name)
-    task = Task(_import(data_name, name), _import(rewards_name, name))
+    task = Task(import_module(data_name, name), import_module(rewards_name, name))
     for module, names in ((task.data, DATA_NAMES), (task.rewards, REWARD_NAMES)):
         if missing := [name for name in names if not hasattr(module, name)]:
             raise ValueError(f"task module {module.__name__} ({module.__file__}) lacks {', '.join(missing)}; see "
@@ -65,7 +65,7 @@ def with_own_reward(task: ModuleType, name: str) -> SimpleNamespace:
 def load_module(name: str, setting: str) -> ModuleType:
     """A module of yours by its name or by the path of its .py file; ValueError where there is none."""
     if not name.endswith(".py"):
-        return _import(name, name, f"{setting} {name}: no such module, nor a .py file")
+        return import_module(name, name, f"{setting} {name}: no such module, nor a .py file")
     if not Path(name).is_file():
         raise ValueError(f"{setting} {name}: no such file")
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
@@ -88,9 +88,11 @@ def load_samples(task: Task, settings, split: str, seen_size: Callable | None = 
     return samples
 
 
-def _import(module: str, name: str, complaint: str = "") -> ModuleType:
+def import_module(module: str, name: str, complaint: str = "") -> ModuleType:
+    """ValueError where there is no such module: the complaint, or one about a task; a fault inside it is not hidden."""
     try:
-        return importlib.import_module(module)
+        if module and not module.startswith("."):
+            return importlib.import_module(module)
     except ImportError as problem:
         # Only "this module is not there" is about the name; a task that itself misses a library must say so.
         if not isinstance(problem, ModuleNotFoundError) or not f"{module}.".startswith(f"{problem.name}."):
@@ -99,8 +101,6 @@ def _import(module: str, name: str, complaint: str = "") -> ModuleType:
                 raise
             raise ValueError(f"{module}: {problem}: {sys.modules.get(package, package)} comes before a module of yours "
                              f"of that name, which needs another one") from None
-    except (ValueError, TypeError):  # an empty name, or one that begins with a dot
-        pass
     here, rewards = ({path.stem for path in Path(__file__).parent.parent.glob(f"{package}/[!_]*.py")}
                      for package in ("data", "rewards"))
     known = sorted(here & rewards - {name})

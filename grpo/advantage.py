@@ -58,8 +58,7 @@ def zero_variance_groups(rewards: Tensor, counted: Tensor | None = None) -> Tens
 
     max == min and not std == 0: the std of equal floats is rarely an exact zero.  And not to the last bit: .1 + .2 + .3
     is not .3 + .2 + .1, and at eps = 0 that difference would be advantages of ±1 and more.  These are the groups that
-    DAPO's dynamic sampling draws again (arXiv 2503.14476, the constraint of eq. 11).  `counted` as in group_advantages.
-    """
+    DAPO's dynamic sampling draws again (arXiv 2503.14476, eq. 11's constraint).  `counted` as in group_advantages."""
     out = torch.zeros_like(rewards, dtype=torch.bool) if counted is None else ~counted
     high = rewards.double().masked_fill(out, float("-inf")).amax(dim=1)
     low = rewards.double().masked_fill(out, float("inf")).amin(dim=1)
@@ -67,15 +66,13 @@ def zero_variance_groups(rewards: Tensor, counted: Tensor | None = None) -> Tens
 
 
 def centre(rewards: Tensor, counted: Tensor) -> Tensor:
-    """r_i − mean(r) within each group; exact zeros where all are equal, and where not `counted`.  (groups, G) ->
-    (groups, G)"""
+    """r_i − mean(r) within each group, exact zeros where all are equal or not `counted`.  (groups, G) -> (groups, G)"""
     mean = rewards.masked_fill(~counted, 0.0).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp(min=1)
     return (rewards - mean).masked_fill(~counted | zero_variance_groups(rewards, counted).unsqueeze(1), 0.0)
 
 
 def standard_deviation(deviations: Tensor, n: Tensor, ddof: int) -> Tensor:
-    """sqrt(Σ (x − mean)² / (n − ddof)) of deviations x − mean along the last dimension, kept as size 1; 0 where n
-    <= ddof."""
+    """sqrt(Σ d² / (n − ddof)) of deviations d from a mean, along the last dimension, kept as size 1; 0 if n <= ddof."""
     return (deviations.square().sum(dim=-1, keepdim=True) / (n - ddof).clamp(min=1)).sqrt()
 
 

@@ -44,8 +44,6 @@ def grpo_loss(
     Raises ValueError: shapes that do not fit, a mask that is not 0/1 or is empty (a *part* may be, its loss
     is 0: hence not with `denominator`), beta without ref_logp, an unknown option."""
     check_choice("surrogate", surrogate, SURROGATES)
-    check_choice("aggregate", aggregate, AGGREGATES)
-    check_choice("level", level, LEVELS)
     check_choice("kl", kl, KL_KINDS)
     mask = check_inputs(logp, advantages, mask, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy)
     if denominator is None and not mask.any():

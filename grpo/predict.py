@@ -41,16 +41,12 @@ class Settings:
 
 refuse_early(Settings, __name__)
 
-import torch
-
 from data.images import upright_copy
 from data.read import read_object, shown
 from data.task import Task, resolve_task
-from grpo.engine.encode import Encoder
 from grpo.engine.files import reasoning_of
 from grpo.engine.rollout import Sampling, sample
-from grpo.runtime.fsdp import compute_dtype
-from grpo.runtime.run import load_frozen
+from grpo.runtime.run import load_answering
 
 
 def trained_with(model: str) -> dict:
@@ -88,12 +84,9 @@ def own_sample(task: Task, name: str, given: dict[str, str], usual_data: str = "
 
 def complete(settings: Settings, task: Task, one) -> tuple[str, bool]:
     images, text = task.data.build_prompt(one, reasoning=settings.reasoning)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = Encoder(settings.model, settings.max_pixels)
+    encoder, policy = load_answering(settings.model, settings.adapter, settings.dtype, settings.max_pixels)
     sampling = Sampling(settings.max_completion_tokens, encoder.end_tokens, settings.temperature,
                         seed=f"{settings.seed}/predict")
-    policy = load_frozen(settings.model, settings.adapter, compute_dtype(settings.dtype, device), device,
-                         encoder.vocabulary)
     group, = sample(policy, [encoder.encode(images, text, one, one.id)], 1, sampling)
     return encoder.decode(group.completions[0]), group.finished[0]
 

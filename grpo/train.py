@@ -16,7 +16,6 @@ from grpo.settings import Settings
 refuse_early(Settings, __name__)  # --help, a misspelled setting and a missing path need not wait for the imports below
 
 import torch
-from torch import Tensor
 
 from grpo.advantage import combine_rewards, group_advantages, kl_penalised_rewards, overlong_penalty
 from grpo.advantage import zero_variance_groups
@@ -172,7 +171,7 @@ class Trainer:
         for pack in waiting:
             pack.advantages, every = every[: len(pack.mask)], every[len(pack.mask):]
 
-    def rewards_of(self, pack: Pack) -> Tensor:
+    def rewards_of(self, pack: Pack) -> torch.Tensor:
         """(N,) float64: the completions' rewards, less what the objective takes for length and for the KL."""
         preset, limit, lengths = self.preset, self.settings.max_completion_tokens, pack.lengths
         rewards = torch.cat([group.rewards for group in pack.groups])
@@ -240,7 +239,7 @@ def zero_variance(group: Group) -> bool:
 def train(trainer: Trainer, curriculum: Curriculum) -> None:
     """Epochs of rollouts; validation before the first, then every so often, keeps the best checkpoint."""
     run, settings, mu = trainer.run, trainer.settings, trainer.preset.updates
-    rollouts = curriculum.rollouts
+    rollouts = len(curriculum.plan)
     hard, easy = len(curriculum.hard), len(curriculum.easy)
     say(f"{f'{hard} hard and {easy} easy' if settings.predictions else hard} samples, {rollouts} rollouts of "
         f"{settings.prompts_per_rollout} × {trainer.preset.group_size} completions, {mu} updates each")
@@ -252,7 +251,7 @@ def train(trainer: Trainer, curriculum: Curriculum) -> None:
         run.metrics_log.write({"step": 0, **run.validate(0)})
     with progress(rollouts, "GRPO", "rollout") as bar:
         bar.update(run.step)
-        for done, (epoch, batch, last_of_epoch) in enumerate(curriculum.plan()[run.step:], run.step):
+        for done, (epoch, batch, last_of_epoch) in enumerate(curriculum.plan[run.step:], run.step):
             rates = [learning_rate(done * mu + i, rollouts * mu, settings.learning_rate, settings.warmup,
                                    settings.schedule) for i in range(mu)]
             step, last = done + 1, done + 1 == rollouts

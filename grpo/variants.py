@@ -8,11 +8,12 @@ where a paper cuts its rollout into mini-batches we update on all of it, `update
 No torch here, so that a help text costs none."""
 
 import difflib
-import importlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+from data.task import import_module
 
 SCALES = ("group", "batch", "centred-batch", "leave-one-out", "none")
 COMBINATIONS = ("sum", "normalised")
@@ -154,13 +155,8 @@ def loss_options(preset: Preset, completion_limit: int) -> dict:
 
 def load_module(name: str):
     """The module of that name, or a ValueError where there is none; an error inside it is not hidden."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name + ".").startswith(error.name + "."):
-            message = f"objective {name!r} is neither a preset nor a module that can be imported"
-            raise ValueError(message + nearest(name, PRESETS)) from None
-        raise
+    complaint = f"objective {name!r} is neither a preset nor a module that can be imported"
+    return import_module(name, name, complaint + nearest(name, PRESETS))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

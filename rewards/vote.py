@@ -15,5 +15,5 @@ def majority(rewards, completions: list[str], sample) -> tuple[str, int]:
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return completions[0], 0
-    winner = max(votes, key=votes.get)  # of equals the first, for a Counter keeps the order of coming
-    return completions[answers.index(winner)], votes[winner]
+    (winner, count), = votes.most_common(1)  # of equals the first, for a Counter keeps the order of coming
+    return completions[answers.index(winner)], count

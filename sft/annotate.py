@@ -16,7 +16,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 from data.curriculum import stratified_draw
-from data.read import fill_in, read_json_lines, shown
+from data.read import fill_in, read_json_lines
 from data.task import Task, load_samples, resolve_task, sample_hash
 from grpo.runtime.files import write_json, write_whole
 from grpo.runtime.log import say, table
@@ -67,13 +67,10 @@ class Settings(TaskSettings):
 def file_expert(path: str) -> Ask:
     """Responses that were written earlier: JSONL of {id, response}; more than were drawn do not disturb."""
     responses, expected = {}, "a JSON object with the texts id and response"
-    for where, entry in read_json_lines(path, expected):
-        name, response = entry.get("id"), entry.get("response")
-        if not isinstance(name, str) or not isinstance(response, str):
-            raise ValueError(f"{where}: found {shown(entry)}; expected {expected}")
-        if name in responses:
+    for where, entry in read_json_lines(path, expected, id=str, response=str):
+        if (name := entry["id"]) in responses:
             raise ValueError(f"{where}: a second response for {name[:60]}; one a sample expected")
-        responses[name] = response
+        responses[name] = entry["response"]
     return lambda requests: {one.id: responses[one.id] for one in requests if one.id in responses}
 
 
@@ -144,15 +141,15 @@ def examples(fallen: list[Fallen], task: Task) -> list[dict]:
 def survivors(settings: Settings, task: Task, drawn: list, expert: Ask):
     """(candidates kept, one a sample; what fell; the stages with their counts, before and after each filter)."""
     left, fallen, stages = candidates_of(drawn, settings.candidates, prompt_maker(settings, task), expert), [], {}
-    for stage, wanted, keep in (("asked for", True, lambda left: (left, [])),
-            ("structure and answer right", True, lambda left: filter_responses(task, left)),
-            ("re-prediction right", settings.repredict, lambda left: repredict_filter(task, left, expert)),
-            ("score high enough", settings.score,
-             lambda left: score_filter(task, left, expert, settings.score_threshold))):
-        if wanted:
-            left, dropped = keep(left)
-            fallen += dropped
-            stages[stage] = {"candidates": len(left), "samples": len({one.sample.id for one in left})}
+    chosen = {"asked for": lambda left: (left, []), "structure and answer right": partial(filter_responses, task)}
+    if settings.repredict:
+        chosen["re-prediction right"] = lambda left: repredict_filter(task, left, expert)
+    if settings.score:
+        chosen["score high enough"] = lambda left: score_filter(task, left, expert, settings.score_threshold)
+    for stage, keep in chosen.items():
+        left, dropped = keep(left)
+        fallen += dropped
+        stages[stage] = {"candidates": len(left), "samples": len({one.sample.id for one in left})}
     return best_of_each(left, settings.seed), fallen, stages
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data.read import read_json_lines, shown
+from data.read import read_json_lines
 from grpo.runtime.files import append_line
 from grpo.runtime.log import progress, say
 
@@ -187,16 +187,10 @@ class LocalExpert(NamedTuple):
 
     def answer(self, requests: list, keep: Callable, bar) -> None:
         """Gives `keep` each request with its answer, AT_ONCE at a time."""
-        import torch  # and the engine, for this expert alone
+        from grpo.engine.rollout import Sampling, sample  # torch and the engine, for this expert alone
+        from grpo.runtime.run import load_answering
 
-        from grpo.engine.encode import Encoder
-        from grpo.engine.rollout import Sampling, sample
-        from grpo.runtime.fsdp import compute_dtype
-        from grpo.runtime.run import load_frozen
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder, options = Encoder(self.model, MAX_PIXELS), self.options
-        policy = load_frozen(self.model, "", compute_dtype("auto", device), device)
+        (encoder, policy), options = load_answering(self.model, "", "auto", MAX_PIXELS), self.options
         sampling = Sampling(int(options["max_tokens"]), encoder.end_tokens, options["temperature"], options["top_p"],
                             int(options["top_k"]), rows=AT_ONCE, seed=f"{options['seed']}/expert")
         for begin in range(0, len(requests), AT_ONCE):
@@ -251,10 +245,8 @@ def read_answers(path: Path, request: str) -> dict[str, dict]:
     if not path.exists():
         return {}
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    answers, expected = {}, "an expert's answer"
-    for where, answer in read_json_lines(path, expected):
-        if not all(isinstance(answer.get(name), kind) for name, kind in ANSWER.items()):
-            raise ValueError(f"{where}: found {shown(answer)}; expected {expected}")
+    answers = {}
+    for where, answer in read_json_lines(path, "an expert's answer", **ANSWER):
         if answer["request"] != request:
             raise ValueError(f"{where}: this was asked of another model, or with other options or another template; "
                              "move the file away to ask anew")

@@ -379,7 +379,7 @@ def test_settings_that_cannot_be_planned_end_in_one_line(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("content,expected", [
-    ("{", "not JSON"), ("[]", "found a list; expected a checkpoint's config.json"),
+    ("{", "not JSON"), ("[]", "found \\[\\]; expected a checkpoint's config.json"),
     ('{"model_type": "gpt2"}', "config.json has model_type 'gpt2'; expected one of"),
 ])
 def test_a_config_that_is_none_is_refused_by_its_name(tmp_path, content, expected):

@@ -234,8 +234,7 @@ def span(words, text):
 
 
 def write_images(folder, make_sample, seed, split, count):
-    """Writes `count` images that `make_sample(seed, split, index)` makes: [(scene or post, image's name, the expert's
-    part)]."""
+    """Writes `count` images of `make_sample(seed, split, index)`: [(scene or post, image's name, expert's part)]."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for index in range(count):

@@ -7,13 +7,13 @@ allocator's gaps. `s` is grpo.plan's Settings, whose names are grpo.train's.
 
 Activations are counted as elements per packed token times the compute dtype's bytes, named where they are float32."""
 
-import json
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+from data.read import read_object
 from grpo.engine.backbones import check_model_type
-from grpo.engine.files import read_json
+from grpo.engine.files import model_file
 from grpo.engine.sizes import (GPU_TILE, KEPT, LOGITS, PACKED, PATCHES_AT_ONCE, PREFILL_TOKENS, TILE, WIDTHS,
     target_names)
 
@@ -57,15 +57,8 @@ class Shape:
 
 def read_shape(model: str) -> Shape:
     """The shape of a checkpoint folder, a config.json by itself, or a hub name. No weight is made or read."""
-    if Path(model).is_file():
-        try:
-            content = json.loads(Path(model).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{model}: not JSON ({error})") from None
-    else:
-        content = read_json(model, "config.json")
-    if not isinstance(content, dict):
-        raise ValueError(f"{model}: found a {type(content).__name__}; expected a checkpoint's config.json")
+    content = read_object(model if Path(model).is_file() else model_file(model, "config.json"),
+                          "a checkpoint's config.json")
     check_model_type(content.get("model_type"), model)
     import torch  # here, so that --help and refusals need none; the engine is not needed at all
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -162,8 +155,7 @@ class Costs:
             "reference": 0.0 if s.offload_reference and self.on_gpu else self.reference()}
 
     def host(self) -> dict[str, float]:
-        """Of one process in its machine's memory: while it loads; what waits there; a checkpoint's copy of its
-        shard."""
+        """A process's in its machine's memory: while it loads; what waits there; a checkpoint's copy of its shard."""
         waiting = self.optimizer() * self.s.offload_optimizer + self.reference() * self.s.offload_reference
         copied = 1 if self.s.offload_optimizer else 3  # weights, and two moments that are not there already
         return {"loading": MASTER * self.shape.table / self.shards, "waiting": waiting,  # one tensor's rows at a time
@@ -205,8 +197,7 @@ class Costs:
         return tokens * 2 * self.shape.hidden * self.width
 
     def backward_bytes(self) -> float:
-        """Of an MLP's backward: the product made again, its gradient, up's and gate's; the residual's and the
-        input's."""
+        """Of an MLP's backward: the product made again, its gradient, up's, gate's, the residual's and the input's."""
         return self.widest * self.width * (4 * self.shape.intermediate + 2 * self.shape.hidden)
 
     def kept_bytes(self, layers: int) -> float:
@@ -267,7 +258,7 @@ class Costs:
         fed = self.rows * (1 + WIDTHS[-1] * self.on_gpu)  # tokens of a decode step, the longest guesses among them
         drawn = fed if self.on_gpu else max(1, LOGITS // x.vocabulary)  # of them at once
         scores = fed * x.heads * max(self.s.prompt_tokens, self.s.max_completion_tokens) * (8 + cast)
-        phases = {"loading": self.loading(),
+        phases = {"loading": {part: rest[part] for part in ("weights", "reference")},  # read into their places
             "vision": add(rest, gathered=self.gathered(False, 0), activations=self.vision_bytes()),  # it is the root's
             "prefill": max(add(rest, gathered=whole + arriving), add(
                 rest, gathered=whole + copies, caches=self.cache_bytes() + own_keys,
@@ -277,11 +268,6 @@ class Costs:
             "reference": self.reference_pass(layered), "passes": max(self.moments(layered), key=total),
             "step": add(self.resident(step=True), gradients=MASTER * self.trained / self.shards)}
         return {name: {part: phase.get(part, 0.0) for part in COMPONENTS} for name, phase in phases.items()}
-
-    def loading(self) -> dict[str, float]:
-        """Each tensor is read into its place."""
-        return {"weights": self.weights(), "reference": 0.0 if self.s.offload_reference and self.on_gpu
-            else self.reference()}
 
     def reference_pass(self, layered: float) -> dict[str, float]:
         if not self.s.beta:

@@ -4,14 +4,10 @@
     python -m grpo.report runs/demo --output demo.html     all runs and evaluations in a folder
     python -m grpo.report runs/stage-2 --live              serves the page on 127.0.0.1, up to date as runs go on"""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.report.images import Images
-from grpo.report.page import render, report_data
-from grpo.report.read import find_runs, read_run, short_names
-from grpo.report.serve import server
+from grpo.report.serve import Reader, server
 from grpo.runtime.files import write_whole
 from grpo.runtime.settings import read_settings, run_program, setting
 
@@ -27,11 +23,8 @@ class Settings:
 
 
 def write(words: list[str], output: Path | None) -> Path:
-    folders = find_runs(words)
-    runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders))]
     output = output or Path(words[0]) / "report.html"
-    page = render(report_data(runs, Images(), time.strftime("%Y-%m-%d %H:%M")))
-    write_whole(output, page.encode(errors="replace"))
+    write_whole(output, Reader(words).page(live=False).encode(errors="replace"))
     return output
 
 

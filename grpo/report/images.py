@@ -2,6 +2,7 @@
 
 import base64
 import io
+from functools import cache
 from pathlib import Path
 
 from data.images import open_image
@@ -14,12 +15,10 @@ class Images:
     """Paths → data URIs, each image once: {"src", "width", "height"}, or {"missing": why}."""
 
     def __init__(self):
-        self.room, self.seen = MOST_BYTES, {}
+        self.room = MOST_BYTES
 
+    @cache
     def __call__(self, path: str) -> dict:
-        return self.seen[path] if path in self.seen else self.seen.setdefault(path, self.embed(path))
-
-    def embed(self, path: str) -> dict:
         if self.room <= 0:
             return {"missing": "left out: the page's room for images is used up"}
         try:

@@ -6,6 +6,7 @@ as text and never as markup, and a content policy lets no other script run than 
 import base64
 import hashlib
 import json
+import time
 from html import escape
 from pathlib import Path
 
@@ -31,22 +32,20 @@ def image_data(runs: list[Run], images: Images) -> dict[str, dict]:
     return {path: images(path) for path in dict.fromkeys(paths)}
 
 
-def report_data(runs: list[Run], images: Images, made: str, live: bool = False) -> dict:
-    return {"made": made, "live": live, "runs": [run_data(run) for run in runs], "images": image_data(runs, images)}
-
-
 def as_json(data) -> str:
     """JSON that may stand inside a script element: no "<" can end it or open a comment."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def render(data: dict) -> str:
+def render(runs: list[Run], images: Images, live: bool) -> str:
+    data = {"made": time.strftime("%Y-%m-%d %H:%M"), "live": live, "runs": [run_data(run) for run in runs],
+            "images": image_data(runs, images)}
     script = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
-    asks = "'self'" if data["live"] else "'none'"
+    asks = "'self'" if live else "'none'"
     policy = (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
               f"connect-src {asks}; base-uri 'none'; form-action 'none'")
-    parts = {"TITLE": escape(", ".join(run["name"] for run in data["runs"])), "POLICY": policy,
+    parts = {"TITLE": escape(", ".join(run.name for run in runs)), "POLICY": policy,
              "STYLE": (HERE / "page.css").read_text(encoding="utf-8"), "SCRIPT": script, "DATA": as_json(data)}
     page = (HERE / "page.html").read_text(encoding="utf-8")
     head, *rest = page.split("{{")  # in one go, so that nothing inside a part is taken for a place

@@ -1,4 +1,4 @@
-"""`--live`: the same page on this machine's loopback address, asking every few seconds for what is new."""
+"""The runs' page; with `--live` on this machine's loopback address, asking every few seconds for what is new."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from threading import Lock
 from urllib.parse import parse_qs, urlsplit
 
 from grpo.report.images import Images
-from grpo.report.page import as_json, image_data, render, report_data, run_data
+from grpo.report.page import as_json, image_data, render, run_data
 from grpo.report.read import Run, find_runs, read_run, short_names
 
 WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3">
@@ -23,17 +23,17 @@ class Reader:
     def __init__(self, words: list[str]):
         self.words, self.images, self.lock, self.before = words, Images(), Lock(), {}
 
-    def runs(self) -> list[Run]:
-        folders = find_runs(self.words, wait=True)
+    def runs(self, wait: bool = True) -> list[Run]:
+        folders = find_runs(self.words, wait)
         for folder, name in zip(folders, short_names(folders)):
             self.before[folder] = read_run(folder, name, self.before.get(folder))
         return [self.before[folder] for folder in folders]
 
-    def page(self) -> str:
+    def page(self, live: bool = True) -> str:
         with self.lock:
-            if not (runs := self.runs()):
+            if not (runs := self.runs(wait=live)):
                 return WAITING.format(escape(", ".join(self.words)))
-            return render(report_data(runs, self.images, time.strftime("%Y-%m-%d %H:%M"), live=True))
+            return render(runs, self.images, live)
 
     def news(self, known: list[dict]) -> dict:
         """What the page does not have yet. `known` says of each run: name, number of metric lines, last recorded step.

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from grpo.engine.policy import Policy
 from grpo.engine.weights import local, rows_of
@@ -43,7 +42,7 @@ class Checkpoints:
         self.parts: list[str] = []  # its files, in the order of the ranks that wrote them
 
     def save(self, policy: Policy, optimizer: torch.optim.Optimizer, step: int, state: dict,
-             history: dict[str, Tensor] | None = None) -> None:
+             history: dict[str, torch.Tensor] | None = None) -> None:
         """Write the run after `step` updates; `state` is what else it needs, as JSON, `history` what all ranks hold
         alike. OSError if that fails, and then everything that was there before still is."""
         writer = FolderWriter(self.folder / f"step-{step:08}", "the checkpoint", self.last_good())
@@ -94,7 +93,7 @@ class Checkpoints:
         faults = all_gather(mine)
         return f"{faults[0]} is missing or not what was written" if faults else ""
 
-    def load(self, policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> dict[str, Tensor]:
+    def load(self, policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> dict[str, torch.Tensor]:
         """Weights, optimizer (on_host: into host memory) and random states of the newest good checkpoint into this run.
         Returns the run's history."""
         with heartbeat_during():
@@ -109,7 +108,7 @@ class Checkpoints:
         broadcast_from_rank_0(lambda: None)
 
 
-def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
+def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """"kind/parameter's name" → (parameter, tensor): what trains, and all that the optimizer keeps of it."""
     found = {}
     for name, parameter in policy.named_parameters():
@@ -158,7 +157,7 @@ def read_parts(paths: list[Path], policy: Policy, optimizer: torch.optim.Optimiz
         set_random_states(json.loads(parts[rank()].metadata()["random"]))
 
 
-def fill(target: Tensor, wanted: tuple[int, int], pieces: list, key: str) -> None:
+def fill(target: torch.Tensor, wanted: tuple[int, int], pieces: list, key: str) -> None:
     """Rows `wanted` of a tensor into `target`, from pieces ([start, stop), lazily read rows)."""
     filled = 0
     for (start, stop), piece in pieces:

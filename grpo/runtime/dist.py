@@ -3,10 +3,10 @@
 import logging
 import os
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from grpo.runtime.liveness import Watchdog, joined_collective, stop_watching
 from grpo.runtime.rendezvous import connect, rendezvous
@@ -52,20 +52,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(all_reduce_max(torch.tensor(float(flag), device=device)))
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    return _all_reduce(values, dist.ReduceOp.SUM)
-
-
-def all_reduce_max(values: Tensor) -> Tensor:
-    return _all_reduce(values, dist.ReduceOp.MAX)
-
-
-def _all_reduce(values: Tensor, op) -> Tensor:
+def all_reduce(values: torch.Tensor, op) -> torch.Tensor:
     values = values.clone()
     if world_size() > 1:
         joined_collective()
         dist.all_reduce(values, op=op)
     return values
+
+
+all_reduce_sum, all_reduce_max = partial(all_reduce, op=dist.ReduceOp.SUM), partial(all_reduce, op=dist.ReduceOp.MAX)
 
 
 def all_gather(rows: list) -> list:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grpo.engine.files import TRAINING
@@ -34,7 +33,7 @@ COPIED = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.model")
 
 
-def gathered(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
+def gathered(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
     """All of a tensor on rank 0, cast, on the CPU; None on the other ranks, which send their rows meanwhile."""
     sharded = isinstance(tensor, DTensor)
     holders = tensor.device_mesh.mesh.reshape(-1, tensor.device_mesh.shape[-1])[0].tolist() if sharded else [0]
@@ -72,12 +71,12 @@ class Content:
             self.files = {f"model-{i:05}-of-{len(parts):05}.safetensors": names for i, names in enumerate(parts, 1)}
         self.bytes = self.moved = self.kept = 0  # of an adapter's update: entries, those that rounding leaves
 
-    def write(self, file: Path, tensors: dict[str, Tensor]) -> None:
+    def write(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, file, metadata={"format": "pt"})
         sync(file)
 
-    def tensor(self, name: str) -> Tensor | None:
+    def tensor(self, name: str) -> torch.Tensor | None:
         """What is written under this name, on rank 0; every rank must call it."""
         own, dtype, rows = self.own_name.get(name), self.types[name], self.source.slices[name]
         if own in self.layers:
@@ -86,7 +85,7 @@ class Content:
             return gathered(self.parameters[own], dtype)
         return rows[:].to(dtype) if rank() == 0 else None
 
-    def merged(self, rows, layer: LoraLinear, dtype: torch.dtype) -> Tensor | None:
+    def merged(self, rows, layer: LoraLinear, dtype: torch.dtype) -> torch.Tensor | None:
         """W + (α / r) B A, W from the source's file."""
         a, b = gathered(layer.lora_A), gathered(layer.lora_B)
         if a is None:

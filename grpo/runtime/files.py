@@ -47,13 +47,14 @@ def link_folder(source: Path, place: Path) -> None:
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """`new` becomes `place`; what stood there is moved aside first and removed last."""
+    """`new` becomes `place`, on the disk too; what stood there is moved aside first and removed last."""
     old = place.with_name(place.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         os.replace(place, old)
     os.replace(new, place)
     shutil.rmtree(old, ignore_errors=True)
+    sync(place.parent)
 
 
 def append_line(path: Path, content: dict) -> None:

@@ -7,7 +7,7 @@ from typing import Callable
 from safetensors import SafetensorError
 
 from grpo.runtime.dist import all_gather, rank
-from grpo.runtime.files import replace_folder, sync
+from grpo.runtime.files import replace_folder
 from grpo.runtime.liveness import heartbeat_during
 
 
@@ -40,8 +40,4 @@ class FolderWriter:
         return list(values)
 
     def end(self) -> None:
-        def rename() -> None:
-            replace_folder(self.new, self.place)
-            sync(self.place.parent)
-
-        self.do(rename)
+        self.do(lambda: replace_folder(self.new, self.place))

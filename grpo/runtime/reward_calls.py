@@ -8,7 +8,6 @@ import signal
 from typing import Callable
 
 import torch
-from torch import Tensor
 
 from data.read import shown
 from grpo.group import Group
@@ -59,7 +58,7 @@ class RewardCalls:
         self.rewards, self.decode, self.names, self.options = rewards, decode, names, options
         self.seconds, self.failures, self.failed = seconds, failures, []
 
-    def __call__(self, group: Group) -> tuple[Tensor, Tensor]:
+    def __call__(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
         """(G, K) float64 parts, unweighted, and (G,) bool: which of the completions count."""
         rows, counted = [], []
         for i, completion in enumerate(group.completions):

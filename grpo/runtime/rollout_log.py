@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from grpo.advantage import zero_variance_groups
 from grpo.group import Group, Pack, pad_rows
@@ -75,7 +74,7 @@ class RolloutLog:
         return [groups[i] for *_, owner, i in sorted(all_gather(order))[: self.groups] if owner == rank()]
 
     @torch.no_grad()
-    def score(self, packs: list[Pack]) -> list[tuple[Pack, Tensor]]:
+    def score(self, packs: list[Pack]) -> list[tuple[Pack, torch.Tensor]]:
         """(pack, its (N, L) log-probabilities now), in the very packs of the update: in bfloat16 others alone would
         move a ratio. Every rank joins every forward."""
         policy, scored = self.run.policy, []
@@ -86,7 +85,7 @@ class RolloutLog:
         reshard(policy)
         return [(pack, logps) for pack, logps in scored if pack in packs]
 
-    def completions(self, group: Group, pack: Pack, first: int, after: Tensor, names: list[str]) -> list[dict]:
+    def completions(self, group: Group, pack: Pack, first: int, after: torch.Tensor, names: list[str]) -> list[dict]:
         """A group's as the record has them: the pack's rows from `first` on."""
         before, encoder, completions = pack.old_logp, self.run.encoder, []
         if before is None:  # no pass was made of it, and the sampler's own have to do
@@ -110,13 +109,10 @@ class RolloutLog:
             return say(f"rollout {record['step']} is not recorded: {size} bytes, --rollout_log_megabytes allows "
                        f"{self.limit}")
         while self.path.exists() and self.path.stat().st_size + size > self.limit:
-            self.thin()
+            lines = self.lines()
+            write_whole(self.path, b"".join(lines[::2] if len(lines) > 2 else []))
+            self.every *= 2
         append_line(self.path, record)
-
-    def thin(self) -> None:
-        lines = self.lines()
-        write_whole(self.path, b"".join(lines[::2] if len(lines) > 2 else []))
-        self.every *= 2
 
     def lines(self) -> list[bytes]:
         return self.path.read_bytes().splitlines(keepends=True)
@@ -139,7 +135,7 @@ def describe(group: Group, run: Run) -> dict:
             **{name: word if isinstance(word, str) else None for name, word in words.items()}}
 
 
-def numbers(values: Tensor, digits: int) -> list[float | None]:
+def numbers(values: torch.Tensor, digits: int) -> list[float | None]:
     return [round(value, digits) if math.isfinite(value) else None for value in values.tolist()]
 
 

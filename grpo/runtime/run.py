@@ -112,6 +112,12 @@ def load_frozen(model: str, adapter: str, dtype: torch.dtype, device: torch.devi
     return policy
 
 
+def load_answering(model: str, adapter: str, dtype: str, max_pixels: int) -> tuple[Encoder, Policy]:
+    """What it takes to answer a prompt on this machine's own device, in one process."""
+    device, encoder = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Encoder(model, max_pixels)
+    return encoder, load_frozen(model, adapter, compute_dtype(dtype, device), device, encoder.vocabulary)
+
+
 def take_adapter(settings: TrainingSettings) -> None:
     """Rank, α and targets are those of --adapter. ValueError for another rank, or an adapter of another model."""
     file = AdapterFile(settings.adapter)

@@ -1,6 +1,6 @@
 """Which samples each rollout of Stage 2 holds; data/curriculum.py says how hard and easy ones are mixed."""
 
-from data.curriculum import Epoch, epoch_batches, none_share
+from data.curriculum import epoch_batches, none_share
 from data.task import resolve_task
 from grpo.runtime.metrics import MetricsLog
 from grpo.runtime.run import read_lines
@@ -11,31 +11,22 @@ class Curriculum:
     not answer is in neither, and without its predictions all are hard."""
 
     def __init__(self, settings, samples: list, is_none):
-        self.settings, self.is_none = settings, is_none
-        self.none_share = none_share(samples, is_none)
-        self.mixing = settings.mixing if settings.predictions else "raw"
+        s, share = settings, none_share(samples, is_none)
         self.hard, self.easy = samples, []
-        if settings.predictions:
-            answered = read_lines(settings.predictions, samples, "correct", bool, resolve_task(settings.task))
+        if s.predictions:
+            answered = read_lines(s.predictions, samples, "correct", bool, resolve_task(s.task))
             self.hard, self.easy = ([one for one, right in answered if right == easy] for easy in (False, True))
-        self.epochs = [self.epoch(index) for index in range(settings.epochs)]
-        everything = sum(len(epoch.batches) for epoch in self.epochs)
-        self.rollouts = min(everything, settings.max_rollouts or everything)
-        metrics_log, drawn = (MetricsLog(settings.output, f"{name}.jsonl") for name in ("curriculum", "drawn"))
+        self.epochs = [epoch_batches(
+            self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, none_share=share, is_none=is_none,
+            decay=s.decay, mixing=s.mixing if s.predictions else "raw", last=s.last_batch, seed=s.seed)
+            for index in range(s.epochs)]
+        every = [(index, batch, batch is epoch.batches[-1])
+                 for index, epoch in enumerate(self.epochs) for batch in epoch.batches]
+        self.plan = every[: s.max_rollouts or None]  # epoch, samples, whether they are the epoch's last, a rollout each
+        metrics_log, drawn = (MetricsLog(s.output, f"{name}.jsonl") for name in ("curriculum", "drawn"))
         for index, epoch in enumerate(self.epochs):
             metrics_log.write(epoch.record)
             drawn.write({"epoch": index, "batches": [[sample.id for sample in batch] for batch in epoch.batches]})
-
-    def plan(self) -> list[tuple[int, list, bool]]:
-        """(epoch, samples, whether they are the epoch's last) of every rollout."""
-        every = [(index, batch, batch is epoch.batches[-1])
-                 for index, epoch in enumerate(self.epochs) for batch in epoch.batches]
-        return every[: self.rollouts]
-
-    def epoch(self, index: int) -> Epoch:
-        s = self.settings
-        return epoch_batches(self.hard, self.easy, epoch=index, batch_size=s.prompts_per_rollout, is_none=self.is_none,
-            none_share=self.none_share, decay=s.decay, mixing=self.mixing, last=s.last_batch, seed=s.seed)
 
 
 def earlier_appearances(samples: list) -> list[int]:

@@ -36,19 +36,8 @@ KINDS = {bool: ("True|False", "true or false"), int: ("N", "a whole number"), fl
          str: ("TEXT", "a text")}
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 BOUNDS = {"least": (ge, "at least"), "above": (gt, "above"), "most": (le, "at most"), "below": (lt, "below")}
-ELSEWHERE = {  # ours: what other trainers call it, or an earlier version of this one
-    "model": "model_name_or_path", "data": "dataset dataset_name", "output": "output_dir", "learning_rate": "lr",
-    "prompts_per_rollout": "batch batch_size train_batch_size rollout_batch_size per_device_train_batch_size",
-    "batch_size": "batch train_batch_size per_device_train_batch_size", "group_size": "num_generations n rollout_n",
-    "tokens_per_pass": "gradient_accumulation_steps micro_batch_size", "updates": "num_iterations ppo_epochs mu",
-    "max_completion_tokens": "max_completion_length max_new_tokens max_response_length", "epochs": "num_train_epochs",
-    "max_prompt_tokens": "max_prompt_length", "max_tokens": "max_length", "max_rollouts": "max_steps",
-    "beta": "kl_coef", "clip_low": "epsilon", "clip_high": "epsilon_high", "level": "importance_sampling_level",
-    "objective": "loss_type", "scale": "scale_rewards", "truncated": "mask_truncated_completions", "dtype": "bf16",
-    "schedule": "lr_scheduler_type", "warmup": "warmup_ratio", "checkpoint_every": "save_steps", "lora_rank": "lora_r",
-    "validate_every": "eval_steps", "lora_targets": "lora_target_modules", "image_tokens": "picture_tokens",
-    "rollout_log_every": "journal_every", "rollout_log_groups": "journal_groups",
-    "rollout_log_megabytes": "journal_megabytes", "zero_variance_groups": "flat_groups"}
+# ours: what other trainers call it, or an earlier version of this one
+ELSEWHERE = json.loads(Path(__file__).with_name("elsewhere.json").read_text("utf-8"))
 
 
 def required(help: str, **more):

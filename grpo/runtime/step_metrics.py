@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from grpo.advantage import zero_variance_groups
 from grpo.engine.speculation import Speculation
@@ -15,9 +14,9 @@ class Sums:
     """Sums of 0-dim tensors by name, over passes and then over ranks, each of which adds the same names."""
 
     def __init__(self):
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
+    def add(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
 
