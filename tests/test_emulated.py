@@ -2,13 +2,15 @@
 
 tests/emulated.py says how the device comes about."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from emulated import apart, counted, emulated, move
-from grpo.engine import speculation, static
+from grpo.engine import rollout, speculation, static
 from grpo.engine.head import completion_logp, token_logits
 from grpo.engine.lora import add_adapter
 from grpo.engine.rollout import sample
@@ -180,15 +182,33 @@ def test_a_buckets_first_step_is_run_its_second_captured_and_replayed_from_then_
         assert steps[:2] == ["run", "captured"] and set(steps[2:]) == {"replayed"} and len(steps) % 4 == 1
 
 
+@pytest.mark.parametrize("read_every", [0, 4])
+def test_a_rollouts_caches_are_gone_with_it(monkeypatch, read_every):
+    caches, allocate = [], rollout.allocate
+
+    def seen(*arguments):
+        made, rows = allocate(*arguments)
+        caches.extend(weakref.ref(tensor) for layer in made for tensor in (layer.prompt, layer.suffix))
+        return made, rows
+
+    monkeypatch.setattr(rollout, "allocate", seen)
+    gc.disable()  # which would free what waits in a circle, some time later
+    try:
+        sample(tiny_policy(), prompts(2), 3, sampling(read_every=read_every))
+        assert caches and not [one for one in caches if one() is not None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("device,whole,switch,captured", [("cuda", True, True, True), ("cuda", False, True, False),
                                                           ("cuda", True, False, False), ("cpu", True, True, False)])
 def test_steps_are_captured_on_a_gpu_that_holds_all_weights(monkeypatch, device, whole, switch, captured):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(static, "CAPTURE", switch)
     cache = SimpleNamespace(suffix=torch.zeros(2, 1, 1, 1, 8, 4))
-    rollout = SimpleNamespace(policy=SimpleNamespace(device=torch.device(device)), sampling=sampling(read_every=4),
-                              caches=[cache], whole=whole)
-    assert static.Static(rollout).pool == ("pool" if captured else None)
+    given = SimpleNamespace(policy=SimpleNamespace(device=torch.device(device)), sampling=sampling(read_every=4),
+                            caches=[cache], whole=whole)
+    assert static.Static(given).pool == ("pool" if captured else None)
 
 
 @apart

@@ -4,7 +4,7 @@ GPU's; here their definition stands in for them, and `benchmarks.check` tries th
 import pytest
 import torch
 
-from grpo.engine import attention, joined, split_group
+from grpo.engine import attention, joined
 from grpo.engine.attention import Packed
 from grpo.engine.joined import in_two_calls
 from grpo.engine.split_group import Behind, split
@@ -63,7 +63,7 @@ def two_calls(monkeypatch):
     monkeypatch.setattr(joined, "flash_backward", flash_backward)
 
     def switch(on: bool):
-        for module in (attention, split_group, joined):
+        for module in (attention, joined):
             monkeypatch.setattr(module, "in_two_calls", lambda query: on)
 
     return switch

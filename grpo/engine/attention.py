@@ -7,8 +7,6 @@ layout of the pass at hand, which is one of
     Decode   sample: some new tokens of every row, end to end; see decode.py and LeanAttention in lean.py
 Only the language model is switched to it; the vision encoder keeps its own attention."""
 
-from itertools import chain
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,14 +30,15 @@ class Packed:
     the keys and values of every prompt: [(heads, P, head size), …] twice; that is what makes a pass a prefill.
 
     One call for the prompt, then one lower-right causal call per continuation on [prompt, own] keys: P² + Σ C_i (P +
-    C_i) scores. Other forms were measured and are slower, or slower where ragged (benchmarks/RESULTS.md)."""
+    C_i) scores. Other forms were measured and are slower, or slower where ragged (benchmarks/RESULTS.md). On a GPU in
+    bfloat16 two calls do all of it (joined.py)."""
 
     def __init__(self, segments: list[tuple[int, list[int]]], prompt_cache: list | None = None):
         # a prompt and one continuation are one causal sequence
         self.segments = [(p + lengths[0], []) if len(lengths) == 1 else (p, lengths) for p, lengths in segments]
         self.prompt_cache = prompt_cache
         self._masks: dict[tuple, Tensor] = {}
-        self.cuts: Cuts | None = None  # the same in every layer
+        self.cuts: Cuts | None = None  # like the masks the same in every layer
 
     def _lower_right(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """(C, P + C): row j of a continuation sees the whole prompt and its own first j + 1 tokens; 0 there, −∞
@@ -47,46 +46,38 @@ class Packed:
 
         Added and not bool: torch would make this of a bool mask in every layer, and keep each for the backward."""
         at = (rows, columns, like.dtype, like.device)
-        if at not in self._masks:  # the same in every layer
+        if at not in self._masks:
             self._masks[at] = like.new_full((rows, columns), float("-inf")).triu_(columns - rows + 1)
         return self._masks[at]
 
+    def prompts(self, layer: int, own: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (1, H_kv, P, d) of every group's prompt. own: those that stand in the row."""
+        return own
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(1, H, T, d), keys and values (1, H_kv, T, d) → (1, T, H, d)."""
-        sizes = [size for prompt, continuations in self.segments for size in (prompt, *continuations)]
-        if in_two_calls(query):
-            return self.joined(layer, sizes, query, key, value, scaling)
+        sizes = [size for prompt, lengths in self.segments for size in (prompt, *lengths)]
         # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole, one for every slice
-        queries, keys, values = (iter(x.split(sizes, dim=2)) for x in (query, key, value))
-        outputs, cached = [], []
-        for _, lengths in self.segments:
-            prompt_key, prompt_value = next(keys), next(values)
-            if self.prompt_cache is not None:
-                cached.append((prompt_key[0], prompt_value[0]))
-            outputs.append(attention(next(queries), prompt_key, prompt_value, scaling))
-            outputs += [self.behind(prompt_key, prompt_value, next(queries), next(keys), next(values), scaling)
-                        for _ in lengths]
+        parts = iter(zip(*(x.split(sizes, dim=2) for x in (query, key, value))))
+        groups = [(next(parts), [next(parts) for _ in lengths]) for _, lengths in self.segments]
+        prompts = self.prompts(layer, [own[1:] for own, _ in groups])
         if self.prompt_cache is not None and layer == len(self.prompt_cache):  # a recomputation does not fill it again
-            self.prompt_cache.append(cached)
+            self.prompt_cache.append([(key[0], value[0]) for key, value in prompts])
+        if in_two_calls(query):
+            return self.joined(sizes, query, key, value, prompts, scaling)
+        outputs = []
+        for (own, continuations), (prompt_key, prompt_value) in zip(groups, prompts):
+            outputs += [attention(*own, scaling)] * bool(own[0].shape[2])
+            outputs += [self.behind(prompt_key, prompt_value, *one, scaling) for one in continuations]
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    def joined(self, layer: int, sizes: list[int], query: Tensor, key: Tensor, value: Tensor,
+    def joined(self, sizes: list[int], query: Tensor, key: Tensor, value: Tensor, prompts: list[tuple[Tensor, Tensor]],
             scaling: float) -> Tensor:
-        """As `attend`, in two calls."""
         if self.cuts is None:
-            start, groups, prompts = 0, [], []
-            for prompt, lengths in self.segments:
-                prompts.append(range(start, start + prompt))
-                groups.append((prompt, range(start + prompt, start := start + prompt + sum(lengths))))
-            self.cuts = Cuts.of(sizes, groups, query.device)
-            self.prompts = prompts
-            behind = [prompt for prompt, (_, some) in zip(prompts, groups) if some]
-            self.shared = torch.tensor(list(chain(*behind)), dtype=torch.long, device=query.device)
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        if self.prompt_cache is not None and layer == len(self.prompt_cache):
-            self.prompt_cache.append([tuple(x[p.start : p.stop].transpose(0, 1) for x in (key, value))
-                                      for p in self.prompts])
-        return Joined.apply(query, key, value, key[self.shared], value[self.shared], self.cuts, scaling)[None]
+            self.cuts = Cuts.of(sizes, self.segments, [len(key[0, 0]) for key, _ in prompts], query.device)
+        behind = [pair for pair, (_, lengths) in zip(prompts, self.segments) if sum(lengths)]
+        given = [query, key, value, *(torch.cat(some, dim=2) for some in zip(*behind))]
+        return Joined.apply(self.cuts, scaling, *(x[0].transpose(0, 1) for x in given))[None]
 
     def behind(self, prompt_key: Tensor, prompt_value: Tensor, query: Tensor, key: Tensor, value: Tensor,
             scaling: float) -> Tensor:

@@ -9,7 +9,7 @@ keys. The backward calls each part's own with the joined output and log-sum-exp,
 (attention.py), would be thousands a pass. The vision encoder's attention, within images and windows, is one call."""
 
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -60,60 +60,59 @@ class Cuts:
     behind   the completions' tokens of each group, `prompts` the keys of its prompt; of groups that have any"""
 
     own: Ends
-    places: Tensor
-    behind: Ends | None
-    prompts: Ends | None
+    places: Tensor | None = None
+    behind: Ends | None = None
+    prompts: Ends | None = None
     causal: bool = True  # within a segment
 
     @staticmethod
-    def of(own: list[int], groups: list[tuple[int, range]], device: torch.device) -> "Cuts":
-        """Sizes of all segments; of each group its prompt's size and its completions' places."""
-        groups = [(prompt, places) for prompt, places in groups if places]
-        behind, prompts = ((Ends.of(sizes, device) for sizes in zip(*((len(p), size) for size, p in groups)))
-                           if groups else (None, None))
-        places = torch.tensor(list(chain(*(p for _, p in groups))), dtype=torch.long, device=device)
-        return Cuts(Ends.of([size for size in own if size], device), places, behind, prompts)
+    def of(sizes: list[int], segments: list[tuple[int, list[int]]], prompts: list[int], device: torch.device) -> "Cuts":
+        """Sizes of all segments; of each group that of its prompt in the row and of its completions, and its prompt's."""
+        ends = accumulate(own + sum(lengths) for own, lengths in segments)
+        groups = [(range(end - sum(lengths), end), prompt)
+                  for end, (_, lengths), prompt in zip(ends, segments, prompts) if sum(lengths)]
+        cuts = [Ends.of(some, device) for some in zip(*((len(places), prompt) for places, prompt in groups))]
+        places = torch.tensor([place for places, _ in groups for place in places], dtype=torch.long, device=device)
+        return Cuts(Ends.of([size for size in sizes if size], device), places, *(cuts or (None, None)))
 
 
 class Joined(torch.autograd.Function):
     """Queries, keys and values (T, heads, d) of all segments, and keys and values (S, H_kv, d) of the prompts that
-    completions are behind → (T, H, d)."""
+    completions are behind, if there are any → (T, H, d)."""
 
     @staticmethod
-    def forward(ctx, query, key, value, prompt_key, prompt_value, cuts: Cuts, scaling: float) -> Tensor:
+    def forward(ctx, cuts: Cuts, scaling: float, query, key, value, *prompt) -> Tensor:
         out, lse = flash(query, key, value, cuts.own, cuts.own, cuts.causal, scaling)
-        if cuts.behind:
-            places = cuts.places
-            far, far_lse = flash(query[places], prompt_key, prompt_value, cuts.behind, cuts.prompts, False, scaling)
-            joined = torch.logaddexp(lse[:, places], far_lse)
+        if prompt:
+            at = cuts.places
+            far, far_lse = flash(query[at], *prompt, cuts.behind, cuts.prompts, False, scaling)
+            joined = torch.logaddexp(lse[:, at], far_lse)
             share = (far_lse - joined).exp().T[..., None]
-            near = out[places].to(share.dtype)
-            out[places] = near.lerp(far.to(share.dtype), share).to(out.dtype)
-            lse[:, places] = joined
-        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, out, lse)
+            out[at] = out[at].to(share.dtype).lerp(far.to(share.dtype), share).to(out.dtype)
+            lse[:, at] = joined
+        ctx.save_for_backward(query, key, value, out, lse, *prompt)
         ctx.cuts, ctx.scaling = cuts, scaling
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        query, key, value, prompt_key, prompt_value, out, lse = ctx.saved_tensors
-        cuts, grad = ctx.cuts, grad.contiguous()
+        query, key, value, out, lse, *prompt = ctx.saved_tensors
+        cuts, grad, far = ctx.cuts, grad.contiguous(), []
         grads = flash_backward(grad, query, key, value, out, lse, cuts.own, cuts.own, cuts.causal, ctx.scaling)
-        if not cuts.behind:
-            return *grads, None, None, None, None
-        at = cuts.places
-        far_query, *far = flash_backward(grad[at], query[at], prompt_key, prompt_value, out[at], lse[:, at],
-            cuts.behind, cuts.prompts, False, ctx.scaling)
-        grads[0].index_add_(0, at, far_query)
-        return *grads, *far, None, None
+        if prompt:
+            at = cuts.places
+            far_query, *far = flash_backward(
+                grad[at], query[at], *prompt, out[at], lse[:, at], cuts.behind, cuts.prompts, False, ctx.scaling)
+            grads[0].index_add_(0, at, far_query)
+        return None, None, *grads, *far
 
 
 def vision_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float,
         cu_seq_lens_q: Tensor, max_length_q, **_) -> tuple[Tensor, None]:
     """(1, H, T, d) → (1, T, H, d): each image or window on itself. Transformers hands the segments' ends to an
     attention with "flash" in its name, and goes through them one by one for any other."""
-    cuts = Cuts(Ends(cu_seq_lens_q.int(), int(max_length_q)), None, None, None, causal=False)
-    return Joined.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), None, None, cuts, scaling)[None], None
+    cuts = Cuts(Ends(cu_seq_lens_q.int(), int(max_length_q)), causal=False)
+    return Joined.apply(cuts, scaling, *(x[0].transpose(0, 1) for x in (query, key, value)))[None], None
 
 
 AttentionInterface.register("flash_segments", vision_attention)

@@ -95,7 +95,7 @@ class Rollout:
         """Waiting rows into free places; those whose prompt is cached at once.
 
         New prompts wait until an eighth of the places is free: a prefill of several costs less than several."""
-        free = self.static.free() if self.static else self.max_rows - len(self.rows)
+        free = self.static.free(self) if self.static else self.max_rows - len(self.rows)
         entering, cached = [], {slot.prompt for slot in self.slots}
         patient = self.rows and free < self.max_rows // 8
         while self.waiting and len(entering) < free and not (patient and self.waiting[0][0] not in cached):
@@ -176,7 +176,7 @@ class Rollout:
         """Feed every live row's last token and its guess; the new hidden states predict the next tokens. Where shapes
         are static: several steps. Returns the tokens kept meanwhile."""
         if self.static:
-            return self.static.decode_steps()
+            return self.static.decode_steps(self)
         self.layout = self.layout or Decode(self.caches, self.prompts, [slot.prompt for slot in self.slots],
             [row.prompt for row in self.rows])  # until a row comes or goes
         if self.speculation:

@@ -6,13 +6,11 @@ from there through the prompt (schedule-level prefix reuse, arXiv 2606.01143). M
 activations and of one pass over completions, however many there are."""
 
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from grpo.engine.attention import Packed
-from grpo.engine.joined import Cuts, Joined, in_two_calls
 from grpo.engine.policy import Policy, Scores
 from grpo.group import Group, Pack, Prompt, row_mask, within
 
@@ -100,31 +98,11 @@ def score_behind(policy: Policy, groups: list[Group], prompts: dict, temperature
 class Behind(Packed):
     """Completions end to end, each behind its prompt's keys and values, which a pass before has made.
 
-    prompts: per group its keys and its values, layer by layer; lengths: per group those of its completions."""
+    given: per group its prompt's keys and its values, layer by layer; lengths: per group those of its completions."""
 
-    def __init__(self, prompts: list[tuple[list[Tensor], list[Tensor]]], lengths: list[list[int]]):
+    def __init__(self, given: list[tuple[list[Tensor], list[Tensor]]], lengths: list[list[int]]):
         super().__init__([])
-        self.prompts, self.lengths = prompts, lengths
+        self.segments, self.given = [(0, own) for own in lengths], given
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """(1, H, T, d), keys and values (1, H_kv, T, d) → (1, T, H, d)."""
-        sizes = [length for lengths in self.lengths for length in lengths]
-        if in_two_calls(query):
-            return self.joined(layer, sizes, query, key, value, scaling)
-        own, outputs = zip(*(x.split(sizes, dim=2) for x in (query, key, value))), []
-        for (keys, values), lengths in zip(self.prompts, self.lengths):
-            for _ in lengths:
-                outputs.append(self.behind(keys[layer], values[layer], *next(own), scaling))
-        return torch.cat(outputs, dim=2).transpose(1, 2)
-
-    def joined(self, layer: int, sizes: list[int], query: Tensor, key: Tensor, value: Tensor,
-            scaling: float) -> Tensor:
-        counts = [sum(lengths) for lengths in self.lengths]
-        if self.cuts is None:
-            self.cuts = Cuts.of(sizes, [(keys[layer].shape[2], range(end - count, end)) for (keys, _), count, end
-                in zip(self.prompts, counts, accumulate(counts))], query.device)
-        behind = [(keys[layer][0], values[layer][0]) for (keys, values), count in zip(self.prompts, counts) if count]
-        by_token = lambda x: x.transpose(0, 1)
-        prompt_key, prompt_value = (by_token(torch.cat(some, 1)) for some in zip(*behind))
-        return Joined.apply(by_token(query[0]), by_token(key[0]), by_token(value[0]), prompt_key, prompt_value,
-            self.cuts, scaling)[None]
+    def prompts(self, layer: int, own: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        return [(keys[layer], values[layer]) for keys, values in self.given]

@@ -106,25 +106,25 @@ class Bucket(Rope):
 
 
 class Static:
-    """The decode steps of a rollout, `steps` at a time."""
+    """The decode steps of a rollout, `steps` at a time. It keeps no hold of the rollout: in a circle the caches would
+    outlive it until Python looks for circles."""
 
     def __init__(self, rollout):
-        self.rollout, self.steps, self.buckets = rollout, rollout.sampling.steps(rollout.policy.device), {}
+        self.steps, self.buckets = rollout.sampling.steps(rollout.policy.device), {}
         _, self.groups, _, self.places, self.longest, _ = rollout.caches[0].suffix.shape
         captured = CAPTURE and rollout.whole and rollout.policy.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if captured else None
 
-    def free(self) -> int:
+    def free(self, rollout) -> int:
         """Rows that may enter: whole groups, or those of the one group that is larger than its places."""
-        rollout = self.rollout
         if rollout.group_size > self.places and rollout.slots:
             waiting = sum(prompt == rollout.slots[0].prompt for prompt, _ in rollout.waiting)
             return min(self.places - len(rollout.rows), waiting)
         return (self.groups - len(rollout.slots)) * self.places
 
-    def fill(self, rows: list, guessed: int) -> tuple[Bucket, list[int]]:
+    def fill(self, rollout, rows: list, guessed: int) -> tuple[Bucket, list[int]]:
         """The bucket for these rows, with what they begin with, and where in its tensors each of them is."""
-        rollout, span = self.rollout, self.steps * (1 + guessed)
+        span = self.steps * (1 + guessed)
         groups = bucket_size(len(rollout.slots), 1, self.groups)
         width = bucket_size(max(len(row.tokens) for row in rows) + span, WIDTH, self.longest)
         shape = groups, width, 1 + guessed
@@ -150,12 +150,11 @@ class Static:
         put("lengths", range(len(rollout.slots)), [[len(rollout.prompts[slot.prompt])] for slot in rollout.slots])
         return bucket, where
 
-    def decode_steps(self) -> int:
+    def decode_steps(self, rollout) -> int:
         """`steps` decode steps, then what they have drawn. Returns the number of tokens kept."""
-        rollout = self.rollout
         rows, speculation = list(rollout.rows), rollout.speculation
         guessed = speculation.width(rows, len(rollout.slots) * self.places) if speculation else 0
-        bucket, where = self.fill(rows, guessed)
+        bucket, where = self.fill(rollout, rows, guessed)
         for _ in range(self.steps):
             rollout.turn(True)
             run(bucket, self.pool)
