@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --shapes tiny --prompts 1 …      the same code on whatever there is, to try it
 
 3B's update runs with float32 masters and gradients, its step with Adam, too (50 GB). 7B's would take 113 GB for these
-alone, so it is left out. The rollout's limit is the memory's: every step reads the weights and the cached keys and values once;
-what it reaches is held against a measured copy, what scoring and update reach against a measured matrix product.
+alone, so it is left out. The rollout's limit is the memory's: every step reads the weights and the cached keys and
+values once; what it reaches is held against a measured copy, what scoring and update reach against a measured product.
 A step of several tokens a row is one with guesses (speculation.FIXED follows from these times; what guesses gain is
 benchmarks.speculation's, with a trained model: random weights never say the same twice).
 transformers' `generate` continues the same prompts, all in one batch, with num_return_sequences = G.

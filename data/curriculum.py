@@ -30,8 +30,7 @@ def easy_ratio(epoch: int, decay: float) -> float:
 def stratified_draw(samples: list, fraction: float, stratum: Callable, seed: int) -> tuple[list, list]:
     """(drawn, rest): `fraction` of each stratum at random, both lists in the order of `samples`.
 
-    A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: a label that the cold start
-    never shows is not learned there."""
+    A stratum of n gives n·fraction rounded to the nearest, halves up, and at least one: no label stays unseen."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction {fraction}: a share between 0 and 1 expected")
     strata: dict[Hashable, list[int]] = {}

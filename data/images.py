@@ -77,8 +77,7 @@ def open_image(path, upright: bool = False) -> Image.Image:
 
 
 def upright_copy(path, folder) -> str:
-    """The path itself, or that of a turned copy in `folder` where EXIF has the photograph turned: for tasks, which open
-    pixels as they are stored."""
+    """The path itself, or that of a copy in `folder`, turned as EXIF says: tasks open pixels as they are stored."""
     try:
         with Image.open(path) as image:
             if orientation(image) not in TURNS:

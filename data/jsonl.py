@@ -89,8 +89,7 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
 
 
 def part_of(lines: list, split: str, seed: int, path: Path) -> list:
-    """The lines of a part, by a hash of what is asked: equal questions are in one part, and a line that is added moves
-    hardly any other."""
+    """The lines of a part, by a hash of what is asked: equal questions are in one part, a new line moves few others."""
     if split == "all":
         return lines
     if split not in PARTS:

@@ -32,8 +32,7 @@ def group_advantages(rewards: Tensor, scale: str = "group", ddof: int = 1, eps: 
     A group whose rewards are all equal, and so every group of one, gives exact zeros: nothing can be learnt
     from it, and float noise (the std of seven 0.1 is 8e-9) divided by a small eps would pretend otherwise.
 
-    `counted` (groups, G) bool: False takes a completion whose reward is not known out of every mean and std, and
-    gives it 0.
+    `counted` (groups, G) bool: False takes a completion of unknown reward out of every mean and std; it gets 0.
 
     Raises ValueError: NaN or infinite rewards (and where), another shape, an unknown option."""
     check_choice("scale", scale, SCALES)

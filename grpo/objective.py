@@ -20,8 +20,7 @@ def grpo_loss(
     clip_low: float | None = 0.2, clip_high: float | None = 0.2, beta: float = 0.0, kl: str = "k3",
     level: str = "token", aggregate: str = "sequence", denominator: float | Tensor | None = None,
     surrogate: str = "ppo", kl_weighted: bool = False, length: int | None = None, entropy: Tensor | None = None,
-    log_ratio_bound: float | None = 20.0, **shape: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    log_ratio_bound: float | None = 20.0, **shape: float) -> tuple[Tensor, dict[str, Tensor]]:
     """L = −mean of [ surrogate(r, A) − β D_KL(π_θ ‖ π_ref) ].  The defaults are GRPO, arXiv 2402.03300 eq. 3.
 
     old_logp      None: the policy that drew is the policy that is trained, old_logp = logp.detach().
@@ -200,8 +199,7 @@ def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
 def truncation_mask(mask: Tensor, truncated: Tensor, how: str = "kept") -> Tensor:
     """The mask with completions cut by the length limit "kept" or "masked".  (N, L), (N,) -> (N, L)
 
-    Masked, they still are in the group's mean and std, only their tokens are not trained: DAPO's overlong
-    filtering, arXiv 2503.14476 §3.4."""
+    Masked, they still are in the group's mean and std: DAPO's overlong filtering, arXiv 2503.14476 §3.4."""
     check_choice("truncated", how, TRUNCATED)
     return mask if how == "kept" else mask * ~truncated.bool().unsqueeze(1)
 

@@ -17,8 +17,7 @@ class Settings(TrainingSettings):
 
     predictions: str = setting("", "grpo.evaluate's predictions of the training split: right is easy, wrong is hard; "
                                    "empty: the whole split in one shuffle", top=True, path="file", resume="free")
-    objective: Preset = setting(resolve("more-r1"), f"{', '.join(PRESETS)}, or a module of yours with a `loss`",
-                                family=resolve)
+    objective: Preset = setting(resolve("more-r1"), f"{', '.join(PRESETS)}, or your module's `loss`", family=resolve)
     epochs: int = setting(4, "epochs of the curriculum", top=True, above=0)
     max_rollouts: int = rollout(0, "stop after so many rollouts; 0 for all that the epochs hold", least=0)
     prompts_per_rollout: int = setting(16, "prompts of one rollout, over all ranks", top=True, least=1)

@@ -139,8 +139,7 @@ class Trainer:
             apart = [[group for group in groups if zero_variance(group) == flat] for flat in (False, True)]
         packs = split([pack for some in apart for pack in make_packs(some, budget, self.run.device)], budget)
         for pack in packs:
-            cut = torch.tensor([not finished for group in pack.groups for finished in group.finished],
-                device=self.run.device)
+            cut = torch.tensor([not done for group in pack.groups for done in group.finished], device=self.run.device)
             counted = torch.cat([group.counted for group in pack.groups]).to(self.run.device)
             pack.mask = truncation_mask(pack.mask, cut, self.preset.truncated) & counted[:, None]
         return packs

@@ -72,8 +72,7 @@ class Preset:
     kl: str = setting("k3", "estimator of the KL", choices=KL_KINDS, loss=True)
     kl_weighted: bool = setting(False, "weight the KL by the ratio, as TRL does unless told otherwise", loss=True)
     log_ratio_bound: float | None = setting(20.0, "KL and ratio are straight lines beyond this log-ratio, in nats; "
-                                                  "none: one token far from the reference may own or end a run",
-                                            above=0, loss=True)
+                                            "none: one token far off may own or end a run", above=0, loss=True)
 
     # the loop
     group_size: int = setting(8, "G, completions a prompt", least=2, top=True)

@@ -2,8 +2,7 @@
 
 The answer is what stands in the last `<answer></answer>`, else in the last `\\boxed{}`, else, with --whole_answer, the
 whole text behind `</think>`. A verifier reads it, None where it is none of its kind, and compares what it has read with
-what it has read from the file. Everything is read from left to right a fixed number of times: a hostile completion
-costs no more than its length."""
+what it has read from the file. Everything is read a fixed number of times: hostile completions cost no more."""
 import math
 import re
 import string
@@ -106,8 +105,7 @@ LETTER = re.compile(r"(?<![\w'])\(?([A-Z])\)?(?![\w'])")
 
 
 def read_choice(text: str, sample) -> int | None:
-    """Which choice: by its text, or by its letter where exactly one letter of a choice stands alone ("B", "(B) Paris",
-    "the answer is B.")."""
+    """Which choice: by its text, or its letter where exactly one choice's stands alone ("B", "(B) Rome", "it's B.")."""
     normal, said = [read_text(choice) for choice in sample.choices], read_text(text)
     if said in normal:
         return normal.index(said)

@@ -3,8 +3,7 @@
     torchrun --nproc-per-node 8 -m sft.train --model Qwen/Qwen2.5-VL-7B-Instruct --data MORE \\
         --responses cold_start.jsonl --output runs/stage-1
 
-SFT is `score` with one continuation a prompt and the loss −log p. Without --responses the gold answer alone is
-the target: the label-only baseline."""
+SFT is `score` with one continuation a prompt and the loss −log p; without --responses that of the gold answer."""
 
 import math
 import random

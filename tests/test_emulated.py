@@ -159,7 +159,8 @@ def test_a_layer_of_a_decode_step_is_26_launches_and_a_step_is_not_read(kind):
 
 
 def test_a_buckets_first_step_is_run_its_second_captured_and_replayed_from_then_on(monkeypatch):
-    policy, drawn, log, real = tiny_policy(), sampling(max_tokens=80, end_tokens=(), read_every=4, rows=6), {}, static.run
+    policy, drawn = tiny_policy(), sampling(max_tokens=80, end_tokens=(), read_every=4, rows=6)
+    log, real = {}, static.run
     plain = sample(policy, prompts(3), 3, drawn)
 
     def capture(bucket, pool):

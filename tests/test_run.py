@@ -85,7 +85,7 @@ def test_a_second_run_in_the_folder_is_told_who_is_there_and_after_a_kill_it_get
     words = [*words_of(sft.train, folder, tmp_path), "--epochs", 1]
     with pytest.raises(ValueError,
                        match=rf"{tmp_path}: another run is at work there \(process {first.pid} on \S+, since .*\); "
-                                         "wait for its end, or choose another --output"):
+                             "wait, or choose another --output"):
         run(sft.train, words)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # nothing was touched
     first.kill()

@@ -149,7 +149,7 @@ def test_a_validation_speculates_with_the_one_before(folder, tmp_path):
 
 def test_read_every_is_the_fixed_shape_steps_between_two_reads_in_every_program(folder, tmp_path, monkeypatch):
     periods, real = [], rollout.Static.decode_steps
-    monkeypatch.setattr(rollout.Static, "decode_steps", lambda self: periods.append(self.steps) or real(self))
+    monkeypatch.setattr(rollout.Static, "decode_steps", lambda self, one: periods.append(self.steps) or real(self, one))
     words, drawn, answered = ("--valid_split", "valid", "--valid_samples", 2), [], []
     split = ["--model", folder / "sft" / "model", "--data", folder / "world" / "MORE", "--limit", 2, *COMMON]
     for period in (0, 3):

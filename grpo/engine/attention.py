@@ -41,8 +41,7 @@ class Packed:
         self.cuts: Cuts | None = None  # like the masks the same in every layer
 
     def _lower_right(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """(C, P + C): row j of a continuation sees the whole prompt and its own first j + 1 tokens; 0 there, −∞
-        elsewhere.
+        """(C, P + C): row j of a continuation sees the prompt and its own first j + 1 tokens; 0 there, −∞ elsewhere.
 
         Added and not bool: torch would make this of a bool mask in every layer, and keep each for the backward."""
         at = (rows, columns, like.dtype, like.device)
@@ -66,32 +65,28 @@ class Packed:
         if in_two_calls(query):
             return self.joined(sizes, query, key, value, prompts, scaling)
         outputs = []
-        for (own, continuations), (prompt_key, prompt_value) in zip(groups, prompts):
+        for (own, continuations), prompt in zip(groups, prompts):
             outputs += [attention(*own, scaling)] * bool(own[0].shape[2])
-            outputs += [self.behind(prompt_key, prompt_value, *one, scaling) for one in continuations]
+            outputs += [self.behind(prompt, *one, scaling) for one in continuations]
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    def joined(self, sizes: list[int], query: Tensor, key: Tensor, value: Tensor, prompts: list[tuple[Tensor, Tensor]],
-            scaling: float) -> Tensor:
+    def joined(self, sizes: list, query: Tensor, key: Tensor, value: Tensor, prompts: list, scaling: float) -> Tensor:
         if self.cuts is None:
             self.cuts = Cuts.of(sizes, self.segments, [len(key[0, 0]) for key, _ in prompts], query.device)
         behind = [pair for pair, (_, lengths) in zip(prompts, self.segments) if sum(lengths)]
         given = [query, key, value, *(torch.cat(some, dim=2) for some in zip(*behind))]
         return Joined.apply(self.cuts, scaling, *(x[0].transpose(0, 1) for x in given))[None]
 
-    def behind(self, prompt_key: Tensor, prompt_value: Tensor, query: Tensor, key: Tensor, value: Tensor,
-            scaling: float) -> Tensor:
+    def behind(self, prompt: tuple, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One continuation's C queries on its prompt's and its own keys: (1, H, C, d)."""
-        key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        return attention(query, key, value, scaling,
-            self._lower_right(query.shape[2], key.shape[2], query)) if query.shape[2] else query
+        key, value = (torch.cat(pair, dim=2) for pair in zip(prompt, (key, value)))
+        mask = self._lower_right(query.shape[2], key.shape[2], query)
+        return attention(query, key, value, scaling, mask) if query.shape[2] else query
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """torch's own, causal or by `mask`; (1, H, T, d) with keys and values (1, H_kv, S, d) → (1, H, T, d)."""
-    grouped = not query.is_cuda
     if query.is_cuda:  # there only the kernels that take no mask know grouped heads
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling,
-        enable_gqa=grouped)
+        enable_gqa=not query.is_cuda)

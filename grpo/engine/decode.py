@@ -75,15 +75,13 @@ class Grid:
 
 
 class Decode(Rope):
-    """Some tokens, end to end, of each of B live rows: attention to the shared prompt, attention to the row's
-    suffix keys.
+    """Some tokens, end to end, of each of B live rows: attention to the shared prompt, and to the row's own suffix.
 
     The G rows of a group are G more queries on the *same* prompt keys, so the prompt is read once a step for
     all of them. The two parts are merged by log-sum-exp, so that nothing as wide as a prompt is ever regrouped.
 
     caches   KeysValues of every layer; live rows are its first B row slots, live groups its first group slots
-    groups   the prompt of each live group (prompts of unequal length share one product), `rows` that of each live row
-    """
+    groups   the prompt of each live group (prompts of unequal length share one product), `rows` that of each row"""
 
     def __init__(self, caches: list[KeysValues], prompts: list[Prompt], groups: list[int], rows: list[int]):
         self.heads, longest = caches[0].prompt.shape[2:4]
@@ -94,8 +92,7 @@ class Decode(Rope):
         self.first_position = torch.tensor([int(prompts[row].positions.max()) + 1 for row in rows])
 
     def place(self, cached: list[int], counts: list[int]) -> Tensor:
-        """The tokens of the next step: `counts` of each row behind the `cached` ones. Returns (3, 1, N) rope
-        positions."""
+        """The next step's tokens, `counts` of each row behind the `cached` ones. Returns (3, 1, N) rope positions."""
         if counts != self.counts:
             row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
             self.by_row = Grid(row, len(counts), self.heads, self.device)
@@ -152,8 +149,7 @@ def cache_bytes(text, prompts: list, group_size: int, rows: int, max_tokens: int
     return 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * item
 
 
-def allocate(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling
-        ) -> tuple[list[KeysValues], int]:
+def allocate(policy: Policy, prompts: list, group_size: int, sampling: Sampling) -> tuple[list[KeysValues], int]:
     """A layer's caches each, and for how many rows. Where shapes are static each group slot has places for its rows."""
     groups, rows = slots(len(prompts), group_size, sampling.rows)
     suffixes, text, like = (rows,), policy.text_config, policy.model.lm_head.weight

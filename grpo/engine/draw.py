@@ -1,8 +1,7 @@
 """A token from its logits: the inverse of the cumulative distribution at a number of the completion's own noise.
 
 The noise of a completion is a fixed list of uniform numbers, one a token. It belongs to (seed, prompt id, index) and to
-nothing else, so a completion depends neither on the batch, nor on the number of ranks, nor on what was guessed of it.
-"""
+nothing else, so a completion depends neither on the batch, nor on the number of ranks, nor on what was guessed."""
 
 import hashlib
 from dataclasses import dataclass

@@ -51,8 +51,7 @@ class Head:
 
     `kept` holds the logits of the first tiles, `room` is the number of logits that may still join them."""
 
-    def __init__(self, weight: Tensor, temperature: float, banned: tuple[int, ...], rows: int, tile: tuple[int, int],
-            room: int = 0):
+    def __init__(self, weight: Tensor, temperature: float, banned: tuple, rows: int, tile: tuple, room: int = 0):
         self.weight, self.temperature, self.banned, self.rows, self.tile = weight, temperature, banned, rows, tile
         self.kept, self.room = deque(), room
 
@@ -141,14 +140,12 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> None:
 
 
 def completion_logp(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: tuple[int, ...],
-    tile: tuple[int, int] | None = None, vocabulary: int | None = None,
-) -> tuple[Tensor, Tensor]:
+        tile: tuple[int, int] | None = None, vocabulary: int | None = None) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (nats, float32, without gradient) of each target token.
 
     hidden (T, hidden size), weight (V, hidden size), targets (T,), banned token ids → (T,), (T,). Ids from `vocabulary`
     on are impossible as well: the head's rows beyond the tokenizer's, never multiplied with.
-    Peak memory is one tile (tokens, vocabulary rows), whatever T and V are, and at most KEPT bytes until the backward.
-    """
+    Peak memory is one tile (tokens, vocabulary rows), whatever T and V are, and at most KEPT bytes to the backward."""
     tile = tile or (GPU_TILE if hidden.is_cuda else TILE)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     room = KEPT // 4 if learns else 0

@@ -31,10 +31,6 @@ class Ends:
     offsets: Tensor
     longest: int
 
-    @staticmethod
-    def of(sizes: list[int], device: torch.device) -> "Ends":
-        return Ends(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes))
-
 
 def flash(query: Tensor, key: Tensor, value: Tensor, queries: Ends, keys: Ends, causal: bool,
         scaling: float) -> tuple[Tensor, Tensor]:
@@ -67,13 +63,14 @@ class Cuts:
 
     @staticmethod
     def of(sizes: list[int], segments: list[tuple[int, list[int]]], prompts: list[int], device: torch.device) -> "Cuts":
-        """Sizes of all segments; of each group that of its prompt in the row and of its completions, and its prompt's."""
-        ends = accumulate(own + sum(lengths) for own, lengths in segments)
-        groups = [(range(end - sum(lengths), end), prompt)
-                  for end, (_, lengths), prompt in zip(ends, segments, prompts) if sum(lengths)]
-        cuts = [Ends.of(some, device) for some in zip(*((len(places), prompt) for places, prompt in groups))]
+        """Sizes of all segments; of each group those of its prompt in the row and of its completions; its prompt's."""
+        ends = lambda some: Ends(torch.tensor([0, *accumulate(some)], dtype=torch.int32, device=device), max(some))
+        stops = accumulate(own + sum(lengths) for own, lengths in segments)
+        groups = [(range(stop - sum(lengths), stop), prompt)
+                  for stop, (_, lengths), prompt in zip(stops, segments, prompts) if sum(lengths)]
+        cuts = [ends(some) for some in zip(*((len(places), prompt) for places, prompt in groups))]
         places = torch.tensor([place for places, _ in groups for place in places], dtype=torch.long, device=device)
-        return Cuts(Ends.of([size for size in sizes if size], device), places, *(cuts or (None, None)))
+        return Cuts(ends([size for size in sizes if size]), places, *(cuts or (None, None)))
 
 
 class Joined(torch.autograd.Function):

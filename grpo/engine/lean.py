@@ -2,8 +2,7 @@
 
 As transformers writes them, a gated MLP keeps gate, silu(gate), up and their product, and an RMSNorm beside its input
 what it made of it (in bf16 two float32 copies and one more): two fifths of what an update's packed pass keeps. Here an
-MLP keeps gate and up, a norm its input. Values are the same to the bit (on a GPU a norm is one kernel: to rounding),
-gradients to rounding."""
+MLP keeps gate and up, a norm its input. Values are the same to the bit (on a GPU, like gradients, to rounding)."""
 
 import torch
 import torch.nn.functional as F

@@ -4,9 +4,8 @@ Rows that end are evicted at once and waiting ones take their places, so that a 
 of its slowest row. Live rows and live groups are always the first ones of their caches: whoever leaves is
 overwritten by the last one, and every product runs on a plain slice.
 
-A decode step feeds each row its last token and what is guessed of the next ones (grpo/engine/speculation.py). Every
-token is drawn with its own number of the completion's noise, so a guess decides how many tokens a step gives, and
-never which."""
+A decode step feeds each row its last token and guesses of the next ones (grpo/engine/speculation.py). Every token is
+drawn with its own number of the completion's noise, so guesses decide how many tokens a step gives, never which."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -197,16 +196,14 @@ class Rollout:
 
 @torch.no_grad()
 def sample(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampling,
-    on_tokens: Callable[[int, int, int], None] | None = None, turn: Turn | None = None,
-    speculation: Speculation | None = None,
-) -> list[Group]:
+        on_tokens: Callable[[int, int, int], None] | None = None, turn: Turn | None = None,
+        speculation: Speculation | None = None) -> list[Group]:
     """Continue every prompt `group_size` times. Every step calls `on_tokens(tokens written, rows ended,
     tokens that these rows have not written of their limit)`.
 
     Weights are unsharded meanwhile, or every pass through the layers is a collective and `turn` keeps the ranks in
     step: it is called before every pass and tells whether any rank has work; a rank without any joins with a dummy
-    forward as long as others have. `fsdp.sample_unsharded` sees to both. `speculation` guesses, None for one token
-    a step and row."""
+    forward as long as others have. `fsdp.sample_unsharded` sees to both. Without `speculation` nothing is guessed."""
     if speculation:
         speculation.begin(prompts, policy)
     rollout = Rollout(policy, prompts, group_size, sampling, turn, speculation) if prompts else None

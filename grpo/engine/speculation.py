@@ -27,8 +27,8 @@ CANDIDATES = 64  # places of the same last tokens that are kept
 LONGEST = 32  # tokens of a guess
 FIRST_CHANCE, PACE = 0.6, 0.1  # that a prediction is right: before any was checked; a new one's weight
 # A decode step's fixed cost in tokens: to read the weights, and a layer's launches times the model's parameters.
-# CPU: of an EPYC (benchmarks/decode_cost.py: a Xeon's differ, and gain no time); CUDA: of an H100's data, not measured.
-FIXED = {"cpu": (12.0, 35e6), "cuda": (100.0, 0.0)}
+# CPU: of an EPYC (benchmarks/decode_cost.py: a Xeon's differ, and gain no time); CUDA: an H100's (benchmarks/gpu.py).
+FIXED = {"cpu": (12.0, 35e6), "cuda": (400.0, 0.0)}
 # What guesses cost beside their tokens: regrouping, as a share of the fixed cost, and a place that pads a shorter one.
 REGROUPED, PADDED = 0.3, 0.035
 
@@ -109,8 +109,7 @@ class Draft:
 class Speculation:
     """Guesses for the rollouts of one kind (training, validation), and the history that they come from.
 
-    The history holds the last group of each sample, by prompt id, MEMORY tokens in all; the sample answered longest ago
-    is forgotten first."""
+    The history holds each sample's last group, by prompt id, MEMORY tokens in all; the oldest is forgotten first."""
 
     def __init__(self, memory: int = MEMORY):
         self.memory, self.held = memory, 0

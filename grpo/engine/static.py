@@ -5,13 +5,12 @@ away, until the host reads and a waiting row or group takes it. So nothing is ga
 scores are slices of one tensor, and a layer's attention is two products for each and one softmax.
 
 Shapes come in buckets: live groups and suffix width rounded up (`bucket_size`), tokens a row by `Speculation.width`.
-On a GPU a bucket's step is captured once and replayed: launched one by one its kernels would wait for the host.
-"""
+On a GPU a bucket's step is captured once and replayed: launched one by one its kernels would wait for the host."""
 
 import torch
 from torch import Tensor
 
-from grpo.engine.decode import KeysValues, Rope
+from grpo.engine.decode import Rope
 from grpo.engine.draw import Sampling, draw_tokens
 from grpo.engine.head import token_logits
 
@@ -34,8 +33,7 @@ class Bucket(Rope):
     start    (B, 1) place in its completion of the window's first token; `first` the rope position of a completion's
     limit    (B,) tokens that may still be written; 0: no row lives here"""
 
-    def __init__(self, policy, sampling: Sampling, caches: list[KeysValues], groups: int, width: int, tokens: int,
-            steps: int):
+    def __init__(self, policy, sampling: Sampling, caches: list, groups: int, width: int, tokens: int, steps: int):
         self.policy, self.sampling, self.caches, self.groups, self.tokens = policy, sampling, caches, groups, tokens
         _, _, self.heads, self.places, self.longest, _ = caches[0].suffix.shape
         self.prompts = [cache.prompt[:, :groups].flatten(1, 2) for cache in caches]
@@ -106,8 +104,7 @@ class Bucket(Rope):
 
 
 class Static:
-    """The decode steps of a rollout, `steps` at a time. It keeps no hold of the rollout: in a circle the caches would
-    outlive it until Python looks for circles."""
+    """The decode steps of a rollout, `steps` at a time. It does not hold the rollout: caches outlive a circle."""
 
     def __init__(self, rollout):
         self.steps, self.buckets = rollout.sampling.steps(rollout.policy.device), {}
@@ -171,8 +168,7 @@ class Static:
 
 
 def run(bucket: Bucket, pool) -> None:
-    """One step. Where there is a pool, a graph of it: a bucket's first step loads what is loaded on first use, its
-    second is captured, without being run, and replayed from then on."""
+    """One step. With a pool a bucket's first as it is, which loads what is loaded on first use, and then as a graph."""
     if pool is None or not bucket.stepped:
         bucket.stepped = True
         return bucket.step()
@@ -181,9 +177,7 @@ def run(bucket: Bucket, pool) -> None:
 
 
 def capture(bucket: Bucket, pool) -> torch.cuda.CUDAGraph:
-    """What is allocated inside lies in the pool, which all graphs of a rollout share: they run one after another.
-
-    Other threads may go on meanwhile; NCCL's asks the device for the state of its collectives."""
+    """What it allocates lies in the pool that a rollout's graphs share. Other threads, NCCL's, may go on meanwhile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         bucket.step()

@@ -2,8 +2,7 @@
 
 A network begins as shapes that take no memory. What trains is decided on the shapes, and they are sharded; then `fill`
 gives each parameter its own rows on its own device and copies these rows alone from the files, which are mapped and
-never held. Folders are in the Hub's layout: safetensors in one file or in several with an index; nothing is unpickled.
-"""
+never held. Folders are in the Hub's layout: safetensors in one file or several with an index; nothing is unpickled."""
 
 import re
 from pathlib import Path
@@ -171,8 +170,7 @@ def rows_of(parameter: Tensor) -> tuple[int, int]:
 
 def fill(policy: Policy, checkpoint: Checkpoint, device: torch.device, host: bool = False) -> Policy:
     """Memory on `device` for what is on the meta device, and this rank's rows of every tensor, cast to their type.
-
-    host: the parameters wait in host memory, see `fsdp.shard`; buffers do not."""
+    host: parameters wait in host memory, see `fsdp.shard`; buffers do not."""
     checkpoint.fit(policy.model)
     replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device="cpu" if host else device))
     for module in policy.modules():

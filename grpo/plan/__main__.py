@@ -74,11 +74,9 @@ class Settings:
         check_pass(self)
         if min(self.gpus, default=0) < 1:
             raise ValueError(f"--gpus is {' '.join(map(str, self.gpus)) or 'empty'}; expected numbers from 1")
-        if self.image_tokens >= self.prompt_tokens:
-            raise ValueError(f"--image_tokens is {self.image_tokens}; it must be below --prompt_tokens "
-                             f"{self.prompt_tokens}")
-        if self.spare >= self.gpu_memory:
-            raise ValueError(f"--spare is {self.spare}; it must be below --gpu_memory {self.gpu_memory}")
+        for less, more in (("image_tokens", "prompt_tokens"), ("spare", "gpu_memory")):
+            if getattr(self, less) >= (most := getattr(self, more)):
+                raise ValueError(f"--{less} is {getattr(self, less)}; it must be below --{more} {most}")
         for gpus in self.gpus:
             if self.shard_size and max(gpus, self.shard_size) % min(gpus, self.shard_size):
                 raise ValueError(f"--shard_size is {self.shard_size}; {gpus} GPUs are no multiple of it")

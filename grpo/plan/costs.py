@@ -136,8 +136,7 @@ class Costs:
         return 0.0 if self.s.lora_rank or not self.s.beta else self.width * self.shape.total / self.shards
 
     def gathered(self, whole: bool, layers: int = 2) -> float:
-        """Compute-dtype copies: all of them, or the root's, a layer's and the next one's, fetched ahead. One process
-        makes them of what trains alone."""
+        """Compute-dtype copies: of all, or of root, a layer and the next one; in one process of what trains."""
         if not self.sharded:
             return 0.0
         every, layer = self.total, self.layer
@@ -280,8 +279,7 @@ class Costs:
                    add(rest, activations=hidden, head=2 * 4 * self.tile()), key=total)
 
     def moments(self, layered: float) -> list[dict[str, float]]:
-        """Of a packed pass: the head's forward and backward; the last layer's backward, the next one's and the
-        first's; the end."""
+        """Of a packed pass: the head, forth and back; the backward of the last layer, the next, the first; the end."""
         x, full = self.shape, not self.s.lora_rank
         every = MASTER * self.trained / self.shards
         before = every if self.passes > 1 else 0.0  # earlier passes' gradients

@@ -102,12 +102,9 @@ def draw(policy: Policy, prompts: list[Prompt], group_size: int, sampling: Sampl
          moved: Callable[[int, int, int], None]) -> list[Group]:
     """`sample`; images are encoded once, for all that comes after it, and the completions remembered. moved: called
     after each pass with the tokens written, the completions ended, the tokens that these will not need."""
-    def on_tokens(written: int, ended: int, spared: int) -> None:
-        heartbeat()
-        moved(written, ended, spared)
-
     if policy.vision_is_frozen:
         encode_images_unsharded(policy, prompts)
+    on_tokens = lambda *counts: (heartbeat(), moved(*counts))
     groups = sample_unsharded(policy, prompts, group_size, sampling, on_tokens, speculation)
     remember(speculation, groups)
     return groups

@@ -94,8 +94,7 @@ class Checkpoints:
         return f"{faults[0]} is missing or not what was written" if faults else ""
 
     def load(self, policy: Policy, optimizer: torch.optim.Optimizer, on_host: bool = False) -> dict[str, torch.Tensor]:
-        """Weights, optimizer (on_host: into host memory) and random states of the newest good checkpoint into this run.
-        Returns the run's history."""
+        """The newest good checkpoint's weights, optimizer (on_host: into host memory), random states; its history."""
         with heartbeat_during():
             read_parts([self.good / name for name in self.parts], policy, optimizer, on_host)
             first = safe_open(self.good / self.parts[0], "pt")

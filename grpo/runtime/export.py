@@ -27,8 +27,7 @@ from grpo.runtime.log import say
 FILE_LIMIT = 5 * 10**9  # bytes
 PIECE = 2**24  # numbers that are merged at once: five times as many are held beside what is written
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # what can be cast: in a file's header → in torch
-COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.model")
 

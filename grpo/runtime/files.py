@@ -17,8 +17,7 @@ _locks = []  # open as long as this interpreter lives: closing any handle of a l
 def hold_lock(path: Path) -> tuple[bool, str]:
     """(whether this process holds the file `path` until it ends, who holds it). OSError where there are no locks.
 
-    The kernel's own lock: it ends with the process, however that ends, and is seen from other hosts of a shared file
-    system, where a pid means nothing."""
+    The kernel's own lock: it ends with the process, and other hosts see it where they share the file system."""
     handle = path.open("a+")
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

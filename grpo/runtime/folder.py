@@ -14,8 +14,7 @@ from grpo.runtime.liveness import heartbeat_during
 class FolderWriter:
     """Writes into `new`, beside the folder's place, which it takes at the end; every rank calls every method.
 
-    Where something cannot be written on any rank, all raise OSError, with `what` it was and what `remains`, and
-    nothing half-written stays."""
+    Where any rank cannot write, all raise OSError, with `what` and what `remains`; nothing half-written stays."""
 
     def __init__(self, place: Path, what: str, remains: str):
         self.place, self.new = place, place.with_name(place.name + ".new")

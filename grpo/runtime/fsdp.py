@@ -88,9 +88,9 @@ def reshard(policy: Policy) -> None:
 
 
 @contextmanager
-def unsharded(policy: Policy):
+def unsharded(policy: Policy, whole: bool = True):
     """Every rank holds all weights inside: forwards need no collective, so each may do as many as it likes."""
-    modules = sharded_modules(policy)
+    modules = sharded_modules(policy) if whole else []
     for module in modules:
         module.set_reshard_after_forward(False)
         module.unshard()
@@ -121,14 +121,10 @@ def sample_unsharded(policy: Policy, prompts: list, group_size: int, sampling: S
     needed = cache_bytes(policy.text_config, prompts, group_size, sampling.rows, sampling.max_tokens,
                          policy.compute_dtype.itemsize)
     with enough_memory("in a rollout", "lower --rollout_rows or --max_completion_tokens"):
-        if not sharded_modules(policy) or unsharded_fits(policy, needed):
-            with unsharded(policy):
-                return policy.call_inside(sample, prompts, group_size, sampling, on_tokens, speculation=speculation)
-        try:
-            return policy.call_inside(sample, prompts, group_size, sampling, on_tokens,
-                                      lambda working: any_rank(working, policy.device), speculation)
-        finally:
-            reshard(policy)
+        whole = not sharded_modules(policy) or unsharded_fits(policy, needed)
+        turn = None if whole else (lambda working: any_rank(working, policy.device))
+        with unsharded(policy, whole):
+            return policy.call_inside(sample, prompts, group_size, sampling, on_tokens, turn, speculation)
 
 
 def encode_images_unsharded(policy: Policy, prompts) -> None:

@@ -22,16 +22,15 @@ def make_optimizer(policy: Policy, settings) -> torch.optim.AdamW:
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
-        fused=True)
+    betas = settings.adam_beta1, settings.adam_beta2
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
     if settings.offload_optimizer:
         keep_state_on_host(optimizer)
     return optimizer
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
-    """Linear from peak/w to peak over the first w = warmup · steps updates, then constant or cosine to 0; step from
-    0."""
+    """From peak/w to peak over the first w = warmup · steps updates, then constant or cosine to 0; step is from 0."""
     rising = max(1, round(warmup * steps)) if warmup else 0
     if step < rising:
         return peak * (step + 1) / rising

@@ -39,8 +39,7 @@ def check_base(adapter: str, model: str) -> None:
     """ValueError where an adapter was trained here on another checkpoint than `model`; PEFT's own files do not say."""
     base = read_json(adapter, TRAINING) if (Path(adapter) / TRAINING).is_file() else {}
     if base.get("model_hash") not in (None, model_hash(model)):
-        raise ValueError(f"--adapter {adapter}: it was trained on {base['model']}, whose files are not those of "
-                         f"--model {model}")
+        raise ValueError(f"--adapter {adapter}: it was trained on {base['model']}, whose files --model {model} has not")
 
 
 def commit(root: Path = Path(__file__).parents[2]) -> str | None:

@@ -5,8 +5,7 @@ and a completion {text, pieces, finished, parts, reward, advantage, logp, ratio,
 have one entry a token. `logp` is the log-probability when the rollout begins, under the scored distribution (at the
 rollouts' temperature): that of the first update's own pass, or the sampler's of groups of which no pass is made.
 `ratio` is what all μ updates of this rollout have made of it, π_after/π_before, from one more pass over the packs
-that hold a recorded group. The objective never sees that ratio: for μ = 1 its own is 1 throughout, and for μ > 1 it
-stops before the last update."""
+that hold a recorded group. The objective never sees that ratio: its own is of one update less, 1 for μ = 1."""
 
 import hashlib
 import json

@@ -88,13 +88,11 @@ def claim_folder(folder: Path) -> None:
 
     ours, holder = broadcast_from_rank_0(claim)
     if not ours:
-        raise ValueError(f"{folder}: another run is at work there ({holder}); wait for its end, or choose another "
-                         "--output")
+        raise ValueError(f"{folder}: another run is at work there ({holder}); wait, or choose another --output")
     lock = folder / ".lock"  # rank 0 must not read it: closing a file gives up its own lock on it
     seen = rank() == 0 or lock.exists() and lock.read_text(encoding="utf-8").strip() == holder
     if blind := all_gather([] if seen else [rank()]):
-        raise ValueError(f"{folder}: rank {blind[0]} does not see what rank 0 writes there; expected a folder that all "
-                         "machines share")
+        raise ValueError(f"{folder}: rank {blind[0]} does not see what rank 0 writes there; expected a folder that all see")
 
 
 def load_frozen(model: str, adapter: str, dtype: torch.dtype, device: torch.device, vocabulary: int | None = None,
@@ -123,8 +121,7 @@ def take_adapter(settings: TrainingSettings) -> None:
     file = AdapterFile(settings.adapter)
     check_base(settings.adapter, settings.model)
     if settings.lora_rank not in (0, file.rank):
-        raise ValueError(f"--lora_rank is {settings.lora_rank}; --adapter {settings.adapter} has rank {file.rank}, "
-                         "with which training goes on")
+        raise ValueError(f"--lora_rank is {settings.lora_rank}; --adapter {settings.adapter} has rank {file.rank}")
     settings.lora_rank, settings.lora_alpha, settings.lora_targets = file.rank, file.alpha, file.targets
 
 
@@ -266,8 +263,7 @@ class Run:
     def add_adapter(self, policy: Policy) -> None:
         s = self.settings
         add_adapter(policy, s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_dropout, s.seed)
-        parameters = list(policy.parameters())
-        trained, frozen = ([p.numel() for p in parameters if p.requires_grad == trains] for trains in (True, False))
+        trained, frozen = ([p.numel() for p in policy.parameters() if p.requires_grad == on] for on in (True, False))
         say(f"an adapter of rank {s.lora_rank} on {len(trained) // 2} matrices: {sum(trained):,} numbers train, "
             f"{sum(frozen):,} are frozen")
 

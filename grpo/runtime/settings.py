@@ -22,14 +22,13 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple, TypeVar
+from typing import Iterator, Mapping, NamedTuple
 
 from data.read import read_object
 from data.task import resolve_task
 from grpo.runtime.program import run_program
 from grpo.variants import check_choice, setting
 
-T = TypeVar("T")
 LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # attention and MLP: every matrix of a layer
 FIRST = "set first"
 KINDS = {bool: ("True|False", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
@@ -58,8 +57,7 @@ class TaskSettings:
     data: str = required("folder of the dataset; jsonl: a file, or a folder of one a split", path="data", resume="free")
     task: str = setting("more", "more, jmere, jsonl (questions and answers from a file), your own module, or "
                                 "data_module,rewards_module", top=True, resume="never")
-    rewards: str = setting("", "module or .py file of yours with reward(completion, sample); empty: the task's",
-                           group="reward")
+    rewards: str = setting("", "module or .py file with reward(completion, sample); empty: the task's", group="reward")
     missing_images: str = inputs("stop", "images that are not there: stop, drop the samples, or blank (a grey one)",
                                  choices=("stop", "drop", "blank"))
     verifier: str = from_file("auto", "exact, text (case, space, punctuation ignored), number, choice, boxes (IoU), "
@@ -136,8 +134,7 @@ class TrainingSettings(CommonSettings):
                                "sharding, for slow links between machines); 0: over all", least=0)
     rollout_weights: str = ranks("auto", "sharded weights are gathered whole for a rollout, or layers for every token; "
                                          "auto: whole if they fit", choices=("auto", "whole", "layers"))
-    export_dtype: str = saving("auto", "type of the weights in <output>/model; auto: as in --model, float32 with an "
-                                       "adapter, most of which bfloat16 rounds away",
+    export_dtype: str = saving("auto", "type of the weights in <output>/model; auto: --model's, of an adapter float32",
                                choices=("auto", "float32", "bfloat16", "float16"))
     tensorboard: str = saving("auto", "event files in <output>/tensorboard; auto: where tensorboard is installed",
                               choices=("auto", "on", "off"))
@@ -192,7 +189,7 @@ def resume_rules(settings) -> dict[str, str]:
     return {option.name: option.about["resume"] for option in options(settings) if "resume" in option.about}
 
 
-def parse(kind: type[T], words: list[str] | None = None) -> T:
+def parse(kind: type, words: list[str] | None = None):
     """Command line → settings. Raises ValueError, in one line, for whatever does not fit."""
     words, settings = list(sys.argv[1:] if words is None else words), kind()
     families = {f.name: f.metadata["family"] for f in fields(kind) if "family" in f.metadata}
@@ -215,7 +212,7 @@ def parse(kind: type[T], words: list[str] | None = None) -> T:
     return with_values(settings, given)
 
 
-def with_values(settings: T, given: dict) -> T:
+def with_values(settings, given: dict):
     """`settings` with the given values, a family's members in their own dataclass."""
     values = {f.name: with_values(getattr(settings, f.name), given) if "family" in f.metadata else given[f.name]
               for f in fields(settings) if "family" in f.metadata or "help" in f.metadata and f.name in given}
@@ -315,7 +312,7 @@ def no_setting(word: str, known) -> str:
     return f"no setting {' '.join(word.split())[:60]}" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def read_settings(kind: type[T], words: list[str] | None = None) -> T:
+def read_settings(kind: type, words: list[str] | None = None):
     """`parse`, and a refusal of what cannot run: bad values, files and folders that are not there, an unknown task."""
     settings = parse(kind, words)
     check_values(settings)
