@@ -30,6 +30,7 @@ from grpo.engine.policy import Policy
 from grpo.engine.rollout import Sampling, sample
 from grpo.engine.speculation import Speculation
 from grpo.engine.split_group import split
+from grpo.engine.static import LONG
 from grpo.engine.weights import load_policy
 from grpo.group import Group, Pack, row_mask
 from grpo.objective import grpo_loss
@@ -268,10 +269,11 @@ def lean_modules(s: Subject) -> list[Found]:
 
 
 def drawn(s: Subject, policy: Policy, speculation: Speculation | None = None, read_every: int = 0) -> list[Group]:
-    """12 completions of 24 tokens, 8 at a time, so that rows end, leave and enter."""
+    """12 completions of 40 tokens in the mean, 8 at a time, so that rows end, leave and enter; the limit is one from
+    which on a GPU guesses."""
     prompts = [group.prompt for group in s.groups]
     ends = tuple(range(0, VOCABULARY, 40))
-    sampling = Sampling(24, ends, TEMPERATURE, rows=8, seed="check", read_every=read_every)
+    sampling = Sampling(LONG, ends, TEMPERATURE, rows=8, seed="check", read_every=read_every)
     return sample(policy, prompts, 6, sampling, speculation=speculation)
 
 

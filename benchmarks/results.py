@@ -34,7 +34,8 @@ def table(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    cases = lambda run: ", ".join(dict.fromkeys(str(row["case"]) for row in run["figures"] if "case" in row))
+    named = lambda row: row.get("case", row.get("shape", ""))
+    cases = lambda run: ", ".join(dict.fromkeys(filter(None, map(str, map(named, run["figures"])))))
     same = lambda run: run["machine"].endswith(" cores") and run["benchmark"] not in BY_MACHINE
     machine = lambda run: "" if same(run) else run["machine"]  # of CPUs the newest counts
     # one of other cases or other group sizes does not stand in another's place

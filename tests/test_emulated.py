@@ -201,6 +201,25 @@ def test_a_rollouts_caches_are_gone_with_it(monkeypatch, read_every):
         gc.enable()
 
 
+@pytest.mark.parametrize("longest,pool,guesses", [(200, "pool", False), (300, "pool", True), (200, None, True)])
+def test_where_steps_are_graphs_only_long_completions_are_guessed(monkeypatch, longest, pool, guesses):
+    speculation = Speculation()
+    for group in sample(tiny_policy(), prompts(2), 3, sampling(max_tokens=24, end_tokens=(), read_every=4)):
+        speculation.remember(group.prompt.id, group.completions)
+    monkeypatch.setattr(static, "run", lambda bucket, given: bucket.step())
+    made = static.Static.__init__
+
+    def init(self, rollout):
+        made(self, rollout)
+        self.pool = pool
+
+    monkeypatch.setattr(static.Static, "__init__", init)
+    ends = tuple(range(0, 190, 8))
+    sample(tiny_policy(), prompts(2), 3, sampling(max_tokens=longest, end_tokens=ends, read_every=4),
+           speculation=speculation)
+    assert bool(speculation.counts["guessed"]) == guesses
+
+
 @pytest.mark.parametrize("device,whole,switch,captured", [("cuda", True, True, True), ("cuda", False, True, False),
                                                           ("cuda", True, False, False), ("cpu", True, True, False)])
 def test_steps_are_captured_on_a_gpu_that_holds_all_weights(monkeypatch, device, whole, switch, captured):

@@ -250,6 +250,6 @@ def test_ranks_that_do_not_see_the_same_folder_are_told(tmp_path):
     from processes import run_processes
 
     run_processes(claim, 2, [tmp_path / "shared"] * 2)
-    with pytest.raises(Exception,
-                       match="ValueError: .*/one: rank 1 does not see what rank 0 writes there; expected a folder"):
+    said = "ValueError: .*/one: rank 1 does not see rank 0's files; expected a folder that all share"
+    with pytest.raises(Exception, match=said):
         run_processes(claim, 2, [tmp_path / "one", tmp_path / "other"])

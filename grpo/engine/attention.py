@@ -30,8 +30,7 @@ class Packed:
     the keys and values of every prompt: [(heads, P, head size), …] twice; that is what makes a pass a prefill.
 
     One call for the prompt, then one lower-right causal call per continuation on [prompt, own] keys: P² + Σ C_i (P +
-    C_i) scores. Other forms were measured and are slower, or slower where ragged (benchmarks/RESULTS.md). On a GPU in
-    bfloat16 two calls do all of it (joined.py)."""
+    C_i) scores. Other forms are slower, or slower where ragged (benchmarks/RESULTS.md); on a GPU two: joined.py."""
 
     def __init__(self, segments: list[tuple[int, list[int]]], prompt_cache: list | None = None):
         # a prompt and one continuation are one causal sequence

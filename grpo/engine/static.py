@@ -16,6 +16,7 @@ from grpo.engine.head import token_logits
 
 WIDTH = 64  # the smallest bucket of suffix tokens
 CAPTURE = True  # a GPU's steps as graphs; off for a benchmark
+LONG = 256  # tokens from which on guesses pay there: every length of theirs is a graph more, which costs 15 steps
 
 
 def bucket_size(number: int, start: int, limit: int) -> int:
@@ -150,7 +151,8 @@ class Static:
     def decode_steps(self, rollout) -> int:
         """`steps` decode steps, then what they have drawn. Returns the number of tokens kept."""
         rows, speculation = list(rollout.rows), rollout.speculation
-        guessed = speculation.width(rows, len(rollout.slots) * self.places) if speculation else 0
+        guesses = speculation and (self.pool is None or rollout.sampling.max_tokens >= LONG)
+        guessed = speculation.width(rows, len(rollout.slots) * self.places) if guesses else 0
         bucket, where = self.fill(rollout, rows, guessed)
         for _ in range(self.steps):
             rollout.turn(True)

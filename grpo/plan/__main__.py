@@ -44,7 +44,7 @@ class Settings:
     tflops: float = rate(989.0, "peak of one GPU's matrix products, 10¹² operations/s (H100 SXM, dense bfloat16)")
     efficiency: float = rate(0.4, "assumed share of that peak which training and prefill reach")
     bandwidth: float = rate(3350.0, "of one GPU's memory, GB/s (H100 SXM)")
-    memory_efficiency: float = rate(0.7, "assumed share of that bandwidth which decoding reaches")
+    memory_efficiency: float = rate(0.4, "assumed share of that bandwidth which decoding reaches (RESULTS.md, gpu)")
     link: float = rate(450.0, "between GPUs of one machine, GB/s received by each (NVLink of an H100)")
     network: float = rate(50.0, "between GPUs of different machines, GB/s received by each (400 Gb/s)")
     host_link: float = rate(50.0, "between a GPU and its host's memory, GB/s (PCIe 5)")

@@ -92,7 +92,7 @@ def claim_folder(folder: Path) -> None:
     lock = folder / ".lock"  # rank 0 must not read it: closing a file gives up its own lock on it
     seen = rank() == 0 or lock.exists() and lock.read_text(encoding="utf-8").strip() == holder
     if blind := all_gather([] if seen else [rank()]):
-        raise ValueError(f"{folder}: rank {blind[0]} does not see what rank 0 writes there; expected a folder that all see")
+        raise ValueError(f"{folder}: rank {blind[0]} does not see rank 0's files; expected a folder that all share")
 
 
 def load_frozen(model: str, adapter: str, dtype: torch.dtype, device: torch.device, vocabulary: int | None = None,
