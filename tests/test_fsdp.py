@@ -120,6 +120,23 @@ def check_features_in_bfloat16(path):
     assert all(prompt.features.dtype == torch.bfloat16 and prompt.pixels.dtype == torch.float32 for prompt in prompts)
 
 
+def check_backbone_in_bfloat16(name):
+    from tiny_backbones import groups_of, policy_of
+
+    logps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = shard(policy_of(name), dtype, torch.device("cpu"))
+        logps.append(policy.score(groups_of(name), 0.8).logp)
+        logps[-1].sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in policy.parameters() if p.grad is not None)
+    torch.testing.assert_close(logps[1], logps[0], rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_every_backbone_is_sharded_in_bfloat16_with_a_vision_encoder_that_trains(name):
+    run_processes(check_backbone_in_bfloat16, 1, name)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_sharding_in_bfloat16_copies_no_prompt_so_that_an_image_is_looked_at_once(world):
     run_processes(check_features_in_bfloat16, world, None)

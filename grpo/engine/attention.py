@@ -65,7 +65,7 @@ class Packed:
             return self.joined(sizes, query, key, value, prompts, scaling)
         outputs = []
         for (own, continuations), prompt in zip(groups, prompts):
-            outputs += [attention(*own, scaling)] * bool(own[0].shape[2])
+            outputs += [attention(*own, scaling)] if own[0].shape[2] else []
             outputs += [self.behind(prompt, *one, scaling) for one in continuations]
         return torch.cat(outputs, dim=2).transpose(1, 2)
 

@@ -105,7 +105,7 @@ class Bucket(Rope):
 
 
 class Static:
-    """The decode steps of a rollout, `steps` at a time. It does not hold the rollout: caches outlive a circle."""
+    """The decode steps of a rollout, `steps` at a time. In a circle with the rollout its caches would outlive it."""
 
     def __init__(self, rollout):
         self.steps, self.buckets = rollout.sampling.steps(rollout.policy.device), {}
