@@ -269,8 +269,8 @@ def lean_modules(s: Subject) -> list[Found]:
 
 
 def drawn(s: Subject, policy: Policy, speculation: Speculation | None = None, read_every: int = 0) -> list[Group]:
-    """12 completions of 40 tokens in the mean, 8 at a time, so that rows end, leave and enter; the limit is one from
-    which on a GPU guesses."""
+    """12 completions of 40 tokens in the mean, 8 at a time, so that rows end, leave and enter. With a lower limit than
+    LONG a GPU would not guess."""
     prompts = [group.prompt for group in s.groups]
     ends = tuple(range(0, VOCABULARY, 40))
     sampling = Sampling(LONG, ends, TEMPERATURE, rows=8, seed="check", read_every=read_every)
@@ -347,11 +347,9 @@ def lora(s: Subject) -> list[Found]:
     ]
 
 
-def split_passes(s: Subject) -> list[Found]:
-    """A group of several passes behind one pass of its prompt."""
-    logp, grads = s.packed(s.policy())
-    policy, rows = s.policy(), []
-    packs = split(
+def in_passes(s: Subject, policy: Policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """As `Subject.packed`, each group in several passes behind one of its prompt."""
+    rows, packs = [], split(
         [Pack([group], row_mask(group.lengths, s.device)) for group in s.groups], len(s.groups[0].prompt) + 30
     )
     for pack, score in passes(policy, packs, TEMPERATURE):
@@ -359,7 +357,13 @@ def split_passes(s: Subject) -> list[Found]:
         backward((scores.logp * s.weight(pack.groups)).sum() / world_size())
         rows.append(scores.logp.detach())
     needs(len(packs) > len(s.groups), "groups that were not split")
-    return [values_differ(torch.cat(rows), logp), gradients_differ(gradients(policy.model), grads)]
+    return torch.cat(rows), gradients(policy.model)
+
+
+def split_passes(s: Subject) -> list[Found]:
+    """A group of several passes behind one pass of its prompt."""
+    (logp, grads), (again_logp, again) = s.packed(s.policy()), in_passes(s, s.policy())
+    return [values_differ(again_logp, logp), gradients_differ(again, grads)]
 
 
 def checkpointing(s: Subject) -> list[Found]:
@@ -371,24 +375,28 @@ def checkpointing(s: Subject) -> list[Found]:
 
 
 def bfloat16(s: Subject) -> list[Found]:
-    """As a run computes: float32 masters, a frozen vision encoder. Against float32, and allowed twice what stock
-    transformers in bfloat16 is away from it."""
+    """As a run computes: float32 masters. Against float32, and allowed twice what stock transformers in bfloat16 is
+    away from it."""
     logp, grads = s.plain(s.stock())
     stock_logp, stock_grads = s.plain(s.stock().bfloat16())
-    policy = s.policy()
-    policy.freeze_vision()
-    low_logp, low = s.packed(shard(policy, torch.bfloat16, s.device))
-    trained = {name: grads[name] for name in grads if "visual" not in name}
     rms = lambda a: float((a.float() - logp).square().mean().sqrt())
-    apart = lambda a: math.sqrt(
-        sum(float((a[n] - trained[n]).square().sum()) if n in a else math.inf for n in trained)
-        / sum(float(g.square().sum()) for g in trained.values())
-    )
-    why = "twice stock transformers' own in bfloat16"
-    return [
-        Found("values, rms", rms(low_logp), 2 * rms(stock_logp) + 1e-3, "nats", why),
-        Found("gradients", apart(low), 2 * apart(stock_grads) + 1e-3, "of the norm", why),
-    ]
+    why, found = "twice stock transformers' own in bfloat16", []
+    for name, freezes, score in (("", True, s.packed), (", vision trains", False, s.packed),
+                                 (", several passes", True, lambda policy: in_passes(s, policy))):
+        policy = s.policy()
+        if freezes:
+            policy.freeze_vision()
+        low_logp, low = score(shard(policy, torch.bfloat16, s.device))
+        trained = {name: grads[name] for name in grads if not freezes or "visual" not in name}
+        apart = lambda a: math.sqrt(
+            sum(float((a[n] - trained[n]).square().sum()) if n in a else math.inf for n in trained)
+            / sum(float(g.square().sum()) for g in trained.values())
+        )
+        found += [
+            Found(f"values, rms{name}", rms(low_logp), 2 * rms(stock_logp) + 1e-3, "nats", why),
+            Found(f"gradients{name}", apart(low), 2 * apart(stock_grads) + 1e-3, "of the norm", why),
+        ]
+    return found
 
 
 def sharded(s: Subject) -> list[Found]:

@@ -241,7 +241,7 @@ def measure(shape: str, settings, device) -> list[dict]:
     row("rollout", clock, tokens_per_second=speed, share_of_memory_limit=limit(settings.tokens) / clock.seconds,
         of_the_steps=limit(settings.tokens) / (clock.seconds - prefill.seconds))
     for guessed in WIDTHS:
-        seconds = seconds_of_steps(device, lambda: rollout(48, Forced(guessed)))
+        seconds = seconds_of_steps(device, lambda: rollout(static.LONG, Forced(guessed)))  # from which on it guesses
         if seconds == seconds:
             row(f"a step of {1 + guessed} tokens a row", clock, milliseconds=1e3 * seconds)
 
@@ -272,10 +272,11 @@ def measure(shape: str, settings, device) -> list[dict]:
                 optimizer_step(policy, optimizer, torch.zeros((), device=device), 1.0, 1e-6)
         row("its step", step, share_of_product_peak=3 * work / products / (clock.seconds + step.seconds))
         del optimizer
-    del policy
+    policy = None  # its memory is the other model's
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
+    # its images included, which are a row of their own above
     clock = stock_generation(random_model(shape, device, dtype), prompts, few, device)
     row("generate", clock, tokens=few, tokens_per_second=settings.prompts * G * few / clock.seconds)
     return rows
@@ -316,7 +317,7 @@ def main() -> None:
     rows = [row for shape in settings.shapes for row in measure(shape, settings, device)]
     speed = {(row["shape"], row["phase"]): row.get("tokens_per_second") for row in rows}
     summary = "; ".join(
-        f"{shape}: rollout {speed[shape, 'rollout'] / speed[shape, 'generate']:.1f} times generate's tokens a second"
+        f"{shape}: {speed[shape, 'rollout']:,.0f} tokens a second, generate {speed[shape, 'generate']:,.0f}"
         for shape in dict.fromkeys(row["shape"] for row in rows)
     )
     print(summary)

@@ -102,9 +102,8 @@ def measure(recipe: str, shape: str, given) -> dict:
         ours = run.Run(settings)
         ours.encoder.end_tokens = ()  # nothing ends a completion but the limit
         trainer, samples = Trainer(ours, settings), ours.load("train")[: given.prompts]
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0  # while it loads; the clock has the step's
         with gpu.Clock(ours.device) as clock:
-            # a GPU's peak is that since the start: what is held counts as well
-            peak = torch.cuda.max_memory_allocated() if on_gpu else 0
             plan_check.step(trainer, samples)
         reserved = torch.cuda.max_memory_reserved() if on_gpu else 0
     row = {"recipe": recipe, "shape": shape, "planned_bytes": round(expected.peak), "phase": expected.peak_phase,

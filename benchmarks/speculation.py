@@ -11,7 +11,8 @@ repeats itself more: the puzzles of `./launch.sh demo --task text`, answered by 
     --text_task jsonl --text_data DEMO/world/TEXT --whole_answer True --reasoning False --temperature 1 \
         --max_completion_tokens 16
 
-Each side runs `--repeats` times, in turn, and its fastest run counts: ratios of one run bear a busy machine.
+Each side runs `--repeats` times, in turn, and its fastest run counts: ratios of one run bear a busy machine. On a GPU
+nothing is guessed below --max_completion_tokens of 256 (static.LONG).
 """
 
 import argparse

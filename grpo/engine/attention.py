@@ -5,7 +5,7 @@ forward down to it. Ours is called "layout": it passes queries, keys and values 
 layout of the pass at hand, which is one of
     Packed   score and prefill: whole groups end to end in one row, (1, heads, T, head size)
     Decode   sample: some new tokens of every row, end to end; see decode.py and LeanAttention in lean.py
-Only the language model is switched to it; the vision encoder keeps its own attention."""
+Only the language model is switched to it; the vision encoder has its own, see joined.py."""
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Packed:
     the keys and values of every prompt: [(heads, P, head size), …] twice; that is what makes a pass a prefill.
 
     One call for the prompt, then one lower-right causal call per continuation on [prompt, own] keys: P² + Σ C_i (P +
-    C_i) scores. Other forms are slower, or slower where ragged (benchmarks/RESULTS.md); on a GPU two: joined.py."""
+    C_i) scores. Other forms are slower, or slower where ragged (benchmarks/RESULTS.md). In two calls: joined.py."""
 
     def __init__(self, segments: list[tuple[int, list[int]]], prompt_cache: list | None = None):
         # a prompt and one continuation are one causal sequence

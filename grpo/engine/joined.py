@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-aten = torch.ops.aten
-
 
 def in_two_calls(query: Tensor) -> bool:
     """Whether torch has the kernels for these queries (…, d)."""
@@ -35,7 +33,7 @@ class Ends:
 def flash(query: Tensor, key: Tensor, value: Tensor, queries: Ends, keys: Ends, causal: bool,
         scaling: float) -> tuple[Tensor, Tensor]:
     """(T, H, d), keys and values (S, H_kv, d) → (T, H, d) and log-sum-exp (H, T)."""
-    return aten._flash_attention_forward(query, key, value, queries.offsets, keys.offsets, queries.longest,
+    return torch.ops.aten._flash_attention_forward(query, key, value, queries.offsets, keys.offsets, queries.longest,
         keys.longest, 0.0, causal, False, scale=scaling)[:2]
 
 
@@ -43,7 +41,7 @@ def flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out:
         keys: Ends, causal: bool, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)
-    return aten._flash_attention_backward(grad, query, key, value, out, lse, queries.offsets, keys.offsets,
+    return torch.ops.aten._flash_attention_backward(grad, query, key, value, out, lse, queries.offsets, keys.offsets,
         queries.longest, keys.longest, 0.0, causal, *no_dropout, scale=scaling)
 
 

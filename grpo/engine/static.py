@@ -16,7 +16,7 @@ from grpo.engine.head import token_logits
 
 WIDTH = 64  # the smallest bucket of suffix tokens
 CAPTURE = True  # a GPU's steps as graphs; off for a benchmark
-LONG = 256  # tokens from which on guesses pay there: every length of theirs is a graph more, which costs 15 steps
+LONG = 256  # of shorter completions nothing is guessed there: each length of a guess is a graph more, worth 15 steps
 
 
 def bucket_size(number: int, start: int, limit: int) -> int:

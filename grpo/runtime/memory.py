@@ -11,7 +11,8 @@ def enough_memory(what: str, lower: str):
     try:
         yield
     except RuntimeError as error:  # a GPU's OutOfMemoryError is one; the host's allocator raises a bare one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        every = error, error.__context__  # in a capture, whose end is an error then too, the second
+        if not any(isinstance(one, torch.OutOfMemoryError) for one in every) and "can't allocate" not in str(error):
             raise
         raise ValueError(f"out of memory {what}; {lower}") from error
 
