@@ -5,8 +5,8 @@
 Two processes under torchrun; in the disturbed run a random one is killed (−9) every 20 to 60 seconds, whatever it is
 doing, and torchrun starts both again. Nothing is lost if both runs end with the same weights, to the bit, and the same
 lines in metrics.jsonl. Memory is flat if no process ever takes 5% more than the most it took in the first 200 rollouts
-of the undisturbed run: four passes over the data and two validations. oneDNN keeps a kernel for every number of rows that
-it has met, up to 1,024 of half a megabyte; here it keeps few, or these would be all that is seen to grow.
+of the undisturbed run: four passes over the data and two validations. oneDNN keeps a kernel for every number of rows
+that it has met, up to 1,024 of half a megabyte; here it keeps few, or these would be all that is seen to grow.
 """
 
 import argparse
