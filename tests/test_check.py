@@ -176,6 +176,18 @@ def test_the_planned_peak_of_a_real_step_is_the_measured_one(attempt):
     assert attempt("memory")["memory"].ok
 
 
+def test_the_peak_of_a_gpu_is_of_a_step_of_the_trainer_after_a_small_one(monkeypatch, subject):
+    said = []
+    monkeypatch.setattr(check.plan_check, "prepare", lambda models, case, place: (models.name, case.prompt))
+    monkeypatch.setattr(check.plan_check, "step", lambda *ready: said.append(ready))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: said.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 700)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
+    case = check.plan_check.CASES["bfloat16"]
+    assert check.measured_here(Path("models"), case, subject) == 300
+    assert said == [("small", 60), "reset", ("planned", case.prompt)]
+
+
 def test_what_raises_is_red_by_its_message_and_what_comes_after_it_is_tried(subject, capsys):
     def raises(_):
         raise RuntimeError("CUDA error: no kernel image is available\nand more")

@@ -11,7 +11,7 @@ import torch
 
 from emulated import apart, counted, emulated, move
 from grpo.engine import rollout, speculation, static
-from grpo.engine.head import completion_logp, token_logits
+from grpo.engine.head import completion_logp, exponential_, token_logits
 from grpo.engine.lora import add_adapter
 from grpo.engine.rollout import sample
 from grpo.engine.speculation import Speculation
@@ -229,6 +229,29 @@ def test_steps_are_captured_on_a_gpu_that_holds_all_weights(monkeypatch, device,
     given = SimpleNamespace(policy=SimpleNamespace(device=torch.device(device)), sampling=sampling(read_every=4),
                             caches=[cache], whole=whole)
     assert static.Static(given).pool == ("pool" if captured else None)
+
+
+@apart
+def test_a_norm_keeps_to_torchs_own_kernels_and_an_exponential_is_one():
+    with emulated() as device:
+        policy = move(tiny_policy(), device)
+        norm, x = policy.trunk_layers[0].input_layernorm, torch.randn(3, 32, device=device)
+        assert "Norm" in type(tiny_policy().trunk_layers[0].input_layernorm(torch.randn(3, 32)).grad_fn).__name__
+        assert "Norm" not in type(norm(x).grad_fn).__name__
+        with counted() as count:
+            found = exponential_(x.clone())
+        assert count.launches == 2  # the copy's, too
+        close(found.cpu(), x.cpu().exp())
+
+
+@pytest.mark.parametrize("read_every", [0, 4])
+def test_caches_of_static_shapes_come_in_multiples_of_16_bytes(monkeypatch, read_every):
+    made, allocate = [], rollout.allocate
+    monkeypatch.setattr(rollout, "allocate", lambda *given: made.append(allocate(*given)) or made[-1])
+    sample(tiny_policy(), prompts(2), 3, sampling(max_tokens=21, read_every=read_every))
+    (layer, *_), _ = made[0]
+    lengths = [layer.prompt.shape[-2], layer.suffix.shape[-2]]
+    assert lengths == [max(map(len, prompts(2))), 21] if not read_every else not any(one % 8 for one in lengths)
 
 
 @apart

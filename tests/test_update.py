@@ -76,7 +76,8 @@ def test_weights_decay_and_biases_and_norms_do_not():
 
 def test_running_out_of_memory_says_which_setting_to_lower(monkeypatch):
     one, several = [tiny_groups(lengths=((5,),))], [tiny_groups(lengths=((5, 1),))]
-    for too_much in (lambda *_: torch.empty(2**50), lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory"))):
+    for too_much in (lambda *_: torch.empty(2**50), lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory")),
+                     in_a_capture):
         policy = tiny_policy()
         monkeypatch.setattr(policy, "trunk", too_much)
         with pytest.raises(ValueError, match=r"^out of memory in a packed pass of \d+ tokens; lower --tokens_per_pass"):
@@ -90,6 +91,14 @@ def test_another_fault_than_memory_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(policy, "trunk", lambda *_: raise_(RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match="^shapes do not fit"):
         step(policy, [tiny_groups()])
+
+
+def in_a_capture(*_):
+    """The end of the capture is an error, too, and hides the first."""
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
 def raise_(error):
