@@ -388,14 +388,11 @@ def bfloat16(s: Subject) -> list[Found]:
             policy.freeze_vision()
         low_logp, low = score(shard(policy, torch.bfloat16, s.device))
         trained = {name: grads[name] for name in grads if not freezes or "visual" not in name}
-        apart = lambda a: math.sqrt(
-            sum(float((a[n] - trained[n]).square().sum()) if n in a else math.inf for n in trained)
-            / sum(float(g.square().sum()) for g in trained.values())
-        )
-        found += [
-            Found(f"values, rms{name}", rms(low_logp), 2 * rms(stock_logp) + 1e-3, "nats", why),
-            Found(f"gradients{name}", apart(low), 2 * apart(stock_grads) + 1e-3, "of the norm", why),
-        ]
+        whole = sum(float(g.square().sum()) for g in trained.values())
+        square = lambda a, n: float((a[n] - trained[n]).square().sum()) if n in a else math.inf
+        apart = lambda a: math.sqrt(sum(square(a, n) for n in trained) / whole)
+        found += [Found(f"values, rms{name}", rms(low_logp), 2 * rms(stock_logp) + 1e-3, "nats", why),
+                  Found(f"gradients{name}", apart(low), 2 * apart(stock_grads) + 1e-3, "of the norm", why)]
     return found
 
 

@@ -197,9 +197,7 @@ def measure(shape: str, settings, device) -> list[dict]:
     from grpo.engine.policy import Policy
     from grpo.engine.rollout import Sampling
     from grpo.engine.sizes import WIDTHS
-    from grpo.group import make_packs
-    from grpo.runtime.fsdp import encode_images_unsharded, reshard, sample_unsharded, shard
-    from grpo.runtime.optim import backward, make_optimizer, optimizer_step, packed_pass, set_gradient_checkpointing
+    from grpo.runtime.fsdp import encode_images_unsharded, sample_unsharded, shard
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     products, copies = rates(device, dtype)
@@ -245,6 +243,24 @@ def measure(shape: str, settings, device) -> list[dict]:
         if seconds == seconds:
             row(f"a step of {1 + guessed} tokens a row", clock, milliseconds=1e3 * seconds)
 
+    training(policy, groups, settings, updates, products, row)
+    policy = None  # its memory is the other model's
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    # its images included, which are a row of their own above
+    clock = stock_generation(random_model(shape, device, dtype), prompts, few, device)
+    row("generate", clock, tokens=few, tokens_per_second=settings.prompts * G * few / clock.seconds)
+    return rows
+
+
+def training(policy, groups: list, settings, updates: bool, products: float, row) -> None:
+    """Rows of scoring and, where asked for, of an update's passes and its step."""
+    from grpo.group import make_packs
+    from grpo.runtime.fsdp import reshard
+    from grpo.runtime.optim import backward, make_optimizer, optimizer_step, packed_pass, set_gradient_checkpointing
+
+    device = policy.device
     packs, work = make_packs(groups, settings.tokens_per_pass, device), score_operations(policy, groups)
     own = torch.cat([logp for group in groups for logp in group.logps]).to(device)
     for turn in range(2):
@@ -271,15 +287,6 @@ def measure(shape: str, settings, device) -> list[dict]:
             with Clock(device) as step:
                 optimizer_step(policy, optimizer, torch.zeros((), device=device), 1.0, 1e-6)
         row("its step", step, share_of_product_peak=3 * work / products / (clock.seconds + step.seconds))
-        del optimizer
-    policy = None  # its memory is the other model's
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-    # its images included, which are a row of their own above
-    clock = stock_generation(random_model(shape, device, dtype), prompts, few, device)
-    row("generate", clock, tokens=few, tokens_per_second=settings.prompts * G * few / clock.seconds)
-    return rows
 
 
 def stock_generation(model, prompts, tokens: int, device) -> Clock:
