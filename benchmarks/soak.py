@@ -5,8 +5,7 @@
 Two processes under torchrun; in the disturbed run a random one is killed (−9) every 20 to 60 seconds, whatever it is
 doing, and torchrun starts both again. Nothing is lost if both runs end with the same weights, to the bit, and the same
 lines in metrics.jsonl. Memory is flat if no process ever takes 5% more than the most it took in the first 200 rollouts
-of the undisturbed run: four passes over the data and two validations. oneDNN keeps a kernel for every number of rows
-that it has met, up to 1,024 of half a megabyte; here it keeps few, or these would be all that is seen to grow.
+of the undisturbed run: four passes over the data and two validations.
 """
 
 import argparse
@@ -37,8 +36,7 @@ WARM = 200  # rollouts until memory should be what it will be
 def torchrun(words: list, log: Path, restarts: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts),
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "grpo.train", *map(str, words)]
-    few = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **few}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
 
