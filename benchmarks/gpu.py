@@ -34,6 +34,11 @@ IMAGE, VIDEO, START, END = 900, 901, 902, 903  # ids of the special tokens: any 
 G, SIDE = 8, 448  # pixels a side of both images: 256 tokens each
 
 
+def full_attention(depth: int) -> list[int]:
+    """The vision encoder's layers that attend over whole images: four, evenly spread, the last among them."""
+    return list(range(depth // 4 - 1, depth, max(1, depth // 4)))
+
+
 def random_model(shape: str, device, dtype):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -61,9 +66,7 @@ def random_model(shape: str, device, dtype):
             num_heads=s["vision_heads"],
             intermediate_size=s["vision_intermediate"],
             out_hidden_size=s["hidden"],
-            fullatt_block_indexes=list(
-                range(s["vision_depth"] // 4 - 1, s["vision_depth"], max(1, s["vision_depth"] // 4))
-            ),
+            fullatt_block_indexes=full_attention(s["vision_depth"]),
         ),
         image_token_id=IMAGE,
         video_token_id=VIDEO,

@@ -10,7 +10,6 @@ room for their image features alone.
 
 import argparse
 import gc
-import json
 import tempfile
 from pathlib import Path
 
@@ -18,8 +17,7 @@ import torch
 
 from benchmarks import gpu, plan_check
 from benchmarks.record import append, machine
-from benchmarks.shapes import WORD, whole_vocabulary, words_for
-from data.toy.model import model_config, token_ids, write_settings, write_tokenizer
+from benchmarks.shapes import whole_vocabulary, words_for, write_all_but_weights
 
 RECIPES = {"more-r1-24gb": "3b", "more-r1-80gb": "7b"}
 SIDE = 616  # pixels a side of both images: 484 tokens each
@@ -28,35 +26,34 @@ SIDE = 616  # pixels a side of both images: 484 tokens each
 def write_shape(folder: Path, shape: str) -> Path:
     """Everything of a checkpoint but its weights."""
     numbers = dict(gpu.SHAPES[shape])
-    seen = {name.removeprefix("vision_"): numbers.pop(name) for name in ("vision_intermediate", "vision_heads")}
-    vocabulary = numbers.pop("vocabulary")
-    folder.mkdir()
-    write_tokenizer(folder, [f" {WORD}"] * 50, vocabulary=300)
-    write_settings(folder, 28 * 28, 1280 * 28 * 28)
-    config = model_config(token_ids(folder), **numbers) | {"vocab_size": vocabulary}
-    depth = numbers["vision_depth"]
-    config["vision_config"] |= {
-        "intermediate_size": seen["intermediate"],
-        "num_heads": seen["heads"],
-        "fullatt_block_indexes": list(range(depth // 4 - 1, depth, max(1, depth // 4))),
+    vision = {
+        "intermediate_size": numbers.pop("vision_intermediate"),
+        "num_heads": numbers.pop("vision_heads"),
+        "fullatt_block_indexes": gpu.full_attention(numbers["vision_depth"]),
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return write_all_but_weights(folder, vision=vision, **numbers)
 
 
-def fill_at_random(policy, checkpoint, device, host=False):
-    """In the place of weights.fill."""
-    from grpo.engine.weights import local, replace_parameters
+class AtRandom:
+    """In a checkpoint's place: it fits every network."""
 
-    def made(parameter):
-        new = torch.empty_like(parameter, device="cpu" if host else device)
-        local(new).fill_(1.0) if new.ndim == 1 else local(new).normal_(0, 0.02)
-        return new
+    names = slices = None
 
-    replace_parameters(policy, made)
-    for module in policy.modules():
-        module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
-    return policy
+    def __init__(self, model: str):
+        pass
+
+    def fit(self, network):
+        return self
+
+
+def draw_rows(slices, names, tensors: dict) -> None:
+    """In the place of weights.copy_rows: norms are 1, the rest small numbers. Buffers are left as they are."""
+    from grpo.engine.weights import local
+
+    for tensor in tensors.values():
+        if isinstance(tensor, torch.nn.Parameter):
+            mine = local(tensor.detach())
+            mine.fill_(1.0) if mine.ndim == 1 else mine.normal_(0, 0.02)
 
 
 def settings_of(recipe: str, folder: Path, text: str, output: Path, given):
@@ -85,12 +82,13 @@ def planned(folder: Path, settings, prompt: int):
 
 
 def measure(recipe: str, shape: str, given) -> dict:
+    from grpo.engine import weights
     from grpo.engine.encode import Encoder
     from grpo.runtime import run
     from grpo.train import Trainer
 
     whole_vocabulary()
-    run.fill, run.Checkpoint = fill_at_random, lambda model: None
+    weights.copy_rows, run.Checkpoint = draw_rows, AtRandom
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as place:
         folder = write_shape(Path(place) / "model", shape)

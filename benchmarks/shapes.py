@@ -49,16 +49,20 @@ MODELS = Path("runs/benchmarks")  # where the checkpoints are written
 
 def write_model(folder: Path, shape: str) -> Path:
     """The checkpoint, unless it is there already. Its tokenizer knows few words; the embedding has all the rows."""
-    numbers = dict(SHAPES[shape])
-    if (folder / "model.safetensors").exists():
-        return folder
+    if not (folder / "model.safetensors").exists():
+        write_all_but_weights(folder, **SHAPES[shape])
+        write_weights(folder, seed=0)
+    return folder
+
+
+def write_all_but_weights(folder: Path, *, vocabulary: int, vision: dict = {}, **numbers) -> Path:
+    """vision: what of the encoder's config is not as `model_config` has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = numbers.pop("vocabulary")
     write_tokenizer(folder, [f" {WORD}"] * 50, vocabulary=300)
     write_settings(folder, 28 * 28, 1280 * 28 * 28)
     config = model_config(token_ids(folder), initial_std=0.02, **numbers) | {"vocab_size": vocabulary}
+    config["vision_config"] |= vision
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    write_weights(folder, seed=0)
     return folder
 
 

@@ -34,6 +34,14 @@ def test_a_task_of_one_s_own_needs_no_file_here(tmp_path, monkeypatch):
         resolve_task("my_tasks.broken")
 
 
+@pytest.mark.parametrize("fault", [ValueError, TypeError])
+def test_a_fault_inside_a_task_is_not_taken_for_a_missing_module(tmp_path, monkeypatch, fault):
+    (tmp_path / f"raises_{fault.__name__}.py").write_text(f"raise {fault.__name__}('its own')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(fault, match="^its own$"):
+        resolve_task(f"raises_{fault.__name__}")
+
+
 @pytest.mark.parametrize("name, message", [
     ("mroe", "unknown task 'mroe': no module data.mroe; did you mean 'more'"),
     ("x.yz", "unknown task 'x.yz': no module x.yz; known here: .*more"),

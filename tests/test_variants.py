@@ -115,8 +115,9 @@ def test_settings_can_be_replaced_one_by_one():
 def test_an_unknown_name_is_answered_with_the_nearest(ask):
     with pytest.raises(ValueError, match="'more_r1' is neither a preset nor .* did you mean 'more-r1'?"):
         ask("more_r1")
-    with pytest.raises(ValueError, match="'nowhere.at_all' is neither .*; there are grpo, more-r1"):
-        ask("nowhere.at_all")
+    for name in ("nowhere.at_all", "", ".x"):
+        with pytest.raises(ValueError, match=f"{name!r} is neither .*; there are grpo, more-r1"):
+            ask(name)
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest():

@@ -89,7 +89,7 @@ def reshard(policy: Policy) -> None:
 
 @contextmanager
 def unsharded(policy: Policy, whole: bool = True):
-    """Every rank holds all weights inside: forwards need no collective, so each may do as many as it likes."""
+    """Every rank holds all weights inside, if `whole`: forwards need no collective, each may do as many as it likes."""
     modules = sharded_modules(policy) if whole else []
     for module in modules:
         module.set_reshard_after_forward(False)
